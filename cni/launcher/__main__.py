@@ -99,7 +99,8 @@ def launch(argv: Sequence[str], env: Mapping[str, str]) -> int:
         fds.append(seed.make([record for record, _ in attachments]))
 
     def become_qemu() -> NoReturn:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python has it ignored
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python has them ignored
+            signal.signal(number, signal.SIG_DFL)
         try:
             os.execve(path, command, privilege.environment(env))  # noqa: S606
         except OSError as error:
@@ -156,8 +157,7 @@ def queue_count(record: Record, wanted: int | None) -> int:
     if wanted is not None and wanted > record.queues:
         raise CniError(
             spec.INVALID_ENVIRONMENT,
-            f'--queues {wanted}: {record.ifname} has {record.queues}; more come by "queues" in its network config',
-        )
+            f'--queues {wanted}: {record.ifname} has {record.queues}, by "queues" of its network config',
     return wanted or record.queues
 
 
