@@ -158,11 +158,12 @@ def queue_count(record: Record, wanted: int | None) -> int:
         raise CniError(
             spec.INVALID_ENVIRONMENT,
             f'--queues {wanted}: {record.ifname} has {record.queues}, by "queues" of its network config',
+        )
     return wanted or record.queues
 
 
 def vhost_wanted(choice: str, device: str = VHOST) -> bool:
-    """ "auto" is on where the device can be opened. Raises CniError NO_VHOST for "on" where it cannot."""
+    """Whether to use it; "auto" is where it can be opened. Raises CniError NO_VHOST for a vain "on"."""
     if choice == "off":
         return False
     try:

@@ -30,6 +30,7 @@ from cni import spec
 from cni.errors import CniError
 from cni.launcher import NOT_PERMITTED
 from cni.launcher.qemu import FIRST_FD
+from cni.netns import libc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -146,14 +147,11 @@ def excess(status: Iterable[str], user: User) -> list[str]:
 
 def prctl(option: int, argument: int) -> int:
     """prctl(2), of the calling thread."""
-    result: int = _LIBC.prctl(option, *map(ctypes.c_ulong, (argument, 0, 0, 0)))
+    result: int = libc.prctl(option, *map(ctypes.c_ulong, (argument, 0, 0, 0)))
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"prctl {option} {argument}: {os.strerror(number)}")
     return result
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def _bounding_set() -> list[int]:
@@ -169,7 +167,7 @@ def _bounding_set() -> list[int]:
 
 def _clear_capabilities() -> None:
     header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
-    if _LIBC.capset(header, (ctypes.c_uint32 * 6)()) < 0:
+    if libc.capset(header, (ctypes.c_uint32 * 6)()) < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"capset: {os.strerror(number)}")
 

@@ -30,7 +30,7 @@ def test_the_image_is_cidata_with_the_three_files() -> None:
         iso = pycdlib.PyCdlib()
         iso.open_fp(image)
         label = iso.pvd.volume_identifier.decode().rstrip()
-        read = {}
+        read: dict[str, set[bytes]] = {}
         for facade in (iso.get_rock_ridge_facade(), iso.get_joliet_facade()):
             for name in ("meta-data", "user-data", "network-config"):
                 content = BytesIO()
