@@ -12,13 +12,12 @@ import os
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
-from cni import mac as macs
-from cni import macvtap, netns, result, tapdev
+from cni import ipv6, macvtap, netns, refusal, result, tapdev
+from cni import mac as mac_rules
+from cni import plan as plans
 from cni.errors import CniError
 from cni.ipam import Delegate
 from cni.rtnl import (
-    ARPHRD_ETHER,
-    IFF_UP,
     IFLA_ADDRESS,
     IFLA_MTU,
     IFLA_TARGET_NETNSID,
@@ -32,17 +31,10 @@ from cni.rtnl import (
     u32,
 )
 from cni.spec import (
-    CHECK_FAILED,
-    INVALID_NETWORK_CONFIG,
     IO_FAILURE,
-    KERNEL_REFUSED,
-    MAC_IN_USE,
     NAME_IN_USE,
-    NO_ATTACHMENT,
     PLUGIN_NOT_AVAILABLE,
-    SOURCE_BUSY,
-    SOURCE_MISSING,
-    TRY_AGAIN_LATER,
+    VERSIONS,
 )
 from cni.state import Record, Store, alias, boot_id, identifier
 
@@ -52,10 +44,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cni.netconf import NetConf
+    from cni.plan import Plan
     from cni.policy import Grant
-    from cni.rtnl import Link
-
-_PLAIN_TAP_MTU = 1500
 
 
 @dataclass(frozen=True)
@@ -84,32 +74,24 @@ class Call:
         return Delegate(str(self.conf.ipam["type"]), self.stdin, self.env, self.delegate_seconds)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What ADD is going to make."""
-
-    device: str
-    mode: str | None
-    source: Link | None
-    mac: str
-    mtu: int
-
-
-def add(call: Call, grant: Grant) -> result.Result:
-    """Make the attachment and say what it is. Raises CniError, and then nothing of it is left."""
+def add(call: Call, grant: Grant) -> dict[str, Any]:
+    """Make the attachment and answer with the CNI result. Raises CniError, and then nothing of it is left."""
     assert call.netns is not None  # noqa: S101 - plugin.py opens it for every command but DEL
     with ExitStack() as stack:
         host = stack.enter_context(Rtnl())
-        plan = _plan(host, call, grant)
+        plan = plans.decide(host, call.conf, grant, call.container_id, call.ifname)
         call.store.prepare()
         stack.enter_context(call.store.locked(call.id))
         with netns.entered(call.netns):
             pod = stack.enter_context(Rtnl())
         if pod.link(name=call.ifname):
             raise CniError(
-                NAME_IN_USE, f"CNI_IFNAME {call.ifname!r}: the pod already has a link of this name; it was left alone"
+                NAME_IN_USE,
+                f"CNI_IFNAME {call.ifname!r}: the pod already has a link of this name; it was left alone",
             )
-        if stale := call.store.load(call.id):  # an ADD that was killed: end it before its addresses are asked for
+        if stale := call.store.load(
+            call.id
+        ):  # an ADD that was killed: end it before its addresses are asked for
             _raise(_end(host, call.store, stale, _delegate_of(call, stale)))
         record = _record(host, call, grant, plan)
         delegated = False
@@ -118,12 +100,17 @@ def add(call: Call, grant: Grant) -> result.Result:
             leased = result.Result()
             if delegate := call.delegate():
                 delegated = True
-                leased = result.parse(delegate.run("ADD") or {}, call.conf.cni_version)
+                leased = result.parse(
+                    delegate.run("ADD") or {},
+                    call.conf.cni_version,
+                    where=f"the result of ipam.type {delegate.type!r}",
+                )
+                said = result.render(leased, VERSIONS[-1])
                 record = replace(
                     record,
-                    ips=tuple(result.plain(leased.ips)),
-                    routes=tuple(result.plain(leased.routes)),
-                    dns=result.plain_dns(leased.dns),
+                    ips=tuple(said.get("ips", ())),
+                    routes=tuple(said.get("routes", ())),
+                    dns=said.get("dns"),
                 )
                 call.store.save(record)
             _make(pod, call, plan, record)
@@ -131,7 +118,9 @@ def add(call: Call, grant: Grant) -> result.Result:
             undone = _end(host, call.store, record, _delegate_of(call, record) if delegated else None)
             if undone and isinstance(error, CniError):
                 left = "; ".join(str(each) for each in undone)
-                raise CniError(error.code, error.msg, f"{error.details} (undoing it: {left})".strip()) from error
+                raise CniError(
+                    error.code, error.msg, f"{error.details} (undoing it: {left})".strip()
+                ) from error
             raise
         return _answer(call, record, leased)
 
@@ -164,69 +153,6 @@ def delete(call: Call) -> None:
     _raise(failed)
 
 
-def check(call: Call, grant: Grant) -> None:
-    """Raises CniError 108 that names what is not as ADD left it, as far as later plugins may not change it."""
-    assert call.netns is not None  # noqa: S101 - as in add
-    if call.conf.prev_result is None:
-        raise CniError(INVALID_NETWORK_CONFIG, "prevResult is missing: CHECK compares with the result of ADD")
-    previous = result.parse(call.conf.prev_result, call.conf.cni_version)
-    listed = next(
-        (each for each in previous.interfaces if each.name == call.ifname and each.sandbox == call.netns_path), None
-    )
-    if listed is None:
-        raise CniError(
-            CHECK_FAILED, f"prevResult.interfaces has no {call.ifname} with sandbox {call.netns_path}: was ADD run?"
-        )
-    with ExitStack() as stack:
-        host = stack.enter_context(Rtnl())
-        plan = _plan(host, call, grant)
-        own = os.open(netns.OWN, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, own)
-        with netns.entered(call.netns):
-            pod = stack.enter_context(Rtnl())
-        link = pod.link(name=call.ifname)
-        if link is None:
-            raise CniError(CHECK_FAILED, f"{call.ifname} is gone from the pod: give the pod a new sandbox")
-        record = call.store.load(call.id)
-        mac = listed.mac or link.mac
-        if plan.device == "tap" and plan.source is None:
-            mac = macs.of_plain_tap(mac)
-        expected: list[tuple[str, object, object]] = [
-            ("ifalias", link.alias, alias(call.conf.name, call.container_id, call.ifname)),
-            ("kind", link.kind, "macvtap" if plan.device == "macvtap" else "tun"),
-            ("MAC", link.mac, mac),
-            ("state", "up" if link.flags & IFF_UP else "down", "up"),
-        ]
-        if plan.device == "macvtap":
-            assert plan.source is not None  # noqa: S101 - _plan
-            expected += [
-                ("mode", link.mode, macvtap.MODES[plan.mode or ""]),
-                ("lower device", (link.lower, link.lower_nsid), (plan.source.index, pod.nsid(own))),
-            ]
-        if call.conf.mtu is not None and link.mtu > call.conf.mtu:  # a later plugin (tuning) may lower it
-            expected.append(("MTU", link.mtu, call.conf.mtu))
-        if record:
-            expected.append(("ifindex", link.index, record.ifindex))
-        for what, found, wanted in expected:
-            if found != wanted:
-                raise CniError(CHECK_FAILED, f"{call.ifname}: {what} is {found!r}, and ADD made it {wanted!r}")
-        if plan.device == "macvtap":
-            _, *device = tapdev.number(call.netns, call.ifname)
-            if record and record.node:
-                _check_node(record.node, os.makedev(*device))
-        elif plan.source:
-            _check_port(plan, link.index, call.ifname)
-    if call.conf.addressing == "link":
-        from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
-
-        index = previous.interfaces.index(listed)
-        wanted_addresses = {each.address for each in previous.ips if each.interface == index}
-        if missing := wanted_addresses - iproute.addresses(call.netns, link.index):
-            raise CniError(CHECK_FAILED, f"{call.ifname}: address {', '.join(sorted(missing))} is not on it any more")
-    if delegate := call.delegate():
-        delegate.run("CHECK")
-
-
 def collect(call: Call) -> None:
     """GC: end this network's attachments that are not among the valid ones (SPEC section 4 "GC").
 
@@ -237,7 +163,10 @@ def collect(call: Call) -> None:
     failed: list[CniError] = []
     with Rtnl() as host:
         for seen in list(call.store.records()):
-            if seen.network != call.conf.name or (seen.container_id, seen.ifname) in call.conf.valid_attachments:
+            if (
+                seen.network != call.conf.name
+                or (seen.container_id, seen.ifname) in call.conf.valid_attachments
+            ):
                 continue
             with call.store.locked(seen.id):
                 if record := call.store.load(seen.id):  # a DEL may have been quicker
@@ -265,49 +194,7 @@ def status(call: Call, grant: Grant) -> None:
         delegate.run("STATUS")
 
 
-def _plan(host: Rtnl, call: Call, grant: Grant) -> _Plan:
-    """Decide, before anything is touched. Raises CniError 7 or 104."""
-    conf = call.conf
-    if grant.type != "ethernet":
-        raise CniError(
-            INVALID_NETWORK_CONFIG,
-            f"interface {grant.interface!r} is of type {grant.type}, which this version cannot attach to: only ethernet",
-        )
-    source = None
-    if grant.source is not None:
-        source = host.link(name=grant.source)
-        if source is None:
-            raise CniError(
-                SOURCE_MISSING, f"source device {grant.source!r} is not on this node: plug it in, or correct the policy"
-            )
-        if source.arphrd != ARPHRD_ETHER:
-            raise CniError(INVALID_NETWORK_CONFIG, f"source device {grant.source!r} is not an Ethernet device")
-    bridge = source is not None and source.kind == "bridge"
-    device = grant.device or ("tap" if source is None or (bridge and grant.mode == "bridge") else "macvtap")
-    if device == "macvtap" and source is None:
-        raise CniError(INVALID_NETWORK_CONFIG, "device macvtap needs an interface or a source to sit on")
-    if device == "tap" and source is not None:
-        if not bridge:
-            raise CniError(
-                INVALID_NETWORK_CONFIG,
-                f"device tap: source {source.name!r} is no Linux bridge; use macvtap on a NIC, or name a bridge",
-            )
-        if grant.mode == "vepa":
-            raise CniError(
-                INVALID_NETWORK_CONFIG,
-                "mode vepa: a tap on a Linux bridge cannot have it, as the bridge delivers between its own ports; "
-                "use bridge, pepa, or a macvtap on the NIC",
-            )
-    mtu = conf.mtu or (source.mtu if source else _PLAIN_TAP_MTU)
-    if source and mtu > source.mtu:
-        raise CniError(
-            INVALID_NETWORK_CONFIG, f"mtu {mtu} is more than the {source.mtu} of source device {source.name!r}"
-        )
-    mac = conf.mac or macs.derive(conf.name, call.container_id, call.ifname, conf.args)
-    return _Plan(device, grant.mode if source else None, source, mac, mtu)
-
-
-def _record(host: Rtnl, call: Call, grant: Grant, plan: _Plan) -> Record:
+def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
     assert call.netns is not None  # noqa: S101 - as in add
     conf = call.conf
     ifindex = call.store.reserve_ifindex(call.id)
@@ -334,12 +221,12 @@ def _record(host: Rtnl, call: Call, grant: Grant, plan: _Plan) -> Record:
     )
 
 
-def _make(pod: Rtnl, call: Call, plan: _Plan, record: Record) -> None:
+def _make(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
     assert call.netns is not None  # noqa: S101 - as in add
     conf = call.conf
     try:
         if plan.device == "macvtap":
-            assert plan.source is not None and plan.mode is not None  # noqa: S101, PT018 - _plan
+            assert plan.source is not None and plan.mode is not None  # noqa: S101 - _plan
             own = os.open(netns.OWN, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 host_nsid = pod.nsid(own)
@@ -358,31 +245,38 @@ def _make(pod: Rtnl, call: Call, plan: _Plan, record: Record) -> None:
             )
         else:
             _make_tap(pod, call, plan, record)
+        # A plain tap's other end is the pod's kernel itself.
+        speaks = conf.addressing == "link" or plan.source is None
+        ipv6.keep_out(record.ifname, call.netns, speaks=speaks)
         macvtap.bring_up(
-            pod,
-            record.ifindex,
-            record.alias,
-            promisc=conf.promisc,
-            allmulti=conf.allmulti,
-            speaks=conf.addressing == "link",
+            pod, record.ifindex, record.alias, promisc=conf.promisc, allmulti=conf.allmulti, speaks=speaks
         )
         if record.node:
             _, *device = tapdev.number(call.netns, record.ifname)
             tapdev.make_node(
-                call.store.dev / f"tap{record.ifindex}", (device[0], device[1]), conf.owner or 0, conf.group or 0
+                call.store.dev / f"tap{record.ifindex}",
+                (device[0], device[1]),
+                conf.owner or 0,
+                conf.group or 0,
             )
         if conf.addressing == "link" and record.ips:
             from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
 
-            gateways = {6 if ":" in ip["gateway"] else 4: ip["gateway"] for ip in record.ips if ip.get("gateway")}
+            gateways = {
+                6 if ":" in ip["gateway"] else 4: ip["gateway"] for ip in record.ips if ip.get("gateway")
+            }
             iproute.put_addresses(
-                call.netns, record.ifindex, [ip["address"] for ip in record.ips], list(record.routes), gateways
+                call.netns,
+                record.ifindex,
+                [ip["address"] for ip in record.ips],
+                list(record.routes),
+                gateways,
             )
     except OSError as error:
-        raise _refusal(error, call, plan, record) from error
+        raise refusal.explain(error, plan, record, call.store) from error
 
 
-def _make_tap(pod: Rtnl, call: Call, plan: _Plan, record: Record) -> None:
+def _make_tap(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
     from cni import tap  # noqa: PLC0415 - the other device
 
     assert call.netns is not None  # noqa: S101 - as in add
@@ -395,10 +289,13 @@ def _make_tap(pod: Rtnl, call: Call, plan: _Plan, record: Record) -> None:
         group=call.conf.group,
     )
     # On a bridge the redirect takes every frame before the pod's stack could mistake it for its own.
-    address = record.mac if plan.source else macs.of_plain_tap(record.mac)
+    address = record.mac if plan.source else mac_rules.of_plain_tap(record.mac)
     pod.do(
         link_message(
-            RTM_SETLINK, attr(IFLA_ADDRESS, mac_bytes(address)), u32(IFLA_MTU, record.mtu), index=record.ifindex
+            RTM_SETLINK,
+            attr(IFLA_ADDRESS, mac_bytes(address)),
+            u32(IFLA_MTU, record.mtu),
+            index=record.ifindex,
         )
     )
     if plan.source:
@@ -414,20 +311,16 @@ def _make_tap(pod: Rtnl, call: Call, plan: _Plan, record: Record) -> None:
         )
 
 
-def _answer(call: Call, record: Record, leased: result.Result) -> result.Result:
+def _answer(call: Call, record: Record, leased: result.Result) -> dict[str, Any]:
     """The result: what came before in the chain, and ours after it (SPEC section 5)."""
-    before = result.Result()
-    if call.conf.prev_result is not None:
-        before = result.parse(call.conf.prev_result, call.conf.cni_version)
-    index = len(before.interfaces)
     ours = result.Interface(name=record.ifname, mac=record.mac, mtu=record.mtu, sandbox=call.netns_path)
-    return replace(
-        before,
-        interfaces=(*before.interfaces, ours),
-        ips=(*before.ips, *(replace(each, interface=index) for each in leased.ips)),
-        routes=(*before.routes, *leased.routes),
-        dns=result.dns(call.conf.dns) if call.conf.dns else leased.dns or before.dns,
+    own = result.Result(
+        interfaces=(ours,),
+        ips=tuple(replace(each, interface=0) for each in leased.ips),
+        routes=leased.routes,
+        dns=result.parse_dns(call.conf.dns) if call.conf.dns else leased.dns,
     )
+    return result.extend(call.conf.prev_result, own, call.conf.cni_version)
 
 
 def _delegate_of(call: Call, record: Record) -> Delegate | None:
@@ -445,7 +338,9 @@ def _delegate_of(call: Call, record: Record) -> Delegate | None:
         "CNI_NETNS": record.netns if os.path.exists(record.netns) else "",
         "CNI_ARGS": record.args,
     }
-    return Delegate(str(record.config["ipam"]["type"]), json.dumps(record.config).encode(), env, call.delegate_seconds)
+    return Delegate(
+        str(record.config["ipam"]["type"]), json.dumps(record.config).encode(), env, call.delegate_seconds
+    )
 
 
 def _end(host: Rtnl, store: Store, record: Record, delegate: Delegate | None) -> list[CniError]:
@@ -468,7 +363,9 @@ def _remove_links(host: Rtnl, record: Record) -> None:
         if error.errno != errno.EINVAL:  # that: no namespace has the id any more, so the link went with it
             raise
         link = None
-    if link and link.alias in (record.alias, "") and link.name == record.ifname:  # "": killed before it was marked
+    if (
+        link and link.alias in (record.alias, "") and link.name == record.ifname
+    ):  # "": killed before it was marked
         _delete(host, link.index, record.nsid)
     if record.device == "tap" and record.source:
         _remove_port(host, record.ifindex, record.alias)
@@ -507,79 +404,6 @@ def _remove_node(path: str) -> None:
     for each in (path, f"{path}.new"):
         with suppress(FileNotFoundError):
             os.unlink(each)
-
-
-def _check_node(path: str, number: int) -> None:
-    try:
-        found = os.lstat(path).st_rdev
-    except OSError as error:
-        raise CniError(CHECK_FAILED, f"the device node {path} is gone", str(error)) from error
-    if found != number:
-        raise CniError(CHECK_FAILED, f"the device node {path} is another device than the link's")
-
-
-def _check_port(plan: _Plan, ifindex: int, ifname: str) -> None:
-    from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
-
-    assert plan.source is not None  # noqa: S101 - the caller
-    name, _ = iproute.veth_names(ifindex)
-    if iproute.bridge_port(name) != (plan.source.index, plan.mode == "pepa"):
-        raise CniError(
-            CHECK_FAILED, f"{ifname}: its host end {name} is not a port of {plan.source.name} in mode {plan.mode} any more"
-        )
-
-
-def _refusal(error: OSError, call: Call, plan: _Plan, record: Record) -> CniError:
-    """What the kernel's no means, with the culprit named. Only here may links be listed."""
-    said = os.strerror(error.errno or 0)
-    details = said if str(error.strerror) == said else f"{said}: {error.strerror}"
-    source = plan.source.name if plan.source else ""
-    match error.errno:
-        case errno.EEXIST:
-            return CniError(NAME_IN_USE, f"the pod already has a link {record.ifname!r}; it was left alone", details)
-        case errno.EADDRINUSE:
-            return CniError(
-                MAC_IN_USE,
-                f"MAC {record.mac} is in use on {source!r} by {_holder(call, plan, record)}: give this VM another",
-                details,
-            )
-        case errno.EBUSY if plan.source and plan.source.master:
-            with Rtnl() as host:
-                master = host.link(index=plan.source.master)
-            name = master.name if master else f"ifindex {plan.source.master}"
-            return CniError(
-                SOURCE_BUSY,
-                f"source device {source!r} is a port of {name!r}, so no macvtap can sit on it: name {name!r} as source",
-                details,
-            )
-        case errno.EINVAL if plan.source and _is_passthru_taken(plan.source):
-            return CniError(
-                SOURCE_BUSY, f"source device {source!r} has a passthru macvlan or macvtap, which allows no other", details
-            )
-        case errno.ENODEV:
-            return CniError(SOURCE_MISSING, f"source device {source!r} went away", details)
-        case errno.ENOBUFS | errno.EAGAIN | errno.ENOMEM:
-            return CniError(TRY_AGAIN_LATER, "the kernel has no room for the request now: try again", details)
-        case errno.EPERM:
-            return CniError(KERNEL_REFUSED, "the plugin lacks CAP_NET_ADMIN, in the host's or the pod's namespace", details)
-        case _:
-            return CniError(KERNEL_REFUSED, f"the kernel refused the {plan.device} on {source or 'the pod'!r}", details)
-
-
-def _holder(call: Call, plan: _Plan, record: Record) -> str:
-    if plan.source and plan.source.mac == record.mac:
-        return f"{plan.source.name} itself"
-    for other in call.store.records():
-        if other.mac == record.mac and other.source == record.source and other.id != record.id:
-            return f"{other.ifname} of container {other.container_id} in network {other.network!r}"
-    return "another macvlan or macvtap, not of this plugin"
-
-
-def _is_passthru_taken(source: Link) -> bool:
-    """Whether the lower device has a passthru child here. In other namespaces there is nobody to ask."""
-    with Rtnl() as host, suppress(OSError):
-        return any(link.lower == source.index and link.mode == macvtap.MODES["passthru"] for link in host.links())
-    return False
 
 
 def _attempt(step: Any, *args: object) -> list[CniError]:

@@ -48,12 +48,15 @@ class Delegate:
                 start_new_session=True,
             )
         except OSError as error:
-            raise CniError(DELEGATE_FAILED, f"ipam.type {self.type!r}: {program} cannot be run", str(error)) from error
+            raise CniError(
+                DELEGATE_FAILED, f"ipam.type {self.type!r}: {program} cannot be run", str(error)
+            ) from error
         try:
             out, _ = process.communicate(self.config, timeout=self.deadline)
         except subprocess.TimeoutExpired:
             raise CniError(
-                DELEGATE_FAILED, f"ipam.type {self.type!r} did not finish {command} in {self.deadline:g} s and was killed"
+                DELEGATE_FAILED,
+                f"ipam.type {self.type!r} did not finish {command} in {self.deadline:g} s and was killed",
             ) from None
         finally:
             if process.poll() is None:
@@ -95,7 +98,9 @@ class Delegate:
 def _find(type: str, path: str) -> str:
     """The executable, in CNI_PATH's folders only (CVE-2021-20206: a type is a name, never a path)."""
     if not type or "/" in type or "\0" in type or type in (".", ".."):
-        raise CniError(INVALID_NETWORK_CONFIG, f"ipam.type {type!r} must be the name of a plugin, without a path")
+        raise CniError(
+            INVALID_NETWORK_CONFIG, f"ipam.type {type!r} must be the name of a plugin, without a path"
+        )
     folders = [folder for folder in path.split(os.pathsep) if folder]
     if not folders:
         raise CniError(INVALID_ENVIRONMENT, f"CNI_PATH is empty, so ipam.type {type!r} cannot be found")
@@ -103,4 +108,6 @@ def _find(type: str, path: str) -> str:
         program = os.path.join(folder, type)
         if os.path.isfile(program) and os.access(program, os.X_OK):
             return program
-    raise CniError(INVALID_NETWORK_CONFIG, f"ipam.type {type!r} is not in CNI_PATH ({path}): install it there")
+    raise CniError(
+        INVALID_NETWORK_CONFIG, f"ipam.type {type!r} is not in CNI_PATH ({path}): install it there"
+    )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from cni import netns
+from cni import ipv6, netns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 _INGRESS = 0xFFFF0000
 _ETH_P_ALL = 3
-_IN6_ADDR_GEN_MODE_NONE = 1
 _IFA_F_NODAD = 0x02
-_AF_INET6 = 10
 
 
 def veth_names(ifindex: int) -> tuple[str, str]:
@@ -34,22 +32,24 @@ def veth_names(ifindex: int) -> tuple[str, str]:
     return f"vth{ifindex:08x}", f"vtp{ifindex:08x}"
 
 
-def join_bridge(
-    pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bool, alias: str
-) -> None:
+def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bool, alias: str) -> None:
     """Make the tap (its ifindex) a port of the host's bridge (its ifindex). Raises OSError."""
     host_end, pod_end = veth_names(tap)
     with _sockets(pod_netns) as (host, pod):
         host.link(
-            "add", kind="veth", ifname=host_end, mtu=mtu, peer={"ifname": pod_end, "net_ns_fd": pod_netns, "mtu": mtu}
+            "add",
+            kind="veth",
+            ifname=host_end,
+            mtu=mtu,
+            peer={"ifname": pod_end, "net_ns_fd": pod_netns, "mtu": mtu},
         )
         (port,) = host.link_lookup(ifname=host_end)
         (inner,) = pod.link_lookup(ifname=pod_end)
-        # The port is the host's: it must not take an address or heed a router that a guest pretends to be
-        # (CVE-2020-10749). No address is generated, so no IPv6 is spoken on either end.
-        for side, index in ((host, port), (pod, inner)):
-            side.link("set", index=index, ifalias=alias)
-            _silence(side, index)
+        ipv6.keep_out(host_end, None, speaks=False)
+        ipv6.keep_out(pod_end, pod_netns, speaks=False)
+        # A bridge takes the lowest MAC of its ports for its own: ours must never be that, or the host's changes.
+        host.link("set", index=port, ifalias=alias, address=f"fe:{tap.to_bytes(5).hex(':')}")
+        pod.link("set", index=inner, ifalias=alias)
         host.link("set", index=port, master=bridge)
         if isolated:
             host.brport("set", index=port, isolated=True)
@@ -97,7 +97,9 @@ def put_addresses(
         for route in routes:
             version = 6 if ":" in route["dst"] else 4
             via = route.get("gw") or gateways.get(version)
-            extra = {key: route[key] for key in ("priority", "table", "scope") if key in route}
+            extra: dict[str, Any] = {
+                key: route[key] for key in ("priority", "table", "scope") if key in route
+            }
             metrics = {key: route[key] for key in ("mtu", "advmss") if key in route}
             if metrics:
                 extra["metrics"] = metrics
@@ -107,21 +109,9 @@ def put_addresses(
 def addresses(pod_netns: int, ifindex: int) -> set[str]:
     """The addresses on the link, "10.1.0.5/24"."""
     with _socket(pod_netns) as pod:
-        return {f"{found.get_attr('IFA_ADDRESS')}/{found['prefixlen']}" for found in pod.get_addr(index=ifindex)}
-
-
-def _silence(side: IPRoute, index: int) -> None:
-    try:
-        side.link(
-            "set",
-            index=index,
-            IFLA_AF_SPEC={
-                "attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", _IN6_ADDR_GEN_MODE_NONE)]})]
-            },
-        )
-    except NetlinkError as error:
-        if error.code != 97:  # EAFNOSUPPORT: no IPv6 here to silence
-            raise
+        return {
+            f"{found.get_attr('IFA_ADDRESS')}/{found['prefixlen']}" for found in pod.get_addr(index=ifindex)
+        }
 
 
 @contextmanager

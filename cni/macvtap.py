@@ -1,26 +1,22 @@
-"""Make a macvtap: one message creates it in the pod, a second send names its owner, silences it and sets it up.
+"""Make a macvtap: one message creates it in the pod, a second says whose it is and sets it up.
 
-The kernel does all of a send before send(2) returns. There are two sends because a create that is refused must
-not let the messages after it fall upon the link that was there before. Must not decide what to make.
+Two sends, because the second message of one send would be carried out though the first was refused, and fall
+upon the link that was there before; and because the pod's IPv6 has to be off in between (ipv6.py). Must not
+decide what to make.
 
 Sources: drivers/net/macvlan.c, macvtap.c; net/core/rtnetlink.c.
 """
 
 from __future__ import annotations
 
-import errno
-
 from cni.rtnl import (
-    AF_INET6,
     IFF_ALLMULTI,
     IFF_NOARP,
     IFF_PROMISC,
     IFF_UP,
     IFLA_ADDRESS,
-    IFLA_AF_SPEC,
     IFLA_IFALIAS,
     IFLA_IFNAME,
-    IFLA_INET6_ADDR_GEN_MODE,
     IFLA_INFO_DATA,
     IFLA_INFO_KIND,
     IFLA_LINK,
@@ -29,7 +25,6 @@ from cni.rtnl import (
     IFLA_MACVLAN_BC_QUEUE_LEN,
     IFLA_MACVLAN_MODE,
     IFLA_MTU,
-    IN6_ADDR_GEN_MODE_NONE,
     NLM_F_ACK,
     NLM_F_CREATE,
     NLM_F_EXCL,
@@ -87,28 +82,20 @@ def create(
 
 
 def bring_up(pod: Rtnl, ifindex: int, alias: str, *, promisc: bool, allmulti: bool, speaks: bool) -> None:
-    """Mark the link ours and set it up; unless it speaks, the pod's kernel sends nothing on it.
+    """Mark the link ours and set it up.
 
-    Silence is two settings: no IPv6 address is generated (no DAD, MLD or router solicitation with the guest's
-    MAC) and, with IFF_NOARP, no ARP request for another of the pod's addresses is answered while no QEMU has
-    the device open. Raises OSError (EADDRINUSE: another link on the lower device has the MAC).
+    Unless it speaks, IFF_NOARP: while no QEMU has the device open, the pod's kernel would answer ARP requests
+    for its other addresses with the guest's MAC. Raises OSError (EADDRINUSE: another link on the lower device
+    has the MAC).
     """
     flags = IFF_UP | (IFF_PROMISC if promisc else 0) | (IFF_ALLMULTI if allmulti else 0)
     flags |= 0 if speaks else IFF_NOARP
-    silence = nest(AF_INET6, attr(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE])))
-    # The order matters: in one message the kernel would set the link up before it reads IFLA_AF_SPEC.
-    marked, silenced, up = pod.talk(
-        link_message(RTM_SETLINK, text(IFLA_IFALIAS, alias), index=ifindex),
-        link_message(RTM_SETLINK, nest(IFLA_AF_SPEC, silence), index=ifindex),
+    pod.do(  # the kernel takes the alias before the flags (do_setlink)
         link_message(
             RTM_SETLINK,
+            text(IFLA_IFALIAS, alias),
             index=ifindex,
             flags=flags,
             change=IFF_UP | IFF_PROMISC | IFF_ALLMULTI | IFF_NOARP,
-        ),
+        )
     )
-    if isinstance(silenced, OSError) and silenced.errno != errno.EAFNOSUPPORT:  # that: no IPv6 here to silence
-        raise silenced
-    for outcome in (marked, up):
-        if isinstance(outcome, OSError):
-            raise outcome

@@ -56,7 +56,8 @@ def check(fd: int, path: str) -> None:
         raise CniError(INVALID_NETNS, f"CNI_NETNS {path!r} is not a network namespace")
     if identity(fd) == own_identity():
         raise CniError(
-            INVALID_NETNS, f"CNI_NETNS {path!r} is the plugin's own network namespace: a pod must have one of its own"
+            INVALID_NETNS,
+            f"CNI_NETNS {path!r} is the plugin's own network namespace: a pod must have one of its own",
         )
 
 
@@ -95,5 +96,7 @@ def _setns(fd: int, whose: str) -> None:
         number = ctypes.get_errno()
         code = INVALID_NETNS if whose == "the pod's" else IO_FAILURE
         raise CniError(
-            code, f"the plugin cannot enter {whose} network namespace: it needs CAP_SYS_ADMIN", os.strerror(number)
+            code,
+            f"the plugin cannot enter {whose} network namespace: it needs CAP_SYS_ADMIN",
+            os.strerror(number),
         )

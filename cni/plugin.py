@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cni import attachment, netconf, netns, policy, result
+from cni import attachment, check, netconf, netns, policy, result
 from cni.errors import CniError
 from cni.spec import (
     INCOMPATIBLE_VERSION,
@@ -113,7 +113,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         raise CniError(
             INCOMPATIBLE_VERSION, f"cniVersion {conf.cni_version} has no {command}: it came with {since}"
         )
-    opened, why = _open(request, command)
+    opened = _open(request, command)
     try:
         call = attachment.Call(
             conf=conf,
@@ -126,7 +126,6 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
             store=Store(request.state),
             delegate_seconds=request.delegate_seconds,
         )
-        del why
         return _carry_out(command, request, conf, call)
     finally:
         if opened is not None:
@@ -136,14 +135,16 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
 def _carry_out(command: str, request: Request, conf: NetConf, call: attachment.Call) -> dict[str, Any] | None:
     match command:
         case "ADD":
-            if conf.ipam is None and conf.prev_result is None:
-                result.check_expressible(conf.cni_version)
-            grant = policy.authorize(policy.load(request.policy), conf)
-            return result.render(attachment.add(call, grant), conf.cni_version)
+            if conf.ipam is None and conf.prev_result is None and result.needs_ip(conf.cni_version):
+                raise CniError(
+                    INCOMPATIBLE_VERSION,
+                    f"cniVersion {conf.cni_version} has no result without an IP address: raise it, or set ipam",
+                )
+            return attachment.add(call, policy.authorize(policy.load(request.policy), conf))
         case "DEL":
             attachment.delete(call)
         case "CHECK":
-            attachment.check(call, policy.authorize(policy.load(request.policy), conf))
+            check.check(call, policy.authorize(policy.load(request.policy), conf))
         case "GC":
             attachment.collect(call)
         case "STATUS":
@@ -174,20 +175,20 @@ def _check_environment(command: str, env: Mapping[str, str]) -> None:
             )
 
 
-def _open(request: Request, command: str) -> tuple[int | None, CniError | None]:
+def _open(request: Request, command: str) -> int | None:
     """An fd of CNI_NETNS that we have to close. DEL goes on without: the namespace may well be gone."""
     path = request.env.get("CNI_NETNS", "")
     if request.netns is not None:
         netns.check(request.netns, path)
-        return None, None
+        return None
     if command in ("GC", "STATUS") or not path:
-        return None, None
+        return None
     try:
-        return netns.open_path(path), None
-    except CniError as error:
+        return netns.open_path(path)
+    except CniError:
         if command != "DEL":
             raise
-        return None, error
+        return None
 
 
 def _encode(document: dict[str, Any]) -> bytes:

@@ -54,7 +54,6 @@ IFLA_LINK = 5
 IFLA_MASTER = 10
 IFLA_LINKINFO = 18
 IFLA_IFALIAS = 20
-IFLA_AF_SPEC = 26
 IFLA_PROMISCUITY = 30
 IFLA_LINK_NETNSID = 37
 IFLA_TARGET_NETNSID = 46
@@ -62,15 +61,11 @@ IFLA_INFO_KIND = 1
 IFLA_INFO_DATA = 2
 IFLA_MACVLAN_MODE = 1
 IFLA_MACVLAN_BC_QUEUE_LEN = 7
-IFLA_INET6_ADDR_GEN_MODE = 8
-IN6_ADDR_GEN_MODE_NONE = 1
-AF_INET6 = 10
 
 IFF_UP = 0x1
 IFF_NOARP = 0x80
 IFF_PROMISC = 0x100
 IFF_ALLMULTI = 0x200
-IFF_LOWER_UP = 0x10000
 
 ARPHRD_ETHER = 1
 
@@ -126,7 +121,7 @@ def nest(kind: int, *attrs: bytes) -> bytes:
 
 
 def mac_bytes(mac: str) -> bytes:
-    """"02:00:00:00:00:01" as six bytes."""
+    """ "02:00:00:00:00:01" as six bytes."""
     return bytes.fromhex(mac.replace(":", ""))
 
 
@@ -165,7 +160,9 @@ class Rtnl:
         self._sequence += len(messages)
         self._socket.send(
             b"".join(
-                _HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | nlm, first + i, 0) + body + bytes(-len(body) % 4)
+                _HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | nlm, first + i, 0)
+                + body
+                + bytes(-len(body) % 4)
                 for i, (kind, nlm, body) in enumerate(messages)
             )
         )

@@ -116,7 +116,9 @@ class Store:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = os.lstat(self.folder)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-                raise CniError(IO_FAILURE, f"state folder {self.folder} must be a directory of uid {os.geteuid()}")
+                raise CniError(
+                    IO_FAILURE, f"state folder {self.folder} must be a directory of uid {os.geteuid()}"
+                )
             if status.st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
 
@@ -130,7 +132,9 @@ class Store:
         written = path.with_suffix(".new")
         with _io(path):
             try:
-                fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                fd = os.open(
+                    written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+                )
                 with open(fd, "w", encoding="utf-8") as file:
                     json.dump(vars(record), file, separators=(",", ":"))
                 os.rename(written, path)
@@ -239,5 +243,7 @@ class _io:  # noqa: N801 - used as a statement
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             raise CniError(
-                IO_FAILURE, f"the state under {self._path} cannot be kept: is its file system full or read-only?", str(error)
+                IO_FAILURE,
+                f"the state under {self._path} cannot be kept: is its file system full or read-only?",
+                str(error),
             ) from error

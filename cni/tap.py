@@ -10,7 +10,7 @@ import os
 import struct
 from fcntl import ioctl
 
-from cni import netns, tapdev
+from cni import tapdev
 
 TUNSETPERSIST = 0x400454CB
 TUNSETOWNER = 0x400454CC
@@ -20,7 +20,9 @@ TUNSETIFINDEX = 0x400454DA
 IFF_TUN_EXCL = 0x8000
 
 
-def create(pod_netns: int, *, ifname: str, ifindex: int, queues: int, owner: int | None, group: int | None) -> None:
+def create(
+    pod_netns: int, *, ifname: str, ifindex: int, queues: int, owner: int | None, group: int | None
+) -> None:
     """Make the tap, down, owned by owner and group (numeric; None: anybody with CAP_NET_ADMIN).
 
     With more than one queue it is IFF_MULTI_QUEUE, which every later open must ask for too. Raises OSError

@@ -16,7 +16,6 @@ which end with their fd.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -24,7 +23,7 @@ import struct
 from contextlib import ExitStack
 from fcntl import ioctl
 
-from cni import netns
+from cni import mount, netns
 from cni.errors import CniError
 from cni.spec import DEVICE_BUSY, IO_FAILURE, NO_ATTACHMENT, WRONG_DEVICE
 
@@ -45,14 +44,6 @@ IFF_MULTI_QUEUE = 0x0100
 IFF_PERSIST = 0x0800
 IFF_NO_PI = 0x1000
 IFF_VNET_HDR = 0x4000
-
-# Numbers of system calls that are one on every architecture (asm-generic/unistd.h).
-_SYS_FSOPEN = 430
-_SYS_FSCONFIG = 431
-_SYS_FSMOUNT = 432
-_FSOPEN_CLOEXEC = 1
-_FSCONFIG_CMD_CREATE = 6
-_FSMOUNT_CLOEXEC = 1
 
 
 def open_queues(pod_netns: int, record: Record, queues: int) -> list[int]:
@@ -80,7 +71,7 @@ def number(pod_netns: int, ifname: str) -> tuple[int, int, int]:
     """
     with ExitStack() as stack:
         with netns.entered(pod_netns):  # a sysfs shows the network of the namespace that it was mounted from
-            sysfs = _mount(b"sysfs")
+            sysfs = mount.detached(b"sysfs")
         stack.callback(os.close, sysfs)
         return _number(sysfs, ifname)
 
@@ -88,7 +79,7 @@ def number(pod_netns: int, ifname: str) -> tuple[int, int, int]:
 def open_node(device: tuple[int, int], pod_netns: int | None = None) -> int:
     """An fd of the character device major:minor, opened in pod_netns if given, by a node that nobody else can see."""
     with ExitStack() as stack:
-        folder = _mount(b"tmpfs")
+        folder = mount.detached(b"tmpfs")
         stack.callback(os.close, folder)
         os.mknod("node", stat.S_IFCHR | 0o600, os.makedev(*device), dir_fd=folder)
         if pod_netns is not None:
@@ -123,7 +114,7 @@ def ifreq(ifname: str, value: int = 0) -> bytes:
 def _open_macvtap(pod_netns: int, record: Record) -> int:
     with ExitStack() as stack:
         with netns.entered(pod_netns):
-            sysfs = _mount(b"sysfs")
+            sysfs = mount.detached(b"sysfs")
         stack.callback(os.close, sysfs)
         before = _number(sysfs, record.ifname)
         if before[0] != record.ifindex:
@@ -154,14 +145,17 @@ def _open_tap(pod_netns: int, record: Record) -> int:
         except OSError as error:
             if error.errno == errno.EBUSY:
                 raise CniError(
-                    DEVICE_BUSY, f"{record.ifname} is in use: a tap of one queue has one holder; end the other process"
+                    DEVICE_BUSY,
+                    f"{record.ifname} is in use: a tap of one queue has one holder; end the other process",
                 ) from None
-            raise CniError(WRONG_DEVICE, f"{record.ifname} is not the tap that ADD made", str(error)) from error
+            raise CniError(
+                WRONG_DEVICE, f"{record.ifname} is not the tap that ADD made", str(error)
+            ) from error
         attached = struct.unpack("16sH22x", ioctl(fd, TUNGETIFF, bytes(40)))
         if not attached[1] & IFF_PERSIST:  # TUNSETIFF made a new one: it ends with the fd
             raise _gone(record, "no persistent tap has this name")
         with netns.entered(pod_netns):
-            sysfs = _mount(b"sysfs")
+            sysfs = mount.detached(b"sysfs")
         try:
             index = int(_read(sysfs, f"class/net/{record.ifname}/ifindex"))
         finally:
@@ -190,7 +184,9 @@ def _verify(fd: int, record: Record, mac: str) -> None:
 
 def _gone(record: Record, why: str) -> CniError:
     return CniError(
-        NO_ATTACHMENT, f"the link {record.ifname} that ADD made is gone: give the pod a new sandbox (or DEL and ADD)", why
+        NO_ATTACHMENT,
+        f"the link {record.ifname} that ADD made is gone: give the pod a new sandbox (or DEL and ADD)",
+        why,
     )
 
 
@@ -210,23 +206,3 @@ def _read(folder: int, path: str) -> str:
         return os.read(fd, 64).decode().strip()
     finally:
         os.close(fd)
-
-
-def _mount(kind: bytes) -> int:
-    """A detached mount of a new file system, as a directory fd (fsopen(2)); it is unmounted when the fd closes."""
-    context = _syscall(_SYS_FSOPEN, kind, _FSOPEN_CLOEXEC)
-    try:
-        _syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        return _syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
-    finally:
-        os.close(context)
-
-
-def _syscall(number: int, *args: int | bytes | None) -> int:
-    result: int = netns.libc.syscall(ctypes.c_long(number), *args)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise CniError(
-            IO_FAILURE, "a private sysfs or tmpfs cannot be mounted: CAP_SYS_ADMIN and Linux 5.2 are needed", os.strerror(code)
-        )
-    return result

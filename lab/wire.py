@@ -1,0 +1,218 @@
+"""Network namespaces wired into a host with a NIC, a switch that may reflect, and a peer machine.
+
+    node                          switch                 peer
+    eth1 ─────────────────────── node   ┐
+    br0 ── eth2 ──────────────── uplink ├ sw (a bridge)
+                                 peer   ┘─────────────── eth0  10.77.0.254/24
+
+Each lab has names of its own, so many can run at once, and is gone when it is closed. The machines of the lab
+have IPv6 off: what a capture shows was sent by whom the test is about. Must not use anything of cni/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shlex
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+T = TypeVar("T")
+
+FOLDER = Path("/run")
+"""Not iproute2's /run/netns: the first `ip netns add` mounts that over itself, and what was in it sticks."""
+
+NIC = "eth1"
+"""The node's NIC, for macvtaps."""
+BRIDGE = "br0"
+"""The node's Linux bridge, for taps."""
+BRIDGE_UPLINK = "eth2"
+"""The node's second NIC: the bridge's port to the switch."""
+PEER_ADDRESS = "10.77.0.254/24"
+
+_CLONE_NEWNET = 0x40000000
+_MS_BIND = 4096
+_MNT_DETACH = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class LabError(RuntimeError):
+    """A command of the lab failed; the text has the command and what it said."""
+
+
+def run(
+    argv: Sequence[str | os.PathLike[str]],
+    *,
+    check: bool = True,
+    stdin: str = "",
+    env: Mapping[str, str] | None = None,
+    timeout: float = 30,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end with its output captured; LabError if check and its exit status is not 0."""
+    done = subprocess.run(
+        argv, input=stdin, env=env, timeout=timeout, capture_output=True, text=True, check=False
+    )
+    if check and done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip()) or "nothing"
+        raise LabError(
+            f"{shlex.join([os.fspath(word) for word in argv])}: exit status {done.returncode}, said: {said}"
+        )
+    return done
+
+
+class Netns:
+    """A network namespace with a path, as a container runtime hands it to a plugin.
+
+    With ipv6=False, IPv6 is off on every link that comes to be in it.
+    """
+
+    def __init__(self, label: str, *, ipv6: bool = True) -> None:
+        fd, name = tempfile.mkstemp(prefix="vmtap-lab-", suffix=f"-{label}", dir=FOLDER)
+        os.close(fd)
+        self.path = Path(name)
+
+        def unshare() -> None:
+            _syscall("unshare", _CLONE_NEWNET)
+            if not ipv6:
+                for scope in ("all", "default"):
+                    Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6").write_text("1")
+            _syscall("mount", b"/proc/thread-self/ns/net", bytes(self.path), None, _MS_BIND, None)
+
+        try:
+            _in_thread(unshare)
+            self.ip("link set lo up")
+        except BaseException:
+            self.close()
+            raise
+
+    def argv(self, argv: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
+        """The command line that runs argv in here."""
+        return ["nsenter", f"--net={self.path}", "--", *argv]
+
+    def run(
+        self,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        check: bool = True,
+        stdin: str = "",
+        env: Mapping[str, str] | None = None,
+        timeout: float = 30,
+    ) -> subprocess.CompletedProcess[str]:
+        """run() in this namespace."""
+        return run(self.argv(argv), check=check, stdin=stdin, env=env, timeout=timeout)
+
+    def ip(self, *commands: str) -> None:
+        """ip(8) commands, without the word `ip`, in one process; the first that fails is a LabError."""
+        self.run(["ip", "-batch", "-"], stdin="\n".join(commands))
+
+    def links(self) -> dict[str, dict[str, Any]]:
+        """What `ip -d link show` knows, by the link's name; "promiscuity" is the kernel's counter."""
+        shown: list[dict[str, Any]] = json.loads(self.run(["ip", "-d", "-j", "link", "show"]).stdout)
+        return {link["ifname"]: link for link in shown}
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Calls function in a thread that is in here: sockets that it opens stay in here for good."""
+
+        def inside() -> T:
+            with self.path.open("rb") as namespace:
+                _syscall("setns", namespace.fileno(), _CLONE_NEWNET)
+            return function()
+
+        return _in_thread(inside)
+
+    def close(self) -> None:
+        """Removes the path; the kernel frees the namespace when its last process and fd are gone."""
+        with contextlib.suppress(OSError):  # not a mount, if the constructor failed half-way
+            _syscall("umount2", bytes(self.path), _MNT_DETACH)
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Switch(Netns):
+    """A learning switch. Its ports are links of the bridge `sw`."""
+
+    def __init__(self) -> None:
+        super().__init__("switch", ipv6=False)
+        self.ip("link add sw up type bridge stp_state 0 forward_delay 0 mcast_snooping 0")
+
+    def plug(self, port: str, machine: Netns, nic: str, mtu: int) -> None:
+        """A cable from a new port to a new NIC of the machine, both up."""
+        self.ip(
+            f"link add {port} mtu {mtu} type veth peer name {nic} mtu {mtu} netns {machine.path}",
+            f"link set {port} master sw up",
+        )
+        machine.ip(f"link set {nic} up")
+
+    def reflect(self, on: bool, port: str = "node") -> None:
+        """Reflective relay (IEEE 802.1Qbg): may a frame go out of the port that it came in by?"""
+        self.run(["bridge", "link", "set", "dev", port, "hairpin", "on" if on else "off"])
+
+
+class Lab:
+    """The whole picture of this file's head; a context manager. The switch does not reflect until told to."""
+
+    def __init__(self, *, mtu: int = 1500) -> None:
+        with contextlib.ExitStack() as stack:
+            self.switch = stack.enter_context(Switch())
+            self.node = stack.enter_context(Netns("node", ipv6=False))
+            self.peer = stack.enter_context(Netns("peer", ipv6=False))
+            self.switch.plug("node", self.node, NIC, mtu)
+            self.switch.plug("uplink", self.node, BRIDGE_UPLINK, mtu)
+            self.switch.plug("peer", self.peer, "eth0", mtu)
+            self.node.ip(
+                f"link add {BRIDGE} up mtu {mtu} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+                f"link set {BRIDGE_UPLINK} master {BRIDGE}",
+            )
+            self.peer.ip(f"address add {PEER_ADDRESS} dev eth0")
+            self._stack = stack.pop_all()
+
+    def pod(self, label: str = "pod") -> Netns:
+        """A namespace for a pod, like a runtime's: IPv6 is on. Closed with the lab."""
+        return self._stack.enter_context(Netns(label))
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _syscall(name: str, *args: object) -> None:
+    if getattr(_libc, name)(*args) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{name}: {os.strerror(code)}")
+
+
+def _in_thread(function: Callable[[], T]) -> T:
+    """Calls function in a thread of its own, whose namespaces it may change; returns or raises the same."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
