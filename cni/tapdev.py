@@ -165,7 +165,7 @@ def _verify(fd: int, record: Record) -> None:
     if (name, found) != (record.ifname, record.mac):
         raise CniError(
             WRONG_DEVICE,
-            f"{record.ifname} is not what ADD made: its name and MAC are {name} {found}, not {record.ifname} {record.mac}; "
+            f"{record.ifname} is not what ADD made: it is {name} with MAC {found}, and {record.mac} was given to it; "
             "give the pod a new sandbox",
         )
 
