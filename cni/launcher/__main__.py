@@ -204,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Gives QEMU the attachments of a network namespace as open fds, and no privilege.",
         epilog="Exit codes and examples: docs/launcher.md",
         allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),  # else it imports shutil
     )
     add = parser.add_argument
     add("--netns", metavar="PATH", help="the pod's network namespace; default: the one that this runs in")
