@@ -20,7 +20,7 @@ import errno
 import os
 import stat
 import struct
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from fcntl import ioctl
 
 from cni import mount, netns
@@ -29,6 +29,7 @@ from cni.spec import DEVICE_BUSY, IO_FAILURE, NO_ATTACHMENT, WRONG_DEVICE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from cni.state import Record
@@ -53,15 +54,14 @@ def open_queues(pod_netns: int, record: Record, queues: int) -> list[int]:
     CniError NO_ATTACHMENT (the link is gone), DEVICE_BUSY (other queues are open), WRONG_DEVICE.
     """
     opener = _open_macvtap if record.device == "macvtap" else _open_tap
-    fds: list[int] = []
-    try:
-        for _ in range(queues):
-            fds.append(opener(pod_netns, record))
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
-    return fds
+    with ExitStack() as fds:
+        with _sysfs(pod_netns) as sysfs:
+            opened = []
+            for _ in range(queues):
+                opened.append(opener(sysfs, pod_netns, record))
+                fds.callback(os.close, opened[-1])
+        fds.pop_all()
+        return opened
 
 
 def number(pod_netns: int, ifname: str) -> tuple[int, int, int]:
@@ -69,10 +69,7 @@ def number(pod_netns: int, ifname: str) -> tuple[int, int, int]:
 
     Raises CniError NO_ATTACHMENT if there is no such link, or it has no character device.
     """
-    with ExitStack() as stack:
-        with netns.entered(pod_netns):  # a sysfs shows the network of the namespace that it was mounted from
-            sysfs = mount.detached(b"sysfs")
-        stack.callback(os.close, sysfs)
+    with _sysfs(pod_netns) as sysfs:
         return _number(sysfs, ifname)
 
 
@@ -111,33 +108,29 @@ def ifreq(ifname: str, value: int = 0) -> bytes:
     return struct.pack("16sH22x", ifname.encode(), value)
 
 
-def _open_macvtap(pod_netns: int, record: Record) -> int:
-    with ExitStack() as stack:
-        with netns.entered(pod_netns):
-            sysfs = mount.detached(b"sysfs")
-        stack.callback(os.close, sysfs)
-        before = _number(sysfs, record.ifname)
-        if before[0] != record.ifindex:
-            raise _gone(record, f"its ifindex is {before[0]}, the attachment's was {record.ifindex}")
-        try:
-            fd = open_node(before[1:])
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                raise CniError(
-                    DEVICE_BUSY, f"{record.ifname}: all 256 queues are open; end the process that holds them"
-                ) from None
-            raise _gone(record, str(error)) from error
-        try:
-            if os.fstat(fd).st_rdev != os.makedev(*before[1:]) or _number(sysfs, record.ifname) != before:
-                raise _gone(record, "it was replaced while it was opened")
-            _verify(fd, record, record.mac)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+def _open_macvtap(sysfs: int, _pod_netns: int, record: Record) -> int:
+    before = _number(sysfs, record.ifname)
+    if before[0] != record.ifindex:
+        raise _gone(record, f"its ifindex is {before[0]}, the attachment's was {record.ifindex}")
+    try:
+        fd = open_node(before[1:])
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise CniError(
+                DEVICE_BUSY, f"{record.ifname}: all 256 queues are open; end the process that holds them"
+            ) from None
+        raise _gone(record, str(error)) from error
+    try:
+        if os.fstat(fd).st_rdev != os.makedev(*before[1:]) or _number(sysfs, record.ifname) != before:
+            raise _gone(record, "it was replaced while it was opened")
+        _verify(fd, record)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
-def _open_tap(pod_netns: int, record: Record) -> int:
+def _open_tap(sysfs: int, pod_netns: int, record: Record) -> int:
     fd = open_node(TUN, pod_netns)
     try:
         try:
@@ -151,15 +144,10 @@ def _open_tap(pod_netns: int, record: Record) -> int:
             raise CniError(
                 WRONG_DEVICE, f"{record.ifname} is not the tap that ADD made", str(error)
             ) from error
-        attached = struct.unpack("16sH22x", ioctl(fd, TUNGETIFF, bytes(40)))
-        if not attached[1] & IFF_PERSIST:  # TUNSETIFF made a new one: it ends with the fd
+        _, attached = struct.unpack("16sH22x", ioctl(fd, TUNGETIFF, bytes(40)))
+        if not attached & IFF_PERSIST:  # TUNSETIFF made a new one: it ends with the fd
             raise _gone(record, "no persistent tap has this name")
-        with netns.entered(pod_netns):
-            sysfs = mount.detached(b"sysfs")
-        try:
-            index = int(_read(sysfs, f"class/net/{record.ifname}/ifindex"))
-        finally:
-            os.close(sysfs)
+        index = int(_read(sysfs, f"class/net/{record.ifname}/ifindex"))
         if index != record.ifindex:
             raise _gone(record, f"its ifindex is {index}, the attachment's was {record.ifindex}")
     except BaseException:
@@ -168,16 +156,16 @@ def _open_tap(pod_netns: int, record: Record) -> int:
     return fd
 
 
-def _verify(fd: int, record: Record, mac: str) -> None:
+def _verify(fd: int, record: Record) -> None:
     try:
         name = ioctl(fd, TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode()
         found = ioctl(fd, SIOCGIFHWADDR, bytes(40))[18:24].hex(":")
     except OSError as error:  # ENOLINK: the link behind the fd is no more
         raise _gone(record, str(error)) from error
-    if (name, found) != (record.ifname, mac):
+    if (name, found) != (record.ifname, record.mac):
         raise CniError(
             WRONG_DEVICE,
-            f"{record.ifname} is not what ADD made: its name and MAC are {name} {found}, not {record.ifname} {mac}; "
+            f"{record.ifname} is not what ADD made: it is {name} with MAC {found}, and {record.mac} was given to it; "
             "give the pod a new sandbox",
         )
 
@@ -188,6 +176,17 @@ def _gone(record: Record, why: str) -> CniError:
         f"the link {record.ifname} that ADD made is gone: give the pod a new sandbox (or DEL and ADD)",
         why,
     )
+
+
+@contextmanager
+def _sysfs(pod_netns: int) -> Iterator[int]:
+    """A sysfs that shows the network of the pod: it is that of the namespace it is mounted from."""
+    with netns.entered(pod_netns):
+        sysfs = mount.detached(b"sysfs")
+    try:
+        yield sysfs
+    finally:
+        os.close(sysfs)
 
 
 def _number(sysfs: int, ifname: str) -> tuple[int, int, int]:
