@@ -190,8 +190,7 @@ def find(program: str, env: Mapping[str, str]) -> str:
         raise CniError(
             QEMU_NOT_EXECUTABLE, f"{found[0]} is not executable: chmod +x it, or name another program"
         )
-    prefix, _, machine = os.path.basename(program).rpartition("qemu-system-")
-    package = PACKAGES.get(machine, "qemu-system") if not prefix and machine != program else "qemu-system"
+    package = PACKAGES.get(os.path.basename(program).removeprefix("qemu-system-"), "qemu-system")
     raise CniError(
         QEMU_NOT_FOUND, f"{program} is not installed: apt-get install --no-install-recommends {package}"
     )
@@ -274,13 +273,13 @@ def _supervise(become_qemu: Callable[[], NoReturn], fds: Sequence[int], options:
     ours, qemus = supervise.monitor()
     [ours] = privilege.place([*fds, qemus], [ours])
     privilege.drop(options.user)
-    status, was_ready = supervise.run(
+    status, at_once = supervise.run(
         become_qemu,
         ours,
         close=range(qemu.FIRST_FD, ours),
         deadline=DEADLINE if options.deadline is None else options.deadline,
     )
-    if status not in (0, EXIT[QEMU_NOT_EXECUTABLE]) and not was_ready:
+    if at_once and status not in (0, EXIT[QEMU_NOT_EXECUTABLE]):
         _fail(
             f"QEMU ended at once with status {status}; what it said is above, --print shows its command",
             0,
