@@ -43,7 +43,7 @@ def test_numbers_go_by_attachment_then_vhost_then_seed_then_monitor() -> None:
     command = qemu.command(["qemu"], attachments, vhost=True, seeded=True, supervised=True)
     assert command[2] == "tap,id=vmtap0,fds=3:4,vhost=on,vhostfds=5:6"
     assert command[6] == "tap,id=vmtap1,fds=7,vhost=on,vhostfds=8"
-    assert "fd=9,set=9,opaque=vmtap-seed" in command
+    assert "fd=9,set=9" in command
     assert "socket,id=vmtap-qmp,fd=10,server=off" in command
     assert "chardev=vmtap-qmp,mode=control" in command
 
