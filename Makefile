@@ -20,7 +20,7 @@ demo: ## virtual machines talk over macvtap and tap in every mode; A=--json for 
 
 test: ## all tests, linters and types; T="tests/unit -k mac" for some
 	@lab/setup test
-	@$(BIN)/python -m pytest -n 2 $(T)
+	@$(BIN)/python -m pytest -n auto $(T)
 
 lint: ## format what can be formatted, then say what is wrong
 	@lab/setup test

@@ -40,7 +40,7 @@ BUSYBOX_PACKAGE = "busybox-static"
 MODULES = {
     "nic": (
         *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
-        *("failover", "net_failover", "virtio_net"),
+        *("failover", "net_failover", "virtio_net", "virtio_console"),
     ),
     "seed": ("scsi_common", "scsi_mod", "virtio_scsi", "cdrom", "sr_mod", "isofs"),
 }
