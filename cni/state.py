@@ -2,16 +2,36 @@
 
 A record is written before the kernel is asked for anything, so that whatever is killed when, DEL, GC or a
 reconciler can find what is left. DEL works without it. Must not touch the network.
+
+    FOLDER/lock                 cni/lock.py
+    FOLDER/attachments/ID.json  a Record; ID names network, container and ifname
+    FOLDER/ifindex/N            a symbolic link to ID: interface index N is that attachment's, on this host
+    FOLDER/dev/tapN             device nodes that ADD was asked to make (cni/tapdev.py)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+import stat
+from _blake2 import blake2s  # as in lock.py
+from contextlib import suppress
+from dataclasses import dataclass, fields
+
+from cni import lock
+from cni.errors import CniError
+from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from typing import Any
+
+IFINDEX_BASE = 0x10000000
+"""Interface indexes of ours start here, far above any that a kernel counts up to by itself."""
+IFINDEX_SPAN = 0x60000000
+_CANDIDATES = 8
 
 
 @dataclass(frozen=True)
@@ -24,24 +44,217 @@ class Record:
     netns: str
     """CNI_NETNS as the runtime gave it."""
     netns_id: tuple[int, int]
-    """st_dev and st_ino of the network namespace."""
+    """st_dev and st_ino of the network namespace. The kernel uses a dead one's again: ifindex proves a link."""
+    nsid: int
+    """The id by which the host's namespace knows the pod's: reaches the link when the path is gone."""
     device: str
     """"macvtap" or "tap"."""
     ifindex: int
     mac: str
-    """The guest's MAC; a macvtap has the same, a tap must have another."""
+    """The guest's MAC; a macvtap has the same, a plain tap must have another."""
     mtu: int
     queues: int
+    boot_id: str
     interface: str | None = None
     """The policy entry's name, if the config named one."""
     source: str | None = None
     mode: str | None = None
+    node: str | None = None
+    """The device node that ADD made for an owner, if it was asked to."""
     ips: tuple[dict[str, Any], ...] = ()
     """As in a CNI result of 1.1.0: {"address": "10.1.0.5/24", "gateway": "10.1.0.1"}."""
     routes: tuple[dict[str, Any], ...] = ()
     dns: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+    """The network config, kept where a delegate has to be told of the end."""
+    args: str = ""
+    """CNI_ARGS, kept for the same reason."""
+
+    @property
+    def id(self) -> str:
+        """The record's name in the folder."""
+        return identifier(self.network, self.container_id, self.ifname)
+
+    @property
+    def alias(self) -> str:
+        """The link's ifalias, by which it is known as ours without any record."""
+        return alias(self.network, self.container_id, self.ifname)
 
 
-def in_netns(folder: Path, netns_id: tuple[int, int]) -> list[Record]:
+def identifier(network: str, container_id: str, ifname: str) -> str:
+    """A file name for an attachment: begins with the container's id, for the eye."""
+    key = "\0".join((network, container_id, ifname)).encode()
+    return f"{container_id[:12]}-{blake2s(key, digest_size=12).hexdigest()}"
+
+
+def alias(network: str, container_id: str, ifname: str) -> str:
+    """vmtap/<network>/<containerID>/<ifname>, or a digest of it where that is over IFALIASZ (256, linux/if.h)."""
+    plain = f"vmtap/{network}/{container_id}/{ifname}"
+    return plain if len(plain.encode()) < 256 else f"vmtap/{identifier(network, container_id, ifname)}"
+
+
+def boot_id() -> str:
+    """Another one after each boot (proc(5))."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+class Store:
+    """The folder. Every method raises CniError 5 when the file system says no."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = os.fspath(folder)
+        self._attachments = f"{self.folder}/attachments"
+        self._ifindex = f"{self.folder}/ifindex"
+        self._dev = f"{self.folder}/dev"
+
+    def node(self, ifindex: int) -> str:
+        """Where the device node of a macvtap is made for a launcher that opens by path."""
+        return f"{self._dev}/tap{ifindex}"
+
+    def _path(self, id: str, suffix: str = "json") -> str:
+        return f"{self._attachments}/{id}.{suffix}"
+
+    def prepare(self) -> None:
+        """Make the folder where it is missing. Refuses one that others could write to."""
+        with _io(self.folder):
+            for folder in (self._attachments, self._ifindex, self._dev):
+                os.makedirs(folder, mode=0o700, exist_ok=True)
+            status = os.lstat(self.folder)
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                raise CniError(
+                    IO_FAILURE, f"state folder {self.folder} must be a directory of uid {os.geteuid()}"
+                )
+            if status.st_mode & 0o077:
+                os.chmod(self.folder, 0o700)
+
+    def locked(self, id: str) -> AbstractContextManager[None]:
+        """The attachment's lock. Wants prepare() first."""
+        return lock.held(f"{self.folder}/lock", id)
+
+    def save(self, record: Record) -> None:
+        """Write it whole or not at all."""
+        path, written = self._path(record.id), self._path(record.id, "new")
+        with _io(path):
+            try:
+                fd = os.open(
+                    written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+                )
+                with open(fd, "w", encoding="utf-8") as file:
+                    json.dump(vars(record), file, separators=(",", ":"))
+                os.rename(written, path)
+            except BaseException:
+                _unlink(written)
+                raise
+
+    def load(self, id: str) -> Record | None:
+        """The record, or None. One that cannot be understood is set aside, as NAME.bad, for a person to look at."""
+        path = self._path(id)
+        try:
+            with open(path, "rb") as file:
+                document = json.loads(file.read())
+            record = Record(**{field.name: document[field.name] for field in fields(Record)})
+            record = _frozen(record)
+            if record.id != id:
+                raise ValueError("its name is another attachment's")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CniError(IO_FAILURE, f"cannot read {path}", str(error)) from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            with suppress(OSError):
+                os.rename(path, self._path(id, "bad"))
+            return None
+        if record.boot_id != boot_id():  # the folder outlived a reboot: nothing that it speaks of did
+            self.forget(record)
+            return None
+        return record
+
+    def records(self) -> Iterator[Record]:
+        """Every record that can be read."""
+        with _io(self._attachments):
+            names = sorted(os.listdir(self._attachments)) if os.path.isdir(self._attachments) else []
+        for name in names:
+            if name.endswith(".json") and (record := self.load(name.removesuffix(".json"))):
+                yield record
+
+    def forget(self, record: Record) -> None:
+        """Remove the record and give its ifindex back. Nothing to do is fine."""
+        self.forget_id(record.id)
+        self._release(record.ifindex, record.id)
+
+    def forget_id(self, id: str) -> None:
+        """The same where no record could be read."""
+        with _io(self.folder):
+            for suffix in ("json", "new"):
+                _unlink(self._path(id, suffix))
+            for number in _candidates(id):
+                self._release(number, id)
+
+    def reserve_ifindex(self, id: str) -> int:
+        """An interface index that no other attachment on this host has, or had reserved, until forget()."""
+        with _io(self._ifindex):
+            for number in _candidates(id):
+                path = f"{self._ifindex}/{number}"
+                try:
+                    os.symlink(id, path)
+                    return number
+                except FileExistsError:
+                    if os.readlink(path) == id:
+                        return number
+        raise CniError(TRY_AGAIN_LATER, "no free interface index was found; try again")
+
+    def reserved(self) -> Iterator[str]:
+        """The ids that hold an ifindex, with or without a record."""
+        with _io(self._ifindex):
+            for name in os.listdir(self._ifindex) if os.path.isdir(self._ifindex) else []:
+                with suppress(FileNotFoundError):
+                    yield os.readlink(f"{self._ifindex}/{name}")
+
+    def _release(self, number: int, id: str) -> None:
+        path = f"{self._ifindex}/{number}"
+        with suppress(FileNotFoundError):
+            if os.readlink(path) == id:
+                os.unlink(path)
+
+
+def in_netns(folder: str | os.PathLike[str], netns_id: tuple[int, int]) -> list[Record]:
     """The attachments whose network namespace is netns_id, by ifname."""
-    raise NotImplementedError
+    found = [record for record in Store(folder).records() if record.netns_id == netns_id]
+    return sorted(found, key=lambda record: record.ifname)
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _candidates(id: str) -> Iterator[int]:
+    """Indexes that an attachment may have, in the order to try; derived, so that one killed in between is found."""
+    digest = blake2s(id.encode(), digest_size=4 * _CANDIDATES).digest()
+    for at in range(0, len(digest), 4):
+        yield IFINDEX_BASE + int.from_bytes(digest[at : at + 4]) % IFINDEX_SPAN
+
+
+def _frozen(record: Record) -> Record:
+    """JSON knows lists only."""
+    for name in ("netns_id", "ips", "routes"):
+        object.__setattr__(record, name, tuple(getattr(record, name)))
+    return record
+
+
+class _io:  # noqa: N801 - used as a statement
+    """Turns OSError into CniError 5 that names the path."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise CniError(
+                IO_FAILURE,
+                f"the state under {self._path} cannot be kept: is its file system full or read-only?",
+                str(error),
+            ) from error

@@ -1,0 +1,109 @@
+"""The CNI executable, one-shot: environment and stdin in, one JSON document on stdout, an exit status.
+
+A thin caller of plugin.handle: everything that belongs to the process is here, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+
+from cni import plugin
+from cni.errors import CniError
+from cni.netconf import MAX_BYTES
+from cni.spec import IO_FAILURE, TRY_AGAIN_LATER, VERSIONS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
+STDIN_SECONDS = 10.0
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGINT: whatever is under way is undone on its way out."""
+
+
+def main() -> int:
+    """Run one request; the exit status."""
+    env = dict(os.environ)
+    name = os.path.basename(sys.argv[0])
+    if not any(key.startswith("CNI_") for key in env):
+        print(
+            f"{name}: a CNI plugin that puts a VM on a NIC by macvtap or tap; a container runtime runs it.\n"
+            f"CNI protocol versions supported: {', '.join(VERSIONS)}",
+            file=sys.stderr,
+        )
+        return 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _terminate)
+    request = plugin.Request(
+        env=env,
+        stdin=b"",
+        policy=env.get("VMTAP_POLICY", "/etc/vmtap/interfaces.yaml"),
+        state=env.get("VMTAP_STATE", "/run/vmtap"),
+        called_as="macvtap" if name == "macvtap" else "vmtap",
+    )
+    try:
+        try:
+            request = _with(request, stdin=_read())
+            response = plugin.handle(request)
+        except CniError as error:
+            response = plugin.refuse(request, error)
+        if response.error:
+            print(f"{name}: {response.error}", file=sys.stderr)
+        if not _write(response.stdout):
+            if env.get("CNI_COMMAND") == "ADD" and response.status == 0:  # nobody will know of it: undo it
+                plugin.handle(_with(request, env={**env, "CNI_COMMAND": "DEL"}))
+            return 1
+    except _Terminated:
+        gone = CniError(TRY_AGAIN_LATER, f"{name} was told to end; what it had begun is undone")
+        _write(plugin.refuse(request, gone).stdout)
+        return 1
+    return response.status
+
+
+def _with(request: plugin.Request, **changed: object) -> plugin.Request:
+    from dataclasses import replace  # noqa: PLC0415 - loaded already
+
+    return replace(request, **changed)  # type: ignore[arg-type]
+
+
+def _read() -> bytes:
+    """Everything on stdin, up to a size and a deadline that a runtime never meets."""
+    data = bytearray()
+    deadline = time.monotonic() + STDIN_SECONDS
+    poll = select.poll()
+    poll.register(0, select.POLLIN | select.POLLHUP)
+    while len(data) <= MAX_BYTES:
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            raise CniError(IO_FAILURE, f"the network config on stdin did not end within {STDIN_SECONDS:g} s")
+        part = os.read(0, 1 << 16)
+        if not part:
+            break
+        data += part
+    return bytes(data)
+
+
+def _write(data: bytes) -> bool:
+    """Whether all of it reached stdout."""
+    try:
+        while data:
+            data = data[os.write(1, data) :]
+    except OSError:
+        return False
+    return True
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)  # once: the undoing must not be interrupted
+    raise _Terminated
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,425 @@
+"""Attachments as transactions: add, delete, check, collect garbage; each undoes what it cannot finish.
+
+The order of an ADD is what makes a kill at any point harmless: the lock, the record, the delegate's lease, the
+link. Whatever is left of a killed one is named by its record, and ended by DEL, GC or the next ADD.
+Must not read the environment, print, or know how a request arrived.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+
+from cni import ipv6, macvtap, netns, refusal, result, tapdev
+from cni import mac as mac_rules
+from cni import plan as plans
+from cni.errors import CniError
+from cni.ipam import Delegate
+from cni.rtnl import (
+    IFLA_ADDRESS,
+    IFLA_MTU,
+    IFLA_TARGET_NETNSID,
+    RTM_DELLINK,
+    RTM_SETLINK,
+    Rtnl,
+    attr,
+    link_message,
+    mac_bytes,
+    s32,
+    u32,
+)
+from cni.spec import (
+    IO_FAILURE,
+    NAME_IN_USE,
+    PLUGIN_NOT_AVAILABLE,
+    VERSIONS,
+)
+from cni.state import Record, Store, alias, boot_id, identifier
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
+
+    from cni.netconf import NetConf
+    from cni.plan import Plan
+    from cni.policy import Grant
+
+
+@dataclass(frozen=True)
+class Call:
+    """One validated request. netns is an open fd of the pod's namespace; None where DEL has none."""
+
+    conf: NetConf
+    container_id: str
+    ifname: str
+    netns_path: str
+    netns: int | None
+    env: Mapping[str, str]
+    stdin: bytes
+    store: Store
+    delegate_seconds: float
+
+    @property
+    def id(self) -> str:
+        """The attachment's name in the store."""
+        return identifier(self.conf.name, self.container_id, self.ifname)
+
+    def delegate(self) -> Delegate | None:
+        """The IPAM plugin that the config names, or None."""
+        if self.conf.ipam is None:
+            return None
+        return Delegate(str(self.conf.ipam["type"]), self.stdin, self.env, self.delegate_seconds)
+
+
+def add(call: Call, grant: Grant) -> dict[str, Any]:
+    """Make the attachment and answer with the CNI result. Raises CniError, and then nothing of it is left."""
+    assert call.netns is not None  # noqa: S101 - plugin.py opens it for every command but DEL
+    with ExitStack() as stack:
+        host = stack.enter_context(Rtnl())
+        plan = plans.decide(host, call.conf, grant, call.container_id, call.ifname)
+        call.store.prepare()
+        stack.enter_context(call.store.locked(call.id))
+        with netns.entered(call.netns):
+            pod = stack.enter_context(Rtnl())
+        if pod.link(name=call.ifname):
+            raise CniError(
+                NAME_IN_USE,
+                f"CNI_IFNAME {call.ifname!r}: the pod already has a link of this name; it was left alone",
+            )
+        if stale := call.store.load(
+            call.id
+        ):  # an ADD that was killed: end it before its addresses are asked for
+            _raise(_end(host, call.store, stale, _delegate_of(call, stale)))
+        record = _record(host, call, grant, plan)
+        delegated = False
+        try:
+            call.store.save(record)
+            leased = result.Result()
+            if delegate := call.delegate():
+                delegated = True
+                leased = result.parse(
+                    delegate.run("ADD") or {},
+                    call.conf.cni_version,
+                    where=f"the result of ipam.type {delegate.type!r}",
+                )
+                said = result.render(leased, VERSIONS[-1])
+                record = replace(
+                    record,
+                    ips=tuple(said.get("ips", ())),
+                    routes=tuple(said.get("routes", ())),
+                    dns=said.get("dns"),
+                )
+                call.store.save(record)
+            _make(pod, call, plan, record)
+        except BaseException as error:
+            undone = _end(host, call.store, record, _delegate_of(call, record) if delegated else None)
+            if undone and isinstance(error, CniError):
+                left = "; ".join(str(each) for each in undone)
+                raise CniError(
+                    error.code, error.msg, f"{error.details} (undoing it: {left})".strip()
+                ) from error
+            raise
+        return _answer(call, record, leased)
+
+
+def delete(call: Call) -> None:
+    """End the attachment, whatever of it there is; nothing at all is success (SPEC section 4 "DEL").
+
+    Raises CniError after everything that could be done was done.
+    """
+    failed: list[CniError] = []
+    with ExitStack() as stack:
+        host = stack.enter_context(Rtnl())
+        try:
+            call.store.prepare()
+            stack.enter_context(call.store.locked(call.id))
+        except (CniError, OSError):  # a full or read-only file system must not keep a link alive
+            pass
+        record = None
+        try:
+            record = call.store.load(call.id)
+        except CniError as error:
+            failed.append(error)
+        if record:
+            failed += _end(host, call.store, record, _delegate_of(call, record))
+        else:
+            failed += _attempt(_remove_unrecorded, host, call)
+            if delegate := call.delegate():
+                failed += _attempt(delegate.run, "DEL")
+            failed += _attempt(call.store.forget_id, call.id)
+    _raise(failed)
+
+
+def collect(call: Call) -> None:
+    """GC: end this network's attachments that are not among the valid ones (SPEC section 4 "GC").
+
+    Goes on past errors and raises the first of them at the end.
+    """
+    if call.conf.valid_attachments is None:
+        return
+    failed: list[CniError] = []
+    with Rtnl() as host:
+        for seen in list(call.store.records()):
+            if (
+                seen.network != call.conf.name
+                or (seen.container_id, seen.ifname) in call.conf.valid_attachments
+            ):
+                continue
+            with call.store.locked(seen.id):
+                if record := call.store.load(seen.id):  # a DEL may have been quicker
+                    failed += _end(host, call.store, record, _delegate_of(call, record))
+        for id in list(call.store.reserved()):  # an ADD that was killed before it wrote its record
+            with call.store.locked(id):
+                if call.store.load(id) is None:
+                    failed += _attempt(call.store.forget_id, id)
+    if delegate := call.delegate():
+        failed += _attempt(delegate.run, "GC")
+    _raise(failed)
+
+
+def status(call: Call, grant: Grant) -> None:
+    """Raises CniError 50 if an ADD of this config would fail now for want of something on the node."""
+    if grant.source is not None:
+        with Rtnl() as host:
+            if host.link(name=grant.source) is None:
+                raise CniError(PLUGIN_NOT_AVAILABLE, f"source device {grant.source} is not on this node")
+    try:
+        call.store.prepare()
+    except CniError as error:
+        raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
+    if delegate := call.delegate():
+        delegate.run("STATUS")
+
+
+def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
+    assert call.netns is not None  # noqa: S101 - as in add
+    conf = call.conf
+    ifindex = call.store.reserve_ifindex(call.id)
+    wants_node = plan.device == "macvtap" and (conf.owner is not None or conf.group is not None)
+    return Record(
+        network=conf.name,
+        container_id=call.container_id,
+        ifname=call.ifname,
+        netns=call.netns_path,
+        netns_id=netns.identity(call.netns),
+        nsid=host.nsid(call.netns),
+        device=plan.device,
+        ifindex=ifindex,
+        mac=plan.mac,
+        mtu=plan.mtu,
+        queues=conf.queues,
+        boot_id=boot_id(),
+        interface=grant.interface,
+        source=plan.source.name if plan.source else None,
+        mode=plan.mode,
+        node=call.store.node(ifindex) if wants_node else None,
+        config=dict(conf.raw) if conf.ipam else None,
+        args=call.env.get("CNI_ARGS", ""),
+    )
+
+
+def _make(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
+    assert call.netns is not None  # noqa: S101 - as in add
+    conf = call.conf
+    try:
+        if plan.device == "macvtap":
+            assert plan.source is not None and plan.mode is not None  # noqa: S101 - _plan
+            own = os.open(netns.OWN, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                host_nsid = pod.nsid(own)
+            finally:
+                os.close(own)
+            macvtap.create(
+                pod,
+                host_nsid=host_nsid,
+                lower=plan.source,
+                ifname=record.ifname,
+                ifindex=record.ifindex,
+                mode=plan.mode,
+                mac=record.mac,
+                mtu=record.mtu,
+                bcqueuelen=conf.bcqueuelen,
+            )
+        else:
+            _make_tap(pod, call, plan, record)
+        # A plain tap's other end is the pod's kernel itself.
+        speaks = conf.addressing == "link" or plan.source is None
+        ipv6.keep_out(record.ifname, call.netns, speaks=speaks)
+        macvtap.bring_up(
+            pod, record.ifindex, record.alias, promisc=conf.promisc, allmulti=conf.allmulti, speaks=speaks
+        )
+        if record.node:
+            _, *device = tapdev.number(call.netns, record.ifname)
+            tapdev.make_node(
+                record.node,
+                (device[0], device[1]),
+                conf.owner or 0,
+                conf.group or 0,
+            )
+        if conf.addressing == "link" and record.ips:
+            from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
+
+            gateways = {
+                6 if ":" in ip["gateway"] else 4: ip["gateway"] for ip in record.ips if ip.get("gateway")
+            }
+            iproute.put_addresses(
+                call.netns,
+                record.ifindex,
+                [ip["address"] for ip in record.ips],
+                list(record.routes),
+                gateways,
+            )
+    except OSError as error:
+        raise refusal.explain(error, plan, record, call.store) from error
+
+
+def _make_tap(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
+    from cni import tap  # noqa: PLC0415 - the other device
+
+    assert call.netns is not None  # noqa: S101 - as in add
+    tap.create(
+        call.netns,
+        ifname=record.ifname,
+        ifindex=record.ifindex,
+        queues=record.queues,
+        owner=call.conf.owner,
+        group=call.conf.group,
+    )
+    # On a bridge the redirect takes every frame before the pod's stack could mistake it for its own.
+    address = record.mac if plan.source else mac_rules.of_plain_tap(record.mac)
+    pod.do(
+        link_message(
+            RTM_SETLINK,
+            attr(IFLA_ADDRESS, mac_bytes(address)),
+            u32(IFLA_MTU, record.mtu),
+            index=record.ifindex,
+        )
+    )
+    if plan.source:
+        from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
+
+        iproute.join_bridge(
+            call.netns,
+            tap=record.ifindex,
+            mtu=record.mtu,
+            bridge=plan.source.index,
+            isolated=plan.mode == "pepa",
+            alias=record.alias,
+        )
+
+
+def _answer(call: Call, record: Record, leased: result.Result) -> dict[str, Any]:
+    """The result: what came before in the chain, and ours after it (SPEC section 5)."""
+    ours = result.Interface(name=record.ifname, mac=record.mac, mtu=record.mtu, sandbox=call.netns_path)
+    own = result.Result(
+        interfaces=(ours,),
+        ips=tuple(replace(each, interface=0) for each in leased.ips),
+        routes=leased.routes,
+        dns=result.parse_dns(call.conf.dns) if call.conf.dns else leased.dns,
+    )
+    return result.extend(call.conf.prev_result, own, call.conf.cni_version)
+
+
+def _delegate_of(call: Call, record: Record) -> Delegate | None:
+    """The delegate that has to be told of record's end: the call's own, or the one it was added with."""
+    if record.id == call.id and (delegate := call.delegate()):
+        return delegate
+    if not record.config:
+        return None
+    import json  # noqa: PLC0415 - only here
+
+    env = {
+        **call.env,
+        "CNI_CONTAINERID": record.container_id,
+        "CNI_IFNAME": record.ifname,
+        "CNI_NETNS": record.netns if os.path.exists(record.netns) else "",
+        "CNI_ARGS": record.args,
+    }
+    return Delegate(
+        str(record.config["ipam"]["type"]), json.dumps(record.config).encode(), env, call.delegate_seconds
+    )
+
+
+def _end(host: Rtnl, store: Store, record: Record, delegate: Delegate | None) -> list[CniError]:
+    """Take back everything that record speaks of; the record last, and only if nothing else is left."""
+    failed = _attempt(_remove_links, host, record)
+    if record.node:
+        failed += _attempt(_remove_node, record.node)
+    if delegate:
+        failed += _attempt(delegate.run, "DEL")
+    if not failed:
+        failed += _attempt(store.forget, record)
+    return failed
+
+
+def _remove_links(host: Rtnl, record: Record) -> None:
+    """Delete the link that record speaks of if it is there and provably ours."""
+    try:
+        link = host.link(index=record.ifindex, nsid=record.nsid)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # that: no namespace has the id any more, so the link went with it
+            raise
+        link = None
+    if (
+        link and link.alias in (record.alias, "") and link.name == record.ifname
+    ):  # "": killed before it was marked
+        _delete(host, link.index, record.nsid)
+    if record.device == "tap" and record.source:
+        _remove_port(host, record.ifindex, record.alias)
+
+
+def _remove_unrecorded(host: Rtnl, call: Call) -> None:
+    """The same by the alias alone, where no record is left."""
+    if call.netns is None:
+        return
+    nsid = host.nsid(call.netns)
+    link = host.link(name=call.ifname, nsid=nsid)
+    if link and link.alias == alias(call.conf.name, call.container_id, call.ifname):
+        _delete(host, link.index, nsid)
+        if link.kind == "tun":
+            _remove_port(host, link.index, link.alias)
+
+
+def _remove_port(host: Rtnl, ifindex: int, mark: str) -> None:
+    """The veth pair of a tap on a bridge: one end takes the other with it."""
+    name = f"vth{ifindex:08x}"
+    port = host.link(name=name)
+    if port and port.kind == "veth" and port.alias in (mark, ""):
+        _delete(host, port.index, None)
+
+
+def _delete(host: Rtnl, index: int, nsid: int | None) -> None:
+    where = [] if nsid is None else [s32(IFLA_TARGET_NETNSID, nsid)]
+    try:
+        host.do(link_message(RTM_DELLINK, *where, index=index))
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.EINVAL):  # gone meanwhile, alone or with its namespace
+            raise
+
+
+def _remove_node(path: str) -> None:
+    for each in (path, f"{path}.new"):
+        with suppress(FileNotFoundError):
+            os.unlink(each)
+
+
+def _attempt(step: Any, *args: object) -> list[CniError]:
+    """Run one step of a clean-up that must go on: the error, if any."""
+    try:
+        step(*args)
+    except CniError as error:
+        return [error]
+    except OSError as error:
+        return [CniError(IO_FAILURE, "clean-up is not complete; DEL may be repeated", str(error))]
+    return []
+
+
+def _raise(failed: Iterable[CniError]) -> None:
+    """Raise the first, with the others in its details."""
+    errors = list(failed)
+    if errors:
+        first, *rest = errors
+        raise CniError(first.code, first.msg, "; ".join([first.details, *map(str, rest)]).strip("; "))

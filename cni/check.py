@@ -1,0 +1,118 @@
+"""CHECK: is the attachment as ADD left it, as far as later plugins of the chain may not change it (SPEC section 4)?
+
+Must change nothing, and open no queue: an open queue takes frames.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+
+from cni import mac as mac_rules
+from cni import macvtap, netns, result, tapdev
+from cni import plan as plans
+from cni.errors import CniError
+from cni.rtnl import IFF_UP, Rtnl
+from cni.spec import CHECK_FAILED, INVALID_NETWORK_CONFIG
+from cni.state import alias
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.attachment import Call
+    from cni.plan import Plan
+    from cni.policy import Grant
+    from cni.rtnl import Link
+
+
+def check(call: Call, grant: Grant) -> None:
+    """Raises CniError 108 that names what is not as it should be, 7 without a prevResult."""
+    assert call.netns is not None  # noqa: S101 - plugin.py opens it for every command but DEL
+    conf = call.conf
+    if conf.prev_result is None:
+        raise CniError(INVALID_NETWORK_CONFIG, "prevResult is missing: CHECK compares with the result of ADD")
+    previous = result.parse(conf.prev_result, conf.cni_version)
+    listed = [
+        index
+        for index, each in enumerate(previous.interfaces)
+        if each.name == call.ifname and each.sandbox == call.netns_path
+    ]
+    if not listed:
+        raise CniError(
+            CHECK_FAILED,
+            f"prevResult.interfaces has no {call.ifname} with sandbox {call.netns_path}: was ADD run?",
+        )
+    with Rtnl() as host:
+        plan = plans.decide(host, conf, grant, call.container_id, call.ifname)
+    link = _check_link(call, plan, previous.interfaces[listed[0]].mac)
+    if plan.device == "macvtap":
+        _check_device(call)
+    elif plan.source:
+        _check_port(plan, link.index, call.ifname)
+    if conf.addressing == "link":
+        from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
+
+        leased = {each.address for each in previous.ips if each.interface == listed[0]}
+        if missing := leased - iproute.addresses(call.netns, link.index):
+            raise CniError(
+                CHECK_FAILED, f"{call.ifname}: address {', '.join(sorted(missing))} is not on it any more"
+            )
+    if delegate := call.delegate():
+        delegate.run("CHECK")
+
+
+def _check_link(call: Call, plan: Plan, mac: str) -> Link:
+    """The link, compared with the plan. mac is prevResult's, which a later plugin may have changed with the link's."""
+    assert call.netns is not None  # noqa: S101 - as in check
+    with ExitStack() as stack:
+        own = os.open(netns.OWN, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, own)
+        with netns.entered(call.netns):
+            pod = stack.enter_context(Rtnl())
+        link = pod.link(name=call.ifname)
+        if link is None:
+            raise CniError(CHECK_FAILED, f"{call.ifname} is gone from the pod: give the pod a new sandbox")
+        expected: list[tuple[str, object, object]] = [
+            ("ifalias", link.alias, alias(call.conf.name, call.container_id, call.ifname)),
+            ("kind", link.kind, "macvtap" if plan.device == "macvtap" else "tun"),
+            ("MAC", link.mac if mac else "", mac if plan.source or not mac else mac_rules.of_plain_tap(mac)),
+            ("state", "up" if link.flags & IFF_UP else "down", "up"),
+            ("MTU", link.mtu, min(link.mtu, plan.mtu)),  # a later plugin (tuning) may lower it
+        ]
+        if plan.device == "macvtap" and plan.source and plan.mode:
+            expected += [
+                ("mode", link.mode, macvtap.MODES[plan.mode]),
+                ("lower device", (link.lower, link.lower_nsid), (plan.source.index, pod.nsid(own))),
+            ]
+    if record := call.store.load(call.id):
+        expected.append(("ifindex", link.index, record.ifindex))
+    for what, found, wanted in expected:
+        if found != wanted:
+            raise CniError(CHECK_FAILED, f"{call.ifname}: {what} is {found!r}, and ADD made it {wanted!r}")
+    return link
+
+
+def _check_device(call: Call) -> None:
+    """The character device, and the node of it that ADD made, if it did."""
+    assert call.netns is not None  # noqa: S101 - as in check
+    _, major, minor = tapdev.number(call.netns, call.ifname)
+    record = call.store.load(call.id)
+    if record is None or record.node is None:
+        return
+    try:
+        found = os.lstat(record.node).st_rdev
+    except OSError as error:
+        raise CniError(CHECK_FAILED, f"the device node {record.node} is gone", str(error)) from error
+    if found != os.makedev(major, minor):
+        raise CniError(CHECK_FAILED, f"the device node {record.node} is another device than the link's")
+
+
+def _check_port(plan: Plan, ifindex: int, ifname: str) -> None:
+    from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
+
+    assert plan.source is not None  # noqa: S101 - the caller
+    name, _ = iproute.veth_names(ifindex)
+    if iproute.bridge_port(name) != (plan.source.index, plan.mode == "pepa"):
+        raise CniError(
+            CHECK_FAILED,
+            f"{ifname}: its host end {name} is not a port of {plan.source.name} in mode {plan.mode} any more",
+        )

@@ -1,0 +1,176 @@
+"""From root to a user that can do nothing. Each step fails closed: QEMU is not started with more than this.
+
+Everything that needs privilege is open before the first step. Then, in this order:
+
+ 1. fds: QEMU's move to 3, 4, 5 … and are inherited; the launcher's own come next, close-on-exec; stdin,
+    stdout and stderr stay; every other one is closed, whoever opened it.
+ 2. umask 077: what QEMU makes (sockets, dumps) is its own.
+ 3. no supplementary group (setgroups).
+ 4. no capability in the bounding set; none in the ambient set.
+ 5. group, then user: real, effective and saved.
+ 6. no capability in the effective, permitted and inheritable sets, whatever the securebits were.
+ 7. no_new_privs: a set-uid file does not give anything back.
+ 8. /proc/self/status is read back and must say all of that.
+
+The environment shrinks at exec: `environment` says what QEMU gets. Must not run beside other threads: each
+thread has capabilities of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import grp
+import os
+import pwd
+from contextlib import suppress
+from dataclasses import dataclass
+
+from cni import spec
+from cni.errors import CniError
+from cni.launcher import NOT_PERMITTED
+from cni.launcher.qemu import FIRST_FD
+from cni.netns import libc
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+# linux/prctl.h
+PR_SET_PDEATHSIG = 1
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
+_HIGHEST_ID = 2**32 - 2  # 2**32 - 1 is setresuid(2)'s "leave it as it is"
+
+_KEPT = ("PATH", "TERM", "LANG", "LANGUAGE", "TZ", "TMPDIR")
+
+
+@dataclass(frozen=True)
+class User:
+    uid: int
+    gid: int
+
+    def __str__(self) -> str:
+        return f"{self.uid}:{self.gid}"
+
+
+def parse_user(text: str) -> User:
+    """NAME|UID[:GROUP|GID]. Without a group, the user's own of the passwd file. Neither may be 0."""
+    name, colon, group = text.partition(":")
+    uid, gid = _number(name), _number(group)
+    try:
+        if uid is None or not colon:
+            entry = pwd.getpwnam(name) if uid is None else pwd.getpwuid(uid)
+            uid, gid = entry.pw_uid, gid if colon else entry.pw_gid
+        if gid is None:
+            gid = grp.getgrnam(group).gr_gid
+    except (KeyError, OverflowError):
+        hint = f"--user {name}:GID" if uid is not None and not colon else "--user UID:GID"
+        raise CniError(
+            spec.INVALID_ENVIRONMENT, f"--user {text!r}: no such user or group here; give numbers: {hint}"
+        ) from None
+    if not (0 < uid <= _HIGHEST_ID and 0 < gid <= _HIGHEST_ID):
+        raise CniError(
+            spec.INVALID_ENVIRONMENT,
+            f"--user {text!r} is {uid}:{gid}; both must be from 1 to {_HIGHEST_ID}: QEMU never runs as root",
+        )
+    return User(uid, gid)
+
+
+def environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """What QEMU gets: where programs are, the terminal, language, time zone, folder for temporary files."""
+    return {key: value for key, value in inherited.items() if key in _KEPT or key.startswith("LC_")}
+
+
+def place(for_qemu: Sequence[int], ours: Sequence[int] = ()) -> list[int]:
+    """Step 1. QEMU's fds become FIRST_FD, FIRST_FD + 1, … in their order. Returns the new numbers of ours."""
+    every = [*for_qemu, *ours]
+    end = FIRST_FD + len(every)
+    # Out of the way first, so that no number is overwritten before its owner has moved.
+    parked = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, end) for fd in every]
+    for number, fd in enumerate(parked, FIRST_FD):
+        os.dup2(fd, number, inheritable=number < FIRST_FD + len(for_qemu))
+    for open_fd in map(int, os.listdir("/proc/self/fd")):
+        if open_fd >= end:
+            with suppress(OSError):  # the listing's own fd is in the list, and gone
+                os.close(open_fd)
+    return list(range(FIRST_FD + len(for_qemu), end))
+
+
+def drop(user: User) -> None:
+    """Steps 2 to 8. There is no way back. Raises CniError NOT_PERMITTED."""
+    try:
+        os.umask(0o077)
+        os.setgroups([])
+        for capability in _bounding_set():
+            prctl(PR_CAPBSET_DROP, capability)
+        prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+        _clear_capabilities()
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        with open("/proc/self/status") as status:
+            kept = excess(status, user)
+    except OSError as error:
+        raise CniError(
+            NOT_PERMITTED,
+            f"cannot become {user}: the launcher needs CAP_SETUID, CAP_SETGID and CAP_SETPCAP to lose all",
+            str(error),
+        ) from error
+    if kept:
+        raise CniError(
+            NOT_PERMITTED, f"still privileged after becoming {user}; nothing was started", "; ".join(kept)
+        )
+
+
+def excess(status: Iterable[str], user: User) -> list[str]:
+    """The lines of /proc/PID/status that are missing or not those of a process without privileges."""
+    wanted = {
+        "Uid": [str(user.uid)] * 4,
+        "Gid": [str(user.gid)] * 4,
+        "Groups": [],
+        **{key: ["0" * 16] for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")},
+        "NoNewPrivs": ["1"],
+    }
+    found = {key: value.split() for key, _, value in (line.partition(":") for line in status)}
+    return [
+        f"{key}: {' '.join(found.get(key, ['?']))}"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
+
+
+def prctl(option: int, argument: int) -> int:
+    """prctl(2), of the calling thread."""
+    result: int = libc.prctl(option, *map(ctypes.c_ulong, (argument, 0, 0, 0)))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl {option} {argument}: {os.strerror(number)}")
+    return result
+
+
+def _bounding_set() -> list[int]:
+    held = []
+    for capability in range(64):
+        try:
+            if prctl(PR_CAPBSET_READ, capability):
+                held.append(capability)
+        except OSError:  # the first number that this kernel does not know
+            break
+    return held
+
+
+def _clear_capabilities() -> None:
+    header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
+    if libc.capset(header, (ctypes.c_uint32 * 6)()) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"capset: {os.strerror(number)}")
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else None

@@ -1,0 +1,35 @@
+"""One lock for each attachment, without one file for each: byte ranges of a single file.
+
+Open-file-description locks (fcntl(2), F_OFD_SETLKW) belong to the open file, so threads of one process
+exclude each other as processes do, and a killed holder leaves nothing behind. Two names that hash to one byte
+wait for each other needlessly, once in 2**62.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from _blake2 import blake2s  # hashlib would load OpenSSL: 5 ms of every pod's start
+from contextlib import contextmanager
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
+
+
+@contextmanager
+def held(file: str, name: str) -> Iterator[None]:
+    """Inside the block no other holder of (file, name) runs. Waits for it; every holder's work is bounded.
+
+    Raises OSError if the file cannot be opened.
+    """
+    start = int.from_bytes(blake2s(name.encode(), digest_size=8).digest()) >> 2
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0))
+        yield
+    finally:
+        os.close(fd)

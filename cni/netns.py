@@ -1,0 +1,102 @@
+"""Network namespaces by fd: open, compare, enter for a moment. Never creates one, never stays in one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import contextmanager
+from fcntl import ioctl
+
+from cni.errors import CniError
+from cni.spec import INVALID_NETNS, IO_FAILURE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CLONE_NEWNET = 0x40000000
+NS_GET_NSTYPE = 0xB703  # linux/nsfs.h
+OWN = "/proc/thread-self/ns/net"
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def open_path(path: str) -> int:
+    """An fd of the network namespace at path. The caller closes it.
+
+    The path is looked at with O_PATH before it is opened, so that a FIFO cannot block us and a device
+    cannot act. Raises CniError 8 if it is missing or anything but a network namespace.
+    """
+    try:
+        seen = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise CniError(INVALID_NETNS, f"CNI_NETNS {path!r} cannot be opened: {why}") from None
+    try:
+        if os.fstat(seen).st_dev != os.stat(OWN).st_dev:  # there is one nsfs in the kernel
+            raise CniError(INVALID_NETNS, f"CNI_NETNS {path!r} is not a namespace")
+        fd = os.open(f"/proc/self/fd/{seen}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(seen)
+    try:
+        check(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def check(fd: int, path: str) -> None:
+    """Raises CniError 8 unless fd is a network namespace other than our own (CVE-like mix-ups end here)."""
+    try:
+        kind = ioctl(fd, NS_GET_NSTYPE)
+    except OSError:
+        kind = 0
+    if kind != CLONE_NEWNET:
+        raise CniError(INVALID_NETNS, f"CNI_NETNS {path!r} is not a network namespace")
+    if identity(fd) == own_identity():
+        raise CniError(
+            INVALID_NETNS,
+            f"CNI_NETNS {path!r} is the plugin's own network namespace: a pod must have one of its own",
+        )
+
+
+def identity(fd: int) -> tuple[int, int]:
+    """(st_dev, st_ino): equal for two fds exactly when they are one namespace."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def own_identity() -> tuple[int, int]:
+    """identity() of the calling thread's namespace."""
+    status = os.stat(OWN)
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def entered(fd: int) -> Iterator[None]:
+    """The calling thread is in the namespace of fd inside the block, and back in its own after it.
+
+    For opening what belongs to a namespace (a netlink socket, a tap, a sysfs), not for work. Raises CniError 8
+    if the namespace cannot be entered.
+    """
+    home = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            _setns(fd, "the pod's")
+            yield
+        finally:
+            _setns(home, "its own")
+    finally:
+        os.close(home)
+
+
+def _setns(fd: int, whose: str) -> None:
+    if libc.setns(fd, CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        code = INVALID_NETNS if whose == "the pod's" else IO_FAILURE
+        raise CniError(
+            code,
+            f"the plugin cannot enter {whose} network namespace: it needs CAP_SYS_ADMIN",
+            os.strerror(number),
+        )

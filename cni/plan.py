@@ -1,0 +1,77 @@
+"""What an ADD is going to make: the device, its mode, MAC and MTU, from what was granted and what the source is.
+
+Decided before anything is touched; reads the source device and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cni import mac as mac_rules
+from cni.errors import CniError
+from cni.rtnl import ARPHRD_ETHER
+from cni.spec import INVALID_NETWORK_CONFIG, SOURCE_MISSING
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.netconf import NetConf
+    from cni.policy import Grant
+    from cni.rtnl import Link, Rtnl
+
+PLAIN_TAP_MTU = 1500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ADD is going to make."""
+
+    device: str
+    mode: str | None
+    source: Link | None
+    mac: str
+    mtu: int
+
+
+def decide(host: Rtnl, conf: NetConf, grant: Grant, container_id: str, ifname: str) -> Plan:
+    """Decide, before anything is touched. Raises CniError 7 or 104."""
+    if grant.type != "ethernet":
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"interface {grant.interface!r} is of type {grant.type}, which this version cannot attach to yet",
+        )
+    source = None
+    if grant.source is not None:
+        source = host.link(name=grant.source)
+        if source is None:
+            raise CniError(
+                SOURCE_MISSING,
+                f"source device {grant.source!r} is not on this node: plug it in, or correct the policy",
+            )
+        if source.arphrd != ARPHRD_ETHER:
+            raise CniError(
+                INVALID_NETWORK_CONFIG, f"source device {grant.source!r} is not an Ethernet device"
+            )
+    bridge = source is not None and source.kind == "bridge"
+    device = grant.device or ("tap" if source is None or (bridge and grant.mode == "bridge") else "macvtap")
+    if device == "macvtap" and source is None:
+        raise CniError(INVALID_NETWORK_CONFIG, "device macvtap needs an interface or a source to sit on")
+    if device == "tap" and source is not None:
+        if not bridge:
+            raise CniError(
+                INVALID_NETWORK_CONFIG,
+                f"device tap: source {source.name!r} is no Linux bridge; use macvtap on a NIC, or name a bridge",
+            )
+        if grant.mode == "vepa":
+            raise CniError(
+                INVALID_NETWORK_CONFIG,
+                "mode vepa: a tap on a Linux bridge cannot have it, as the bridge delivers between its own ports; "
+                "use bridge, pepa, or a macvtap on the NIC",
+            )
+    mtu = conf.mtu or (source.mtu if source else PLAIN_TAP_MTU)
+    if source and mtu > source.mtu:
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"mtu {mtu} is more than the {source.mtu} of source device {source.name!r}",
+        )
+    mac = conf.mac or mac_rules.derive(conf.name, container_id, ifname, conf.args)
+    return Plan(device, grant.mode if source else None, source, mac, mtu)

@@ -1,0 +1,194 @@
+"""Request → Response: the version gate, validation, dispatch.
+
+One request is one pure call: it reads no environment, prints nothing, exits nothing, keeps nothing and leaves
+the calling thread's namespace as it was, so that the one-shot executable and a threaded agent can share it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+
+from cni import attachment, check, netconf, netns, policy, result
+from cni.errors import CniError
+from cni.spec import (
+    INCOMPATIBLE_VERSION,
+    INTERNAL,
+    INVALID_ENVIRONMENT,
+    PLUGIN_NOT_AVAILABLE,
+    VERSIONS,
+)
+from cni.state import Store
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from cni.netconf import NetConf
+
+_ATTACHMENT = ("CNI_CONTAINERID", "CNI_IFNAME")
+_REQUIRED = {
+    "ADD": ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"),
+    "CHECK": ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"),
+    "DEL": _ATTACHMENT,
+    "GC": ("CNI_PATH",),
+    "STATUS": (),
+    "VERSION": (),
+}
+_SINCE = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}
+_CONTAINER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+_NOT_IN_IFNAME = re.compile(r"[/:\s\0]")
+_IFNAME_BYTES = 15
+
+
+@dataclass(frozen=True)
+class Request:
+    """One execution of the plugin.
+
+    env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
+    netns: an fd of CNI_NETNS, where the caller has opened it.
+    """
+
+    env: Mapping[str, str]
+    stdin: bytes
+    policy: str
+    state: str
+    called_as: str = "vmtap"
+    netns: int | None = None
+    delegate_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Response:
+    """What to print on stdout (one JSON document or nothing), what to exit with, and the error if there was one."""
+
+    stdout: bytes
+    status: int
+    error: CniError | None = None
+
+
+def handle(request: Request) -> Response:
+    """Carry out one request. Never raises Exception."""
+    try:
+        answer = _dispatch(request)
+    except CniError as error:
+        return refuse(request, error)
+    except Exception as error:  # the last wall: a runtime must get JSON, whatever we did wrong
+        details = f"{type(error).__name__}: {error}"
+        return refuse(request, CniError(INTERNAL, "a fault in vmtap itself: please report it", details))
+    return Response(b"" if answer is None else _encode(answer), 0)
+
+
+def refuse(request: Request, error: CniError) -> Response:
+    """The error as SPEC section 5 wants it, in the version that was asked for where we know it."""
+    version = netconf.peek_version(request.stdin)
+    document = {
+        "cniVersion": version if version in VERSIONS else VERSIONS[-1],
+        "code": error.code,
+        "msg": error.msg,
+    }
+    if error.details:
+        document["details"] = error.details
+    return Response(_encode(document), 1, error)
+
+
+def _dispatch(request: Request) -> dict[str, Any] | None:
+    command = request.env.get("CNI_COMMAND", "")
+    if command not in _REQUIRED:
+        known = ", ".join(_REQUIRED)
+        raise CniError(INVALID_ENVIRONMENT, f"CNI_COMMAND {command!r} is none of {known}")
+    if command == "VERSION":
+        version = netconf.peek_version(request.stdin) or VERSIONS[-1]
+        return {"cniVersion": version, "supportedVersions": list(VERSIONS)}
+    _check_environment(command, request.env)
+    conf = netconf.parse(
+        request.stdin, args=request.env.get("CNI_ARGS", ""), command=command, called_as=request.called_as
+    )
+    since = _SINCE.get(command, VERSIONS[0])
+    if VERSIONS.index(conf.cni_version) < VERSIONS.index(since):
+        raise CniError(
+            INCOMPATIBLE_VERSION, f"cniVersion {conf.cni_version} has no {command}: it came with {since}"
+        )
+    opened = _open(request, command)
+    try:
+        call = attachment.Call(
+            conf=conf,
+            container_id=request.env.get("CNI_CONTAINERID", ""),
+            ifname=request.env.get("CNI_IFNAME", ""),
+            netns_path=request.env.get("CNI_NETNS", ""),
+            netns=request.netns if opened is None else opened,
+            env=request.env,
+            stdin=request.stdin,
+            store=Store(request.state),
+            delegate_seconds=request.delegate_seconds,
+        )
+        return _carry_out(command, request, conf, call)
+    finally:
+        if opened is not None:
+            os.close(opened)
+
+
+def _carry_out(command: str, request: Request, conf: NetConf, call: attachment.Call) -> dict[str, Any] | None:
+    match command:
+        case "ADD":
+            if conf.ipam is None and conf.prev_result is None and result.needs_ip(conf.cni_version):
+                raise CniError(
+                    INCOMPATIBLE_VERSION,
+                    f"cniVersion {conf.cni_version} has no result without an IP address: raise it, or set ipam",
+                )
+            return attachment.add(call, policy.authorize(policy.load(request.policy), conf))
+        case "DEL":
+            attachment.delete(call)
+        case "CHECK":
+            check.check(call, policy.authorize(policy.load(request.policy), conf))
+        case "GC":
+            attachment.collect(call)
+        case "STATUS":
+            try:
+                grant = policy.authorize(policy.load(request.policy), conf)
+            except CniError as error:
+                raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
+            attachment.status(call, grant)
+    return None
+
+
+def _check_environment(command: str, env: Mapping[str, str]) -> None:
+    """SPEC section 2 "Parameters". Raises CniError 4 that lists everything that is missing."""
+    missing = [name for name in _REQUIRED[command] if not env.get(name)]
+    if missing:
+        raise CniError(INVALID_ENVIRONMENT, f"{command} needs {', '.join(missing)} in the environment")
+    if "CNI_CONTAINERID" in _REQUIRED[command]:
+        container_id, ifname = env["CNI_CONTAINERID"], env["CNI_IFNAME"]
+        if not _CONTAINER_ID.fullmatch(container_id):
+            raise CniError(
+                INVALID_ENVIRONMENT,
+                f"CNI_CONTAINERID {container_id!r} must begin with a letter or digit and go on with those, _, . or -",
+            )
+        if len(os.fsencode(ifname)) > _IFNAME_BYTES or ifname in (".", "..") or _NOT_IN_IFNAME.search(ifname):
+            raise CniError(
+                INVALID_ENVIRONMENT,
+                f"CNI_IFNAME {ifname!r} must have 1 to {_IFNAME_BYTES} bytes and no '/', ':' or white space",
+            )
+
+
+def _open(request: Request, command: str) -> int | None:
+    """An fd of CNI_NETNS that we have to close. DEL goes on without: the namespace may well be gone."""
+    path = request.env.get("CNI_NETNS", "")
+    if request.netns is not None:
+        netns.check(request.netns, path)
+        return None
+    if command in ("GC", "STATUS") or not path:
+        return None
+    try:
+        return netns.open_path(path)
+    except CniError:
+        if command != "DEL":
+            raise
+        return None
+
+
+def _encode(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"

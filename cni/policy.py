@@ -1,0 +1,308 @@
+"""The node's policy file → Policy; what a network configuration asks for, under a policy → Grant.
+
+The administrator of a node writes which of its devices VMs may use, and how. What a pod's author writes picks
+an entry and never widens it, so everything here fails closed. Must not look at the network: whether a device
+exists, and what kind it is, is for the caller to find out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+
+from cni import schema, spec
+from cni.errors import CniError
+from cni.netconf import canonical
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    import yaml
+
+    from cni.netconf import NetConf
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 16
+
+MODES = ("bridge", "vepa", "pepa")
+"""What an entry without modes allows; the first is the default, because it works with any switch."""
+
+IMPOSSIBLE = {
+    ("sr-iov", "pepa"): "no NIC's embedded switch can keep its virtual functions apart",
+    ("tap", "vepa"): "a tap is a port of a bridge, and bridges deliver between their ports themselves",
+}
+"""(type or device, mode) → why it cannot be."""
+
+_DEVICE_ID = re.compile(r"(.+)Mvp[0-9]+")
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One entry of the policy file."""
+
+    name: str
+    dev: str
+    type: str
+    modes: tuple[str, ...] | None
+    """None: no restriction."""
+    capacity: int | None
+
+
+@dataclass(frozen=True)
+class Policy:
+    interfaces: tuple[Interface, ...]
+    allow_unlisted: bool
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a network configuration may have.
+
+    source is None for a plain tap only, and so is mode. device is None when the caller is to decide.
+    interface names the entry whose capacity counts.
+    """
+
+    interface: str | None
+    source: str | None
+    device: str | None
+    mode: str | None
+    type: str
+
+
+def authorize(policy: Policy | None, conf: NetConf) -> Grant:
+    """Raise CniError 7, with the list of what is allowed, for what the policy does not allow."""
+    entries = policy.interfaces if policy else ()
+    name = _selected(conf)
+    if name is not None:
+        entry = _named(policy, name, conf)
+        if conf.source not in (None, entry.dev):
+            raise _refusal(
+                "source", conf.source, f"interface {entry.name} is {entry.dev}; leave one of the two out"
+            )
+        return _grant(entry, conf)
+    if conf.source is not None:
+        listed = [entry for entry in entries if entry.dev == conf.source]
+        if listed:
+            return _grant(_first_that_allows(listed, conf), conf)
+        if policy and not policy.allow_unlisted:
+            raise _refusal("source", conf.source, f"the policy does not list it; {_choices(policy)}")
+        return _grant(Interface("", conf.source, "ethernet", None, None), conf)
+    if conf.device == "tap":
+        if conf.mode is not None:
+            raise _refusal(
+                "mode", conf.mode, "a plain tap has no wire; give an interface or a source as well"
+            )
+        # It reaches no wire, so the policy has nothing to say about it.
+        return Grant(None, None, "tap", None, "ethernet")
+    wanted = "give interface, source, a deviceID of the form NAMEMvpN, or device tap for a plain tap"
+    if conf.device_id is not None:
+        raise _refusal("deviceID", conf.device_id, f"it names no interface; {wanted}; {_choices(policy)}")
+    raise CniError(spec.INVALID_NETWORK_CONFIG, f"interface: is missing; {wanted}; {_choices(policy)}")
+
+
+def _selected(conf: NetConf) -> str | None:
+    """The entry that interface names, or else the device that the kubelet allocated: its id is NAMEMvpN."""
+    match = _DEVICE_ID.fullmatch(conf.device_id or "")
+    if conf.interface is None or match is None:
+        return conf.interface or (match and match[1])
+    if conf.interface != match[1]:
+        raise _refusal(
+            "interface", conf.interface, f"the allocated deviceID {conf.device_id} is of another one"
+        )
+    return conf.interface
+
+
+def _named(policy: Policy | None, name: str, conf: NetConf) -> Interface:
+    given = ("interface", name) if conf.interface else ("deviceID", conf.device_id)
+    if policy is None:
+        raise _refusal(*given, f"this node has no policy file that could define {name}")
+    names = [entry.name for entry in policy.interfaces]
+    if name not in names:
+        raise _refusal(*given, f"the policy has no interface {name}; {schema.nearest(name, names)}")
+    return policy.interfaces[names.index(name)]
+
+
+def _first_that_allows(entries: list[Interface], conf: NetConf) -> Interface:
+    for entry in entries:
+        if conf.mode is None or entry.modes is None or conf.mode in entry.modes:
+            return entry
+    modes = dict.fromkeys(mode for entry in entries for mode in entry.modes or ())
+    raise _refusal("mode", conf.mode, f"on {conf.source} the policy allows {', '.join(modes)}")
+
+
+def _grant(entry: Interface, conf: NetConf) -> Grant:
+    """What the entry gives. An entry without a name stands for a device that no policy speaks about."""
+    mode = conf.mode
+    if mode is None:
+        possible = [mode for mode in entry.modes or MODES if not _impossible(entry, conf, mode)]
+        mode = possible[0] if possible else (entry.modes or MODES)[0]
+    if entry.modes and mode not in entry.modes:
+        raise _refusal("mode", mode, f"interface {entry.name} allows {', '.join(entry.modes)}")
+    if reason := _impossible(entry, conf, mode):
+        raise _refusal("mode", mode, reason)
+    return Grant(entry.name or None, entry.dev, conf.device, mode, entry.type)
+
+
+def _impossible(entry: Interface, conf: NetConf, mode: str) -> str | None:
+    return IMPOSSIBLE.get((entry.type, mode)) or IMPOSSIBLE.get((conf.device or "", mode))
+
+
+def _choices(policy: Policy | None) -> str:
+    if policy is None:
+        return "this node has no policy file, so any device may be the source"
+    return f"interfaces are: {', '.join(entry.name for entry in policy.interfaces) or 'none'}"
+
+
+def _refusal(key: str, value: str | None, reason: str) -> CniError:
+    return CniError(spec.INVALID_NETWORK_CONFIG, f"{key}: {schema.show(value)} is refused: {reason}")
+
+
+def load(path: str | os.PathLike[str]) -> Policy | None:
+    """The policy in the file, None if there is no file.
+
+    CniError 7 if it is wrong, or somebody else than root could have written it.
+    """
+    path = os.fspath(path)
+    text = _read(path)
+    if text is None:
+        return None
+    document = _decode(path, text)
+    document = {} if document is None else document
+    rules = schema.load("policy")
+    try:
+        if not schema.accepts(rules, document):
+            schema.explain(rules, document)
+    except CniError as error:
+        raise CniError(error.code, f"{path}: {error.msg}", error.details) from error
+    entry_defaults = schema.defaults(rules["properties"]["interfaces"]["items"])
+    interfaces: list[Interface] = []
+    for number, each in enumerate(document.get("interfaces") or ()):
+        entry = entry_defaults | each
+        for other, known in enumerate(interfaces):
+            if known.name == entry["name"]:
+                where = f"{path}: interfaces[{number}].name"
+                raise _refusal(where, entry["name"], f"it is the name of interfaces[{other}] already")
+        modes = tuple(dict.fromkeys(map(canonical, entry.get("modes") or ())))
+        capacity = int(entry["capacity"]) if "capacity" in entry else None
+        interfaces.append(
+            Interface(entry["name"], entry["source"]["dev"], entry["type"], modes or None, capacity)
+        )
+    return Policy(tuple(interfaces), (schema.defaults(rules) | document)["allowUnlisted"])
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        # O_NONBLOCK: a FIFO in its place must not make us wait.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise _distrusted(path, "it is a symlink that leads nowhere", "remove it or repair it") from error
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise _distrusted(path, "it is not a regular file", "put a regular file there")
+        _owned(path, path, status)
+        _placed(path, file)
+        content = b""
+        while len(content) <= MAX_BYTES and (more := os.read(file, MAX_BYTES)):
+            content += more
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    finally:
+        os.close(file)
+    if len(content) > MAX_BYTES:
+        raise _distrusted(path, f"it is larger than {MAX_BYTES} bytes", "make it smaller")
+    return content
+
+
+def _placed(path: str, file: int) -> None:
+    """Refuse a file that lies elsewhere, or where others can remove it: without it nothing is restricted."""
+    folder = os.path.realpath(os.path.dirname(path) or ".")
+    # Where the fd is, and not what the path says: a ConfigMap's symlinks are exchanged at any moment.
+    place = os.path.dirname(os.readlink(f"/proc/self/fd/{file}"))
+    if os.path.commonpath((folder, place)) != folder:
+        raise _distrusted(path, "it is a symlink out of its folder", "put the file itself there")
+    for parent in dict.fromkeys((folder, place)):
+        # A read-only mount, as a pod has its ConfigMap, is writable to nobody, whatever its mode (0777) says;
+        # in a folder with the sticky bit nobody may remove or rename what is not his.
+        if not os.statvfs(parent).f_flag & os.ST_RDONLY:
+            status = os.stat(parent)
+            _owned(path, parent, status, sticky=bool(status.st_mode & stat.S_ISVTX))
+
+
+def _owned(path: str, place: str, status: os.stat_result, *, sticky: bool = False) -> None:
+    if status.st_uid not in (0, os.geteuid()):
+        raise _distrusted(path, f"{place} belongs to user {status.st_uid}", f"chown root {place}")
+    if status.st_mode & 0o022 and not sticky:
+        raise _distrusted(path, f"others may write to {place}", f"chmod go-w {place}")
+
+
+def _distrusted(path: str, reason: str, remedy: str) -> CniError:
+    return CniError(spec.INVALID_NETWORK_CONFIG, f"the policy file {path} is refused: {reason}; {remedy}")
+
+
+def _unreadable(path: str, error: OSError) -> CniError:
+    return _distrusted(path, f"it cannot be read ({error.strerror})", "make it a readable file")
+
+
+def _decode(path: str, content: bytes) -> Any:
+    """YAML without what has no use here: aliases, tags, repeated keys, keys that are not strings."""
+    import yaml  # noqa: PLC0415 - 30 ms, and a host without a policy does not need it
+
+    loader: type[yaml.SafeLoader | yaml.CSafeLoader]
+    loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+    try:
+        text = content.decode()
+        depth = 0
+        for event in yaml.parse(text, loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise _FaultError(f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
+            if isinstance(event, yaml.AliasEvent):
+                raise _FaultError(f"the alias *{event.anchor} is not allowed; write it out", event.start_mark)
+            if tag := getattr(event, "tag", None):
+                raise _FaultError(f"the tag {tag} is not allowed; leave it out", event.start_mark)
+        parser = loader(text)
+        try:
+            node = parser.get_single_node()
+            if node is None:
+                return None
+            _inspect(node)
+            return parser.construct_document(node)
+        finally:
+            parser.dispose()
+    except _FaultError as fault:
+        reason, mark = fault.args
+    except yaml.MarkedYAMLError as error:
+        reason, mark = error.problem, error.problem_mark
+    except (ValueError, yaml.YAMLError) as error:
+        reason, mark = str(error).partition("\n")[0], None
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    raise CniError(spec.INVALID_NETWORK_CONFIG, f"{path}{where}: {reason}")
+
+
+class _FaultError(Exception):
+    """(reason, yaml.Mark)"""
+
+
+def _inspect(node: yaml.Node) -> None:
+    import yaml  # noqa: PLC0415
+
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:str" or not isinstance(key, yaml.ScalarNode):
+                raise _FaultError("a key must be a plain string", key.start_mark)
+            if key.value in seen:
+                raise _FaultError(f"the key {schema.show(key.value)} stands twice", key.start_mark)
+            seen.add(key.value)
+            _inspect(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _inspect(value)

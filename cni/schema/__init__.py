@@ -1,0 +1,185 @@
+"""The JSON Schemas of what people write, and the two ways to apply them.
+
+netconf.json and policy.json are the only place where a field, its default and the sentence that documents it
+are written down; docs/configuration.md is generated from them. `accepts` is quick and sound: what it accepts
+is valid. What it does not accept is put before jsonschema, the authority, by `explain`; importing that takes
+90 ms, so only a configuration that is wrong pays for it. Must not know what the fields mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import cache
+
+from cni import spec
+from cni.errors import CniError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import Any
+
+ANNOTATIONS = frozenset({"$schema", "$defs", "title", "description", "default", "examples", "readOnly"})
+"""Keywords that say something to a reader and decide nothing."""
+
+_PYTHON = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None)}
+
+
+@cache
+def load(name: str) -> dict[str, Any]:
+    """The schema "netconf" or "policy". Everybody gets the same object: do not change it."""
+    with open(os.path.join(os.path.dirname(__file__), f"{name}.json"), encoding="utf-8") as file:
+        schema: dict[str, Any] = json.load(file)
+    return schema
+
+
+def defaults(schema: dict[str, Any]) -> dict[str, Any]:
+    """What the properties of an object are when they are absent."""
+    return {key: rule["default"] for key, rule in schema["properties"].items() if "default" in rule}
+
+
+def _type(names: str | list[str], value: Any, _: dict[str, Any]) -> bool:
+    # type() and not isinstance: True is an int to Python and not to JSON Schema.
+    return any(type(value) is _PYTHON[name] for name in ([names] if isinstance(names, str) else names))
+
+
+def _properties(rules: dict[str, Any], value: Any, _: dict[str, Any]) -> bool:
+    return type(value) is not dict or all(accepts(rules[key], value[key]) for key in value if key in rules)
+
+
+def _pattern_properties(rules: dict[str, Any], value: Any, _: dict[str, Any]) -> bool:
+    return type(value) is not dict or all(
+        accepts(rule, value[key])
+        for pattern, rule in rules.items()
+        for key in value
+        if re.search(pattern, key)
+    )
+
+
+def _additional(rule: Any, value: Any, schema: dict[str, Any]) -> bool:
+    return type(value) is not dict or all(accepts(rule, value[key]) for key in unnamed(schema, value))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+CHECKS: dict[str, Callable[[Any, Any, dict[str, Any]], bool]] = {
+    "type": _type,
+    "enum": lambda allowed, value, _: type(value) is str and value in allowed,
+    "properties": _properties,
+    "patternProperties": _pattern_properties,
+    "additionalProperties": _additional,
+    "required": lambda keys, value, _: type(value) is not dict or all(key in value for key in keys),
+    "items": lambda rule, value, _: type(value) is not list or all(accepts(rule, item) for item in value),
+    "minimum": lambda least, value, _: not _number(value) or value >= least,
+    "maximum": lambda most, value, _: not _number(value) or value <= most,
+    "maxLength": lambda most, value, _: type(value) is not str or len(value) <= most,
+    "pattern": lambda pattern, value, _: type(value) is not str or re.search(pattern, value) is not None,
+}
+"""Keyword → does (what it asks for, value, the schema it stands in) hold."""
+
+
+def accepts(schema: dict[str, Any] | bool, value: Any) -> bool:
+    """True: the value is valid. False: ask `explain`."""
+    if isinstance(schema, bool):
+        return schema
+    return all(
+        keyword in ANNOTATIONS or (keyword in CHECKS and CHECKS[keyword](wanted, value, schema))
+        for keyword, wanted in schema.items()
+    )
+
+
+def unnamed(schema: dict[str, Any], keys: Iterable[str]) -> Iterator[str]:
+    """Those of the keys that additionalProperties speaks about."""
+    for key in keys:
+        patterns = schema.get("patternProperties", ())
+        if key not in schema.get("properties", ()) and not any(re.search(each, key) for each in patterns):
+            yield key
+
+
+def explain(schema: dict[str, Any], value: Any, *, unknown: int = spec.INVALID_NETWORK_CONFIG) -> None:
+    """Raise CniError with the path, the value and what is allowed; return if nothing is wrong.
+
+    The code is 7, and `unknown` for a key that the schema does not know. `details` has the further faults.
+    """
+    from jsonschema import Draft202012Validator  # noqa: PLC0415
+
+    faults: dict[str, int] = {}
+    for error in Draft202012Validator(schema).iter_errors(value):
+        strangers = error.validator == "additionalProperties"
+        for text in _strangers(error) if strangers else _faults(error):
+            faults[text] = unknown if strangers else spec.INVALID_NETWORK_CONFIG
+    if faults:
+        # An unknown key goes first: when it is a misspelling, what else is wrong follows from it.
+        first, *others = sorted(faults, key=lambda text: faults[text] != unknown)
+        raise CniError(faults[first], first, "; ".join(others))
+
+
+def _strangers(error: Any) -> Iterator[str]:
+    known = list(error.schema["properties"])
+    for key in unnamed(error.schema, error.instance):
+        where = path([*error.absolute_path, key])
+        yield f"{where}: unknown key, its value is {show(error.instance[key])}; {nearest(key, known)}"
+
+
+def _faults(error: Any) -> Iterator[str]:
+    if error.validator == "required":
+        for key in error.validator_value:
+            if key not in error.instance:
+                wanted = allowed(error.schema["properties"][key])
+                yield f"{path([*error.absolute_path, key])}: is missing; give {wanted}"
+    else:
+        where = path(error.absolute_path) or "the document"
+        yield f"{where}: {show(error.instance)} is not allowed; give {allowed(error.schema)}"
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """What to say to somebody who wrote a word that is not among the known ones."""
+    from difflib import get_close_matches  # noqa: PLC0415
+
+    by_lower = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), by_lower, n=1)
+    return (
+        f"did you mean {show(by_lower[close[0]])}?" if close else f"known are: {', '.join(known) or 'none'}"
+    )
+
+
+def path(parts: Iterable[str | int]) -> str:
+    """("interfaces", 2, "modes", 0) → interfaces[2].modes[0]"""
+    text = ""
+    for part in parts:
+        text += f"[{part}]" if isinstance(part, int) else f".{part if part.isprintable() else show(part)}"
+    return text.removeprefix(".")
+
+
+def show(value: Any) -> str:
+    """A value on one line of bounded length, as JSON."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
+
+
+def allowed(schema: dict[str, Any]) -> str:
+    """What a value may be, in words: for error messages and for the docs."""
+    if "enum" in schema:
+        return f"one of {', '.join(map(show, schema['enum']))}"
+    if "title" in schema:
+        return f"{schema['title']}, such as {show(schema['examples'][0])}"
+    names = schema.get("type", ["anything"])
+    # null is tolerated where a program may write it for "nothing"; nobody is told to.
+    return " or ".join(
+        _kind(name, schema) for name in ([names] if isinstance(names, str) else names) if name != "null"
+    )
+
+
+def _kind(name: str, schema: dict[str, Any]) -> str:
+    if name == "integer" and "maximum" in schema:
+        return f"an integer from {schema['minimum']} to {schema['maximum']}"
+    if name == "integer":
+        return f"an integer of {schema['minimum']} or more"
+    if name == "array" and "items" in schema:
+        return f"a list, each {allowed(schema['items'])}"
+    plain = {"object": "an object", "array": "a list", "string": "a string", "boolean": "true or false"}
+    return plain.get(name, name)

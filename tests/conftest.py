@@ -1,0 +1,27 @@
+"""Fixtures that every kind of test may want: a wired lab, and the plugin on its node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lab.wire import Lab
+from tests.runner import Plugin
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """A host with a NIC, a switch and a peer, in namespaces of this test's own."""
+    with Lab() as wired:
+        yield wired
+
+
+@pytest.fixture
+def plugin(lab: Lab, tmp_path: Path) -> Plugin:
+    """The installed vmtap on the lab's node, with no policy and no state yet."""
+    return Plugin(node=lab.node, state=tmp_path / "state", policy=tmp_path / "interfaces.yaml")
