@@ -71,6 +71,12 @@ def test_what_cannot_be_is_refused(lab: Lab, grant: dict[str, Any], said: str) -
     assert refused.value.code == INVALID_NETWORK_CONFIG
 
 
+def test_another_name_of_a_device_is_refused(lab: Lab) -> None:
+    lab.node.ip("link property add dev eth1 altname uplink")
+    with pytest.raises(CniError, match="'uplink' is another name of 'eth1'"):
+        _decide(lab, "uplink")
+
+
 def test_a_source_that_is_not_there_is_named(lab: Lab) -> None:
     with pytest.raises(CniError, match="'eth9' is not on this node") as refused:
         _decide(lab, "eth9")
