@@ -113,6 +113,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                     dns=said.get("dns"),
                 )
                 call.store.save(record)
+            answer = _answer(call, record, leased)  # may fail: on what prevResult or the delegate says
             _make(pod, call, plan, record)
         except BaseException as error:
             undone = _end(host, call.store, record, _delegate_of(call, record) if delegated else None)
@@ -122,7 +123,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                     error.code, error.msg, f"{error.details} (undoing it: {left})".strip()
                 ) from error
             raise
-        return _answer(call, record, leased)
+        return answer
 
 
 def delete(call: Call) -> None:
