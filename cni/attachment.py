@@ -314,9 +314,17 @@ def _make_tap(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
 
 def _answer(call: Call, record: Record, leased: result.Result) -> dict[str, Any]:
     """The result: what came before in the chain, and ours after it (SPEC section 5)."""
-    ours = result.Interface(name=record.ifname, mac=record.mac, mtu=record.mtu, sandbox=call.netns_path)
+    interfaces = [
+        result.Interface(name=record.ifname, mac=record.mac, mtu=record.mtu, sandbox=call.netns_path)
+    ]
+    if record.device == "tap" and record.source:
+        from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
+
+        # Not the pair's end in the pod: Multus reports every interface with a sandbox as a network of its own.
+        name, _ = iproute.veth_names(record.ifindex)
+        interfaces.append(result.Interface(name=name, mac=iproute.host_mac(record.ifindex), mtu=record.mtu))
     own = result.Result(
-        interfaces=(ours,),
+        interfaces=tuple(interfaces),
         ips=tuple(replace(each, interface=0) for each in leased.ips),
         routes=leased.routes,
         dns=result.parse_dns(call.conf.dns) if call.conf.dns else leased.dns,
