@@ -116,7 +116,7 @@ def pod(pods: Callable[[], Netns]) -> Netns:
 def spare(lab: Lab) -> Iterator[str]:
     """A NIC of the node that a test may break."""
     name = "spare0"
-    lab.node.ip(f"link add {name} up type veth peer name spare1 up")
+    lab.node.ip(f"link add {name} type veth peer name spare1", f"link set {name} up", "link set spare1 up")
     yield name
     lab.node.run(["ip", "link", "delete", "spare1"], check=False)
 
