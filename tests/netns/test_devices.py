@@ -69,7 +69,9 @@ def number(pod: Netns, name: str = "net1") -> int:
 def in_pod(record: Record, pod: Netns, mac: str) -> Record:
     """The record that an ADD would have left in that pod."""
     status = pod.path.stat()
-    return replace(record, container_id="b", netns=str(pod.path), netns_id=(status.st_dev, status.st_ino), mac=mac)
+    return replace(
+        record, container_id="b", netns=str(pod.path), netns_id=(status.st_dev, status.st_ino), mac=mac
+    )
 
 
 def test_two_pods_whose_links_have_one_ifindex(
@@ -169,6 +171,7 @@ def test_a_link_replaced_while_it_is_opened(
     ids=["another ifindex", "another MAC"],
 )
 def test_a_link_replaced_after_add(
+    *,
     lab: Lab,
     attach: Callable[..., Attached],
     network: str,
@@ -205,7 +208,7 @@ def test_a_tap_replaced_after_add(
 
 def test_the_link_is_of_another_kind(lab: Lab, attach: Callable[..., Attached], network: str) -> None:
     a = attach(lab.pod("a"), name=network, source=NIC, opened=False)
-    a.pod.ip("link del net1", f"link add net1 index {a.record.ifindex} type dummy")
+    a.pod.ip("link del net1", f"link add net1 index {a.record.ifindex} type veth")
     with pytest.raises(CniError) as refused:
         open_queues(a.pod, a.record)
     assert refused.value.code == NO_ATTACHMENT

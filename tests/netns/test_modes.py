@@ -61,8 +61,8 @@ def heard(macs: dict[str, str], ports: dict[str, int | socket.socket]) -> dict[s
 
     for sender, receiver in permutations(macs, 2):
         send(sender, Frame(macs[receiver], macs[sender], f"{sender} unicast"))
-    for sender in macs:
-        send(sender, Frame(BROADCAST, macs[sender], f"{sender} broadcast"))
+    for sender, mac in macs.items():
+        send(sender, Frame(BROADCAST, mac, f"{sender} broadcast"))
     send("peer", Frame(BROADCAST, macs["peer"], "marker"))
     send("node", Frame(BROADCAST, NODE_MAC, "marker"))
     guests_and_peer = {name: port for name, port in ports.items() if name != "node"}
@@ -74,9 +74,7 @@ def heard(macs: dict[str, str], ports: dict[str, int | socket.socket]) -> dict[s
 
 
 @pytest.mark.parametrize(("device", "mode", "reflecting"), BETWEEN_GUESTS)
-def test_mode(
-    lab: Lab, attach: Callable[..., Attached], device: str, mode: str, reflecting: bool
-) -> None:
+def test_mode(lab: Lab, attach: Callable[..., Attached], device: str, mode: str, reflecting: bool) -> None:
     source = NIC if device == "macvtap" else BRIDGE
     lab.switch.reflect(reflecting)
     lab.peer.ip(f"link set eth0 address {PEER_MAC}")

@@ -46,9 +46,7 @@ def test_no_frame_with_the_guests_mac(lab: Lab, attach: Callable[..., Attached],
 
 
 @pytest.mark.parametrize("source", [NIC, BRIDGE])
-def test_a_router_on_the_wire_is_not_believed(
-    lab: Lab, attach: Callable[..., Attached], source: str
-) -> None:
+def test_a_router_on_the_wire_is_not_believed(lab: Lab, attach: Callable[..., Attached], source: str) -> None:
     attached = attach(lab.pod(), source=source, opened=False)
     control = lab.pod("control")
     lab.node.ip(f"link add link {NIC} name loud netns {control.path} type macvtap mode bridge")
@@ -64,9 +62,7 @@ def test_a_router_on_the_wire_is_not_believed(
 
 
 @pytest.mark.parametrize("source", [NIC, BRIDGE])
-def test_arp_for_another_address_of_the_pod(
-    lab: Lab, attach: Callable[..., Attached], source: str
-) -> None:
+def test_arp_for_another_address_of_the_pod(lab: Lab, attach: Callable[..., Attached], source: str) -> None:
     attached = attach(lab.pod(), source=source, opened=False)
     control = lab.pod("control")
     lab.node.ip(f"link add link {NIC} name loud netns {control.path} type macvtap mode bridge")
@@ -113,7 +109,7 @@ def router_advertisement() -> bytes:
 
 def checksum(data: bytes) -> int:
     """The internet's (RFC 1071)."""
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
