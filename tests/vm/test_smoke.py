@@ -35,7 +35,7 @@ def image() -> Iterator[Image]:
 def _attach(plugin: Plugin, pod: Netns, ifname: str = "net1", **fields: Any) -> str:
     """ADD, and the guest's MAC."""
     answer = plugin("ADD", config(**fields), netns=pod, ifname=ifname).ok()
-    return str(answer["interfaces"][-1]["mac"])
+    return next(str(each["mac"]) for each in answer["interfaces"] if each["name"] == ifname)
 
 
 def _guest(plugin: Plugin, image: Image, pod: Netns, nics: list[Nic], *options: str, **more: Any) -> Guest:
