@@ -10,7 +10,6 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from cni import attachment, check, netconf, netns, policy, result
 from cni.errors import CniError
@@ -55,8 +54,8 @@ class Request:
 
     env: Mapping[str, str]
     stdin: bytes
-    policy: Path
-    state: Path
+    policy: str
+    state: str
     called_as: str = "vmtap"
     netns: int | None = None
     delegate_seconds: float = 60.0
