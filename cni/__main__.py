@@ -10,8 +10,9 @@ import select
 import signal
 import sys
 import time
+from functools import partial
 
-from cni import plugin
+from cni import plugin, policy
 from cni.errors import CniError
 from cni.netconf import MAX_BYTES
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER, VERSIONS
@@ -43,7 +44,7 @@ def main() -> int:
     request = plugin.Request(
         env=env,
         stdin=b"",
-        policy=env.get("VMTAP_POLICY", "/etc/vmtap/interfaces.yaml"),
+        policy=partial(policy.load, env.get("VMTAP_POLICY", "/etc/vmtap/interfaces.yaml")),
         state=env.get("VMTAP_STATE", "/run/vmtap"),
         called_as="macvtap" if name == "macvtap" else "vmtap",
     )

@@ -40,12 +40,27 @@ from cni.state import Record, Store, alias, boot_id, identifier
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from cni.netconf import NetConf
     from cni.plan import Plan
     from cni.policy import Grant
+
+    DeleteLink = Callable[[Rtnl, int, int | None], None]
+
+
+def delete_link(host: Rtnl, index: int, nsid: int | None) -> None:
+    """Delete the link of that index, here or in the namespace nsid; already gone is fine. Raises OSError.
+
+    Waits for the kernel's ACK, 15 to 40 ms; agent/unlink.py has one that does not.
+    """
+    where = [] if nsid is None else [s32(IFLA_TARGET_NETNSID, nsid)]
+    try:
+        host.do(link_message(RTM_DELLINK, *where, index=index))
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.EINVAL):  # gone meanwhile, alone or with its namespace
+            raise
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,7 @@ class Call:
     stdin: bytes
     store: Store
     delegate_seconds: float
+    delete_link: DeleteLink = delete_link
 
     @property
     def id(self) -> str:
@@ -92,7 +108,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
         if stale := call.store.load(
             call.id
         ):  # an ADD that was killed: end it before its addresses are asked for
-            _raise(_end(host, call.store, stale, _delegate_of(call, stale)))
+            _raise(_end(host, call, stale, _delegate_of(call, stale)))
         record = _record(host, call, grant, plan)
         delegated = False
         try:
@@ -116,7 +132,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             answer = _answer(call, record, leased)  # may fail: on what prevResult or the delegate says
             _make(pod, call, plan, record)
         except BaseException as error:
-            undone = _end(host, call.store, record, _delegate_of(call, record) if delegated else None)
+            undone = _end(host, call, record, _delegate_of(call, record) if delegated else None)
             if undone and isinstance(error, CniError):
                 left = "; ".join(str(each) for each in undone)
                 raise CniError(
@@ -145,7 +161,7 @@ def delete(call: Call) -> None:
         except CniError as error:
             failed.append(error)
         if record:
-            failed += _end(host, call.store, record, _delegate_of(call, record))
+            failed += _end(host, call, record, _delegate_of(call, record))
         else:
             failed += _attempt(_remove_unrecorded, host, call)
             if delegate := call.delegate():
@@ -171,7 +187,7 @@ def collect(call: Call) -> None:
                 continue
             with call.store.locked(seen.id):
                 if record := call.store.load(seen.id):  # a DEL may have been quicker
-                    failed += _end(host, call.store, record, _delegate_of(call, record))
+                    failed += _end(host, call, record, _delegate_of(call, record))
         for id in list(call.store.reserved()):  # an ADD that was killed before it wrote its record
             with call.store.locked(id):
                 if call.store.load(id) is None:
@@ -352,19 +368,19 @@ def _delegate_of(call: Call, record: Record) -> Delegate | None:
     )
 
 
-def _end(host: Rtnl, store: Store, record: Record, delegate: Delegate | None) -> list[CniError]:
+def _end(host: Rtnl, call: Call, record: Record, delegate: Delegate | None) -> list[CniError]:
     """Take back everything that record speaks of; the record last, and only if nothing else is left."""
-    failed = _attempt(_remove_links, host, record)
+    failed = _attempt(_remove_links, host, call, record)
     if record.node:
         failed += _attempt(_remove_node, record.node)
     if delegate:
         failed += _attempt(delegate.run, "DEL")
     if not failed:
-        failed += _attempt(store.forget, record)
+        failed += _attempt(call.store.forget, record)
     return failed
 
 
-def _remove_links(host: Rtnl, record: Record) -> None:
+def _remove_links(host: Rtnl, call: Call, record: Record) -> None:
     """Delete the link that record speaks of if it is there and provably ours."""
     try:
         link = host.link(index=record.ifindex, nsid=record.nsid)
@@ -375,9 +391,9 @@ def _remove_links(host: Rtnl, record: Record) -> None:
     if (
         link and link.alias in (record.alias, "") and link.name == record.ifname
     ):  # "": killed before it was marked
-        _delete(host, link.index, record.nsid)
+        call.delete_link(host, link.index, record.nsid)
     if record.device == "tap" and record.source:
-        _remove_port(host, record.ifindex, record.alias)
+        _remove_port(host, call, record.ifindex, record.alias)
 
 
 def _remove_unrecorded(host: Rtnl, call: Call) -> None:
@@ -387,26 +403,17 @@ def _remove_unrecorded(host: Rtnl, call: Call) -> None:
     nsid = host.nsid(call.netns)
     link = host.link(name=call.ifname, nsid=nsid)
     if link and link.alias == alias(call.conf.name, call.container_id, call.ifname):
-        _delete(host, link.index, nsid)
+        call.delete_link(host, link.index, nsid)
         if link.kind == "tun":
-            _remove_port(host, link.index, link.alias)
+            _remove_port(host, call, link.index, link.alias)
 
 
-def _remove_port(host: Rtnl, ifindex: int, mark: str) -> None:
+def _remove_port(host: Rtnl, call: Call, ifindex: int, mark: str) -> None:
     """The veth pair of a tap on a bridge: one end takes the other with it."""
     name = f"vth{ifindex:08x}"
     port = host.link(name=name)
     if port and port.kind == "veth" and port.alias in (mark, ""):
-        _delete(host, port.index, None)
-
-
-def _delete(host: Rtnl, index: int, nsid: int | None) -> None:
-    where = [] if nsid is None else [s32(IFLA_TARGET_NETNSID, nsid)]
-    try:
-        host.do(link_message(RTM_DELLINK, *where, index=index))
-    except OSError as error:
-        if error.errno not in (errno.ENODEV, errno.EINVAL):  # gone meanwhile, alone or with its namespace
-            raise
+        call.delete_link(host, port.index, None)
 
 
 def _remove_node(path: str) -> None:

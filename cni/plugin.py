@@ -24,7 +24,7 @@ from cni.state import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from cni.netconf import NetConf
@@ -49,16 +49,18 @@ class Request:
     """One execution of the plugin.
 
     env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
-    netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has opened it.
+    policy: reads the node's policy, or knows it; netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has
+    opened it; delete_link: see attachment.py.
     """
 
     env: Mapping[str, str]
     stdin: bytes
-    policy: str
+    policy: Callable[[], policy.Policy | None]
     state: str
     called_as: str = "vmtap"
     netns: int | None = None
     delegate_seconds: float = 60.0
+    delete_link: attachment.DeleteLink = attachment.delete_link
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
             stdin=request.stdin,
             store=Store(request.state),
             delegate_seconds=request.delegate_seconds,
+            delete_link=request.delete_link,
         )
         return _carry_out(command, request, conf, call)
     finally:
@@ -139,16 +142,16 @@ def _carry_out(command: str, request: Request, conf: NetConf, call: attachment.C
                     INCOMPATIBLE_VERSION,
                     f"cniVersion {conf.cni_version} has no result without an IP address: raise it, or set ipam",
                 )
-            return attachment.add(call, policy.authorize(policy.load(request.policy), conf))
+            return attachment.add(call, policy.authorize(request.policy(), conf))
         case "DEL":
             attachment.delete(call)
         case "CHECK":
-            check.check(call, policy.authorize(policy.load(request.policy), conf))
+            check.check(call, policy.authorize(request.policy(), conf))
         case "GC":
             attachment.collect(call)
         case "STATUS":
             try:
-                grant = policy.authorize(policy.load(request.policy), conf)
+                grant = policy.authorize(request.policy(), conf)
             except CniError as error:
                 raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
             attachment.status(call, grant)

@@ -1,0 +1,336 @@
+/* vmtap, the CNI executable of a node: asks the resident agent, which is Python, and prints what it answers.
+ *
+ * The node's CNI folder belongs to a host without Python, and Multus runs plugins chrooted there; so this is one static
+ * file that needs nothing. It understands no JSON and decides nothing; what it does when the agent is away is below.
+ *
+ * Request:  struct head { magic, called as macvtap?, length of env, length of stdin }, the environment (each entry
+ *           ends with a NUL), stdin. With the first byte goes, by SCM_RIGHTS, an O_PATH fd of CNI_NETNS if it is there.
+ * Answer:   struct tail { exit status, length of stdout, length of stderr }, stdout, stderr.
+ * Both are streams of known length, so no size is a trap. cni/agent/server.py is the other end.
+ *
+ * The agent away, for longer than VMTAP_WAIT seconds (5): ADD, CHECK and GC end with code 11 (try again later), STATUS with
+ * 50; VERSION is answered here. DEL succeeds, so that pods can always be deleted: the request is left in the folder
+ * pending/, and the agent carries it out when it is back.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/inotify.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef VMTAP_RUN
+#define VMTAP_RUN "/run/vmtap"
+#endif
+#define MAGIC 0x31746d76u /* "vmt1" */
+#define INPUT_MAX (1u << 20)
+#define OUTPUT_MAX (16u << 20)
+#define INPUT_SECONDS 10
+#define VERSIONS "\"0.1.0\",\"0.2.0\",\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\""
+
+struct head { uint32_t magic, called_as_macvtap, env_length, stdin_length; };
+struct tail { int32_t status; uint32_t stdout_length, stderr_length; };
+
+extern char **environ;
+
+static char input[INPUT_MAX + 1];
+static size_t input_length;
+static const char *command = "";
+
+static int64_t now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
+}
+
+/* Seconds of an environment variable, else the default; in milliseconds. */
+static int64_t seconds(const char *name, int64_t otherwise)
+{
+    const char *text = getenv(name);
+    char *end = NULL;
+    double value = text && *text ? strtod(text, &end) : -1;
+    return end && !*end && value >= 0 && value <= 86400 ? (int64_t)(value * 1000) : otherwise * 1000;
+}
+
+static int write_all(int fd, const char *data, size_t length)
+{
+    while (length) {
+        ssize_t n = write(fd, data, length);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return -1;
+        data += n;
+        length -= (size_t)n;
+    }
+    return 0;
+}
+
+/* One error object, as SPEC section 5 wants it. The message is ours: nothing in it needs escaping. */
+static int fail(int code, const char *message)
+{
+    char text[512];
+    int n = snprintf(text, sizeof text, "{\"cniVersion\":\"1.1.0\",\"code\":%d,\"msg\":\"vmtap: %s\"}\n", code, message);
+    write_all(1, text, (size_t)n);
+    fprintf(stderr, "vmtap: %s\n", message);
+    return 1;
+}
+
+/* Everything on stdin. 0, or the code of the error. */
+static int read_input(void)
+{
+    int64_t until = now_ms() + INPUT_SECONDS * 1000;
+    struct pollfd p = {.fd = 0, .events = POLLIN};
+    while (input_length <= INPUT_MAX) {
+        int64_t left = until - now_ms();
+        if (left <= 0 || (poll(&p, 1, (int)left) == 0))
+            return 5;
+        ssize_t n = read(0, input + input_length, sizeof input - input_length);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return 5;
+        if (n == 0)
+            return 0;
+        input_length += (size_t)n;
+    }
+    return 6;
+}
+
+static int connect_once(const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path)
+        return -1;
+    strcpy(address.sun_path, path);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd >= 0 && connect(fd, (struct sockaddr *)&address, sizeof address) == 0)
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    return -1;
+}
+
+/* A connection, or -1 once it is later than until. The agent makes its socket anew when it starts: that is waited for. */
+static int connect_agent(const char *folder, const char *path, int64_t until)
+{
+    int fd = connect_once(path);
+    if (fd >= 0)
+        return fd;
+    int notify = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+    if (notify < 0 || inotify_add_watch(notify, folder, IN_CREATE | IN_MOVED_TO) < 0) {
+        if (notify >= 0)
+            close(notify);
+        return -1; /* no folder: no agent has ever run here */
+    }
+    for (;;) {
+        char events[4096];
+        struct pollfd p = {.fd = notify, .events = POLLIN};
+        fd = connect_once(path); /* after the watch was set: nothing is missed */
+        int64_t left = until - now_ms();
+        if (fd >= 0 || left <= 0)
+            break;
+        poll(&p, 1, (int)left);
+        while (read(notify, events, sizeof events) > 0)
+            ;
+    }
+    close(notify);
+    return fd;
+}
+
+static int send_all(int fd, const void *data, size_t length, int pass)
+{
+    union { char bytes[CMSG_SPACE(sizeof(int))]; struct cmsghdr align; } control = {{0}};
+    while (length) {
+        struct iovec io = {.iov_base = (void *)(uintptr_t)data, .iov_len = length};
+        struct msghdr message = {.msg_iov = &io, .msg_iovlen = 1};
+        if (pass >= 0) {
+            message.msg_control = control.bytes;
+            message.msg_controllen = sizeof control.bytes;
+            struct cmsghdr *c = CMSG_FIRSTHDR(&message);
+            c->cmsg_level = SOL_SOCKET;
+            c->cmsg_type = SCM_RIGHTS;
+            c->cmsg_len = CMSG_LEN(sizeof(int));
+            memcpy(CMSG_DATA(c), &pass, sizeof pass);
+        }
+        ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return -1;
+        pass = -1;
+        data = (const char *)data + n;
+        length -= (size_t)n;
+    }
+    return 0;
+}
+
+static int receive_all(int fd, void *data, size_t length, int64_t until)
+{
+    while (length) {
+        struct pollfd p = {.fd = fd, .events = POLLIN};
+        int64_t left = until - now_ms();
+        if (left <= 0 || poll(&p, 1, (int)(left > INT_MAX ? INT_MAX : left)) == 0)
+            return -1;
+        ssize_t n = recv(fd, data, length, 0);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return -1;
+        data = (char *)data + n;
+        length -= (size_t)n;
+    }
+    return 0;
+}
+
+/* One request to the agent: its exit status, or -1 if there was no whole answer (then nothing was printed). */
+static int ask(int fd, const struct head *head, const char *env, int netns, int64_t until)
+{
+    struct tail tail;
+    if (send_all(fd, head, sizeof *head, netns) || send_all(fd, env, head->env_length, -1) ||
+        send_all(fd, input, input_length, -1) || receive_all(fd, &tail, sizeof tail, until))
+        return -1;
+    size_t total = (size_t)tail.stdout_length + tail.stderr_length;
+    char *text = total <= OUTPUT_MAX ? malloc(total + 1) : NULL;
+    if (!text || receive_all(fd, text, total, until)) {
+        free(text);
+        return -1;
+    }
+    write_all(2, text + tail.stdout_length, tail.stderr_length);
+    int status = write_all(1, text, tail.stdout_length) ? -2 : tail.status;
+    free(text);
+    return status;
+}
+
+/* DEL without an agent: leave the request where the agent finds it. */
+static void leave_pending(const char *folder, const struct head *head, const char *env)
+{
+    char written[PATH_MAX], path[PATH_MAX];
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    snprintf(path, sizeof path, "%s/pending", folder);
+    if (mkdir(path, 0700) && errno != EEXIST)
+        return;
+    snprintf(path, sizeof path, "%s/pending/%lld.%09ld.%d", folder, (long long)t.tv_sec, t.tv_nsec, (int)getpid());
+    if ((size_t)snprintf(written, sizeof written, "%s.new", path) >= sizeof written)
+        return;
+    int fd = open(written, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return;
+    int bad = write_all(fd, (const char *)head, sizeof *head) || write_all(fd, env, head->env_length) ||
+              write_all(fd, input, input_length);
+    close(fd);
+    if (bad || rename(written, path))
+        unlink(written);
+}
+
+/* VERSION without an agent. The version that stands in the config is echoed if it is digits and dots. */
+static int print_version(void)
+{
+    char text[512];
+    const char *version = "1.1.0", *at = strstr(input, "\"cniVersion\"");
+    size_t length = 5;
+    if (at) {
+        at += strlen("\"cniVersion\"");
+        at += strspn(at, " \t\r\n:");
+        size_t digits = *at == '"' ? strspn(at + 1, "0123456789.") : 0;
+        if (digits && digits < 32 && at[1 + digits] == '"') {
+            version = at + 1;
+            length = digits;
+        }
+    }
+    int n = snprintf(text, sizeof text, "{\"cniVersion\":\"%.*s\",\"supportedVersions\":[" VERSIONS "]}\n", (int)length,
+                     version);
+    return write_all(1, text, (size_t)n) ? 1 : 0;
+}
+
+static int without_agent(const char *folder, const struct head *head, const char *env)
+{
+    if (!strcmp(command, "VERSION"))
+        return print_version();
+    if (!strcmp(command, "DEL")) {
+        leave_pending(folder, head, env);
+        return 0;
+    }
+    if (!strcmp(command, "STATUS"))
+        return fail(50, "the agent vmtapd is not running on this node: look at its pod or systemctl status vmtapd");
+    return fail(11, "the agent vmtapd does not answer: try again; look at its pod or systemctl status vmtapd");
+}
+
+int main(int argc, char **argv)
+{
+    const char *name = argc > 0 && strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argc > 0 ? argv[0] : "";
+    const char *folder = getenv("VMTAP_RUN");
+    char path[PATH_MAX];
+    signal(SIGPIPE, SIG_IGN); /* a closed stdout is an error of write(2), and ADD is undone */
+    if (!folder || !*folder)
+        folder = VMTAP_RUN;
+    if (getenv("CNI_COMMAND"))
+        command = getenv("CNI_COMMAND");
+    int any = 0;
+    size_t env_length = 0;
+    for (char **e = environ; *e; e++) {
+        any |= !strncmp(*e, "CNI_", 4);
+        env_length += strlen(*e) + 1;
+    }
+    if (!any) {
+        fprintf(stderr, "vmtap: a CNI plugin that puts a VM on a NIC; a container runtime runs it.\n"
+                        "CNI protocol versions supported: " VERSIONS "\n");
+        return 0;
+    }
+    if (env_length > OUTPUT_MAX || (size_t)snprintf(path, sizeof path, "%s/agent/cni.sock", folder) >= sizeof path - 16)
+        return fail(4, "the environment is too large");
+    int code = read_input();
+    if (code)
+        return fail(code, code == 6 ? "the network config is larger than 1 MiB" : "the network config on stdin did not end");
+    input[input_length < INPUT_MAX ? input_length : INPUT_MAX] = 0;
+
+    char *env = malloc(env_length + 1), *end = env;
+    if (!env)
+        return fail(11, "no memory");
+    for (char **e = environ; *e; e++)
+        end = stpcpy(end, *e) + 1;
+    struct head head = {MAGIC, !strcmp(name, "macvtap"), (uint32_t)env_length, (uint32_t)input_length};
+    const char *netns_path = getenv("CNI_NETNS");
+    int netns = netns_path && *netns_path ? open(netns_path, O_PATH | O_CLOEXEC) : -1;
+
+    int64_t begin = now_ms(), wait = begin + seconds("VMTAP_WAIT", 5), until = begin + seconds("VMTAP_DEADLINE", 120);
+    char agent[PATH_MAX];
+    snprintf(agent, sizeof agent, "%s/agent", folder);
+    int status = -1;
+    for (;;) {
+        int fd = connect_agent(agent, path, wait);
+        if (fd < 0)
+            break;
+        status = ask(fd, &head, env, netns, until);
+        close(fd);
+        /* An agent that ended in between: what can be repeated is, as soon as it is back. */
+        if (status != -1 || now_ms() >= until || !strcmp(command, "ADD"))
+            break;
+        wait = now_ms() + seconds("VMTAP_WAIT", 5);
+    }
+    if (status == -2 && !strcmp(command, "ADD")) { /* nobody will know of the attachment: undo it */
+        setenv("CNI_COMMAND", "DEL", 1);
+        memcpy(strstr(env, "CNI_COMMAND="), "CNI_COMMAND=DEL", 15);
+        int fd = connect_agent(agent, path, wait);
+        if (fd >= 0) {
+            ask(fd, &head, env, netns, until);
+            close(fd);
+        }
+    }
+    if (status == -1)
+        status = without_agent(folder, &head, env);
+    free(env);
+    return status < 0 ? 1 : status;
+}
