@@ -113,6 +113,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                     dns=said.get("dns"),
                 )
                 call.store.save(record)
+            answer = _answer(call, record, leased)  # may fail: on what prevResult or the delegate says
             _make(pod, call, plan, record)
         except BaseException as error:
             undone = _end(host, call.store, record, _delegate_of(call, record) if delegated else None)
@@ -122,7 +123,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                     error.code, error.msg, f"{error.details} (undoing it: {left})".strip()
                 ) from error
             raise
-        return _answer(call, record, leased)
+        return answer
 
 
 def delete(call: Call) -> None:
@@ -313,9 +314,17 @@ def _make_tap(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
 
 def _answer(call: Call, record: Record, leased: result.Result) -> dict[str, Any]:
     """The result: what came before in the chain, and ours after it (SPEC section 5)."""
-    ours = result.Interface(name=record.ifname, mac=record.mac, mtu=record.mtu, sandbox=call.netns_path)
+    interfaces = [
+        result.Interface(name=record.ifname, mac=record.mac, mtu=record.mtu, sandbox=call.netns_path)
+    ]
+    if record.device == "tap" and record.source:
+        from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
+
+        # Not the pair's end in the pod: Multus reports every interface with a sandbox as a network of its own.
+        name, _ = iproute.veth_names(record.ifindex)
+        interfaces.append(result.Interface(name=name, mac=iproute.host_mac(record.ifindex), mtu=record.mtu))
     own = result.Result(
-        interfaces=(ours,),
+        interfaces=tuple(interfaces),
         ips=tuple(replace(each, interface=0) for each in leased.ips),
         routes=leased.routes,
         dns=result.parse_dns(call.conf.dns) if call.conf.dns else leased.dns,

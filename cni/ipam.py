@@ -10,7 +10,13 @@ import os
 from dataclasses import dataclass
 
 from cni.errors import CniError
-from cni.spec import DECODING_FAILURE, DELEGATE_FAILED, INVALID_ENVIRONMENT, INVALID_NETWORK_CONFIG
+from cni.spec import (
+    DECODING_FAILURE,
+    DELEGATE_FAILED,
+    INVALID_ENVIRONMENT,
+    INVALID_NETWORK_CONFIG,
+    UNKNOWN_CONTAINER,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +39,7 @@ class Delegate:
         """Run it with CNI_COMMAND=command; what it printed, for ADD.
 
         Its stderr is ours. Past the deadline it is killed with whatever it started. Raises CniError: the
-        delegate's own code and message, or 109 if it hung, died without a word or printed junk.
+        delegate's own code and message, or 109 if its code is 3, it hung, died without a word or printed junk.
         """
         import signal  # noqa: PLC0415 - 20 ms that only a delegate costs
         import subprocess  # noqa: PLC0415
@@ -78,6 +84,8 @@ class Delegate:
             said = document if isinstance(document, dict) else {}
             code, msg = said.get("code"), said.get("msg")
             if isinstance(code, int) and code > 0 and isinstance(msg, str):
+                if code == UNKNOWN_CONTAINER:  # from us, the runtime would take it for leave not to DEL
+                    code = DELEGATE_FAILED
                 raise CniError(code, f"ipam.type {self.type!r}: {msg}", str(said.get("details") or ""))
             raise CniError(
                 DELEGATE_FAILED,

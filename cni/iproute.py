@@ -32,6 +32,12 @@ def veth_names(ifindex: int) -> tuple[str, str]:
     return f"vth{ifindex:08x}", f"vtp{ifindex:08x}"
 
 
+def host_mac(ifindex: int) -> str:
+    """The MAC of the pair's host end. A bridge takes the lowest of its ports for its own: ours must never be that,
+    or the host's changes."""
+    return f"fe:{ifindex.to_bytes(5).hex(':')}"
+
+
 def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bool, alias: str) -> None:
     """Make the tap (its ifindex) a port of the host's bridge (its ifindex). Raises OSError."""
     host_end, pod_end = veth_names(tap)
@@ -47,8 +53,7 @@ def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bo
         (inner,) = pod.link_lookup(ifname=pod_end)
         ipv6.keep_out(host_end, None, speaks=False)
         ipv6.keep_out(pod_end, pod_netns, speaks=False)
-        # A bridge takes the lowest MAC of its ports for its own: ours must never be that, or the host's changes.
-        host.link("set", index=port, ifalias=alias, address=f"fe:{tap.to_bytes(5).hex(':')}")
+        host.link("set", index=port, ifalias=alias, address=host_mac(tap))
         pod.link("set", index=inner, ifalias=alias)
         host.link("set", index=port, master=bridge)
         if isolated:

@@ -49,7 +49,8 @@ def decide(host: Rtnl, conf: NetConf, grant: Grant, container_id: str, ifname: s
             )
         if source.name != grant.source:  # an altname must not get round what the policy says of the device
             raise CniError(
-                INVALID_NETWORK_CONFIG, f"source {grant.source!r} is another name of {source.name!r}: use that"
+                INVALID_NETWORK_CONFIG,
+                f"source {grant.source!r} is another name of {source.name!r}: use that",
             )
         if source.arphrd != ARPHRD_ETHER:
             raise CniError(

@@ -17,6 +17,7 @@ import stat
 from _blake2 import blake2s  # as in lock.py
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import cache
 
 from cni import lock
 from cni.errors import CniError
@@ -93,8 +94,9 @@ def alias(network: str, container_id: str, ifname: str) -> str:
     return plain if len(plain.encode()) < 256 else f"vmtap/{identifier(network, container_id, ifname)}"
 
 
+@cache
 def boot_id() -> str:
-    """Another one after each boot (proc(5))."""
+    """Another one after each boot (proc(5)), which no process outlives."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
 
@@ -141,7 +143,9 @@ class Store:
                     written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
                 )
                 with open(fd, "w", encoding="utf-8") as file:
-                    json.dump(vars(record), file, separators=(",", ":"))
+                    file.write(
+                        json.dumps(vars(record), separators=(",", ":"))
+                    )  # dump() would be Python, not C
                 os.rename(written, path)
             except BaseException:
                 _unlink(written)

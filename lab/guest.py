@@ -78,14 +78,23 @@ class Image:
 
 
 def qemu_command(
-    image: Image, nics: Sequence[Nic], *, words: Sequence[str] = (), memory: int = 96
+    image: Image, nics: Sequence[Nic], *, words: Sequence[str] = (), memory: int = 96, processors: int = 1
 ) -> list[str]:
     """QEMU without a network: the launcher adds that. words go on the kernel's command line."""
     addresses = [f"nic={nic.mac},{nic.address}" for nic in nics if nic.address]
     return [
         "qemu-system-x86_64",
         *("-accel", "tcg", "-M", "pc", "-m", str(memory), "-nodefaults", "-no-user-config", "-no-reboot"),
-        *("-display", "none", "-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
+        *(
+            "-smp",
+            str(processors),
+            "-display",
+            "none",
+            "-kernel",
+            str(image.kernel),
+            "-initrd",
+            str(image.initramfs),
+        ),
         *("-append", " ".join(["console=ttyS0", "quiet", "panic=-1", *addresses, *words])),
         # stderr is a log of ours: what the guest's kernel has to say goes there too.
         *("-chardev", "file,id=console,path=/dev/stderr,append=on", "-serial", "chardev:console"),
@@ -110,6 +119,7 @@ class Guest:
         env: Mapping[str, str] | None = None,
         launch_options: Sequence[str] = (),
         words: Sequence[str] = (),
+        processors: int = 1,
     ) -> None:
         self._log = tempfile.TemporaryFile(mode="a+", errors="replace")  # noqa: SIM115 - until close()
         os.fchmod(self._log.fileno(), 0o666)  # QEMU opens it once more, without privilege
@@ -117,7 +127,8 @@ class Guest:
         self._lock = threading.Lock()
         self._ready: Future[None] = Future()
         self._waiting: dict[str, Future[Answer]] = {}
-        argv = [LAUNCHER, "--netns", netns, *launch_options, "--", *qemu_command(image, nics, words=words)]
+        qemu = qemu_command(image, nics, words=words, processors=processors)
+        argv = [LAUNCHER, "--netns", netns, *launch_options, "--", *qemu]
         self.process = subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,

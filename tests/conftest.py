@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lab import assets
 from lab.wire import Lab
 from tests.runner import Plugin
 
@@ -25,3 +26,9 @@ def lab() -> Iterator[Lab]:
 def plugin(lab: Lab, tmp_path: Path) -> Plugin:
     """The installed vmtap on the lab's node, with no policy and no state yet."""
     return Plugin(node=lab.node, state=tmp_path / "state", policy=tmp_path / "interfaces.yaml")
+
+
+@pytest.fixture(scope="session")
+def reference_plugins() -> Path:
+    """The folder with cnitool, host-local, tuning and bandwidth, as their project released them."""
+    return assets.clients()

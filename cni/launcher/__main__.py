@@ -257,7 +257,7 @@ def _seconds(text: str) -> float:
 def _attachments(options: argparse.Namespace, env: Mapping[str, str]) -> tuple[list[tuple[Record, int]], int]:
     """Each with its number of queues; and the namespace that they are in."""
     pod = (
-        netns.open_path(options.netns)
+        netns.open_path(options.netns, name="--netns", own_allowed=True)
         if options.netns
         else os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     )

@@ -71,6 +71,36 @@ def test_defaults_and_examples_are_valid(at: str, field: dict[str, Any]) -> None
         assert schema.accepts(field, value)
 
 
+@pytest.mark.parametrize(
+    ("rule", "good", "bad"),
+    [
+        ({"type": "integer"}, [0, -1], [True, 1.0, "1", None]),
+        ({"type": ["string", "null"]}, ["", None], [False, 0, []]),
+        ({"type": "object"}, [{}], [[], None]),
+        ({"enum": ["a", "b"]}, ["a", "b"], ["A", "", None, ["a"], "a\n"]),
+        ({"minimum": 0}, [0, 1], [-1]),
+        ({"maximum": 3}, [3, -1], [4, 3.5]),
+        ({"maxLength": 2}, ["ab"], ["abc"]),
+        ({"pattern": "^a(?!\n)$"}, ["a"], ["b", "ab", "a\n"]),
+        ({"items": {"type": "string"}}, [[], ["a", "b"]], [["a", 1], [1]]),
+        ({"required": ["a", "b"]}, [{"a": 1, "b": 2}], [{"a": 1}, {}]),
+        ({"properties": {"a": {"type": "null"}}}, [{}, {"a": None}, {"b": 1}], [{"a": 1, "b": 2}]),
+        ({"patternProperties": {"^x": {"type": "null"}}}, [{"a": 1}, {"x": None}], [{"a": 1, "xy": 1}]),
+        (
+            {"properties": {"a": {}}, "patternProperties": {"^x": {}}, "additionalProperties": False},
+            [{}, {"a": 1, "x1": 2}],
+            [{"b": 1}, {"a": 1, "yx": 1}],
+        ),
+        ({"additionalProperties": {"type": "null"}}, [{"a": None}], [{"a": None, "b": 1}]),
+    ],
+    ids=str,
+)
+def test_each_keyword(rule: dict[str, Any], good: list[Any], bad: list[Any]) -> None:
+    oracle = Draft202012Validator(rule)
+    assert all(schema.accepts(rule, value) and oracle.is_valid(value) for value in good)
+    assert not any(schema.accepts(rule, value) for value in bad)
+
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
