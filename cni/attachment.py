@@ -77,6 +77,9 @@ class Call:
 def add(call: Call, grant: Grant) -> dict[str, Any]:
     """Make the attachment and answer with the CNI result. Raises CniError, and then nothing of it is left."""
     assert call.netns is not None  # noqa: S101 - plugin.py opens it for every command but DEL
+    delegate = call.delegate()
+    if delegate:
+        delegate.find()  # before there is anything to undo: its DEL could not be run either
     with ExitStack() as stack:
         host = stack.enter_context(Rtnl())
         plan = plans.decide(host, call.conf, grant, call.container_id, call.ifname)
@@ -98,7 +101,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
         try:
             call.store.save(record)
             leased = result.Result()
-            if delegate := call.delegate():
+            if delegate:
                 delegated = True
                 leased = result.parse(
                     delegate.run("ADD") or {},
