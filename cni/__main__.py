@@ -10,7 +10,6 @@ import select
 import signal
 import sys
 import time
-from pathlib import Path
 
 from cni import plugin
 from cni.errors import CniError
@@ -44,8 +43,8 @@ def main() -> int:
     request = plugin.Request(
         env=env,
         stdin=b"",
-        policy=Path(env.get("VMTAP_POLICY", "/etc/vmtap/interfaces.yaml")),
-        state=Path(env.get("VMTAP_STATE", "/run/vmtap")),
+        policy=env.get("VMTAP_POLICY", "/etc/vmtap/interfaces.yaml"),
+        state=env.get("VMTAP_STATE", "/run/vmtap"),
         called_as="macvtap" if name == "macvtap" else "vmtap",
     )
     try:

@@ -220,7 +220,7 @@ def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
         interface=grant.interface,
         source=plan.source.name if plan.source else None,
         mode=plan.mode,
-        node=str(call.store.dev / f"tap{ifindex}") if wants_node else None,
+        node=call.store.node(ifindex) if wants_node else None,
         config=dict(conf.raw) if conf.ipam else None,
         args=call.env.get("CNI_ARGS", ""),
     )
@@ -259,7 +259,7 @@ def _make(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
         if record.node:
             _, *device = tapdev.number(call.netns, record.ifname)
             tapdev.make_node(
-                call.store.dev / f"tap{record.ifindex}",
+                record.node,
                 (device[0], device[1]),
                 conf.owner or 0,
                 conf.group or 0,

@@ -130,7 +130,7 @@ def _socket(pod_netns: int | None = None) -> Iterator[IPRoute]:
     try:
         yield opened
     except NetlinkError as error:
-        raise OSError(error.code, str(error)) from error
+        raise OSError(error.code, str(error.args[-1])) from error
     finally:
         opened.close()
 

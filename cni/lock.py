@@ -16,13 +16,12 @@ from contextlib import contextmanager
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
 
 @contextmanager
-def held(file: Path, name: str) -> Iterator[None]:
+def held(file: str, name: str) -> Iterator[None]:
     """Inside the block no other holder of (file, name) runs. Waits for it; every holder's work is bounded.
 
     Raises OSError if the file cannot be opened.

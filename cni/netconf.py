@@ -214,7 +214,9 @@ def _inspect(value: Any, depth: int) -> None:
 
 
 def _version(document: dict[str, Any]) -> str:
-    version = document.get("cniVersion") or "0.1.0"  # SPEC: what has no version is of the first
+    version = document.get("cniVersion")
+    if version in (None, ""):
+        return "0.1.0"  # SPEC: what has no version is of the first
     if not isinstance(version, str):
         # SPEC section 5 names "failed to decode version info" as a case of 6.
         raise CniError(

@@ -47,6 +47,11 @@ def decide(host: Rtnl, conf: NetConf, grant: Grant, container_id: str, ifname: s
                 SOURCE_MISSING,
                 f"source device {grant.source!r} is not on this node: plug it in, or correct the policy",
             )
+        if source.name != grant.source:  # an altname must not get round what the policy says of the device
+            raise CniError(
+                INVALID_NETWORK_CONFIG,
+                f"source {grant.source!r} is another name of {source.name!r}: use that",
+            )
         if source.arphrd != ARPHRD_ETHER:
             raise CniError(
                 INVALID_NETWORK_CONFIG, f"source device {grant.source!r} is not an Ethernet device"

@@ -10,7 +10,6 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from cni import attachment, check, netconf, netns, policy, result
 from cni.errors import CniError
@@ -50,13 +49,13 @@ class Request:
     """One execution of the plugin.
 
     env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
-    netns: an fd of CNI_NETNS, where the caller has opened it.
+    netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has opened it.
     """
 
     env: Mapping[str, str]
     stdin: bytes
-    policy: Path
-    state: Path
+    policy: str
+    state: str
     called_as: str = "vmtap"
     netns: int | None = None
     delegate_seconds: float = 60.0
@@ -120,7 +119,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
             container_id=request.env.get("CNI_CONTAINERID", ""),
             ifname=request.env.get("CNI_IFNAME", ""),
             netns_path=request.env.get("CNI_NETNS", ""),
-            netns=request.netns if opened is None else opened,
+            netns=opened,
             env=request.env,
             stdin=request.stdin,
             store=Store(request.state),
@@ -178,13 +177,10 @@ def _check_environment(command: str, env: Mapping[str, str]) -> None:
 def _open(request: Request, command: str) -> int | None:
     """An fd of CNI_NETNS that we have to close. DEL goes on without: the namespace may well be gone."""
     path = request.env.get("CNI_NETNS", "")
-    if request.netns is not None:
-        netns.check(request.netns, path)
-        return None
     if command in ("GC", "STATUS") or not path:
         return None
     try:
-        return netns.open_path(path)
+        return netns.open_path(path) if request.netns is None else netns.reopen(request.netns, path)
     except CniError:
         if command != "DEL":
             raise

@@ -194,7 +194,6 @@ def load(path: str | os.PathLike[str]) -> Policy | None:
 
 
 def _read(path: str) -> bytes | None:
-    folder = os.path.realpath(os.path.dirname(path) or ".")
     try:
         # O_NONBLOCK: a FIFO in its place must not make us wait.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -203,25 +202,18 @@ def _read(path: str) -> bytes | None:
             raise _distrusted(path, "it is a symlink that leads nowhere", "remove it or repair it") from error
         return None
     except OSError as error:
-        raise _distrusted(path, f"it cannot be read ({error.strerror})", "make it a readable file") from error
+        raise _unreadable(path, error) from error
     try:
-        # Where the fd is, and not what the path says: a ConfigMap's symlinks are exchanged at any moment.
-        place = os.path.dirname(os.readlink(f"/proc/self/fd/{file}"))
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
             raise _distrusted(path, "it is not a regular file", "put a regular file there")
-        if os.path.commonpath((folder, place)) != folder:
-            raise _distrusted(path, "it is a symlink out of its folder", "put the file itself there")
         _owned(path, path, status)
-        for parent in {folder, place}:
-            # A read-only mount, as a pod has its ConfigMap, is writable to nobody, whatever its mode (0777)
-            # says; in a folder with the sticky bit nobody may remove or rename what is not his.
-            if not os.statvfs(parent).f_flag & os.ST_RDONLY:
-                above = os.stat(parent)
-                _owned(path, parent, above, writable=bool(above.st_mode & stat.S_ISVTX))
+        _placed(path, file)
         content = b""
         while len(content) <= MAX_BYTES and (more := os.read(file, MAX_BYTES)):
             content += more
+    except OSError as error:
+        raise _unreadable(path, error) from error
     finally:
         os.close(file)
     if len(content) > MAX_BYTES:
@@ -229,15 +221,34 @@ def _read(path: str) -> bytes | None:
     return content
 
 
-def _owned(path: str, place: str, status: os.stat_result, *, writable: bool = False) -> None:
+def _placed(path: str, file: int) -> None:
+    """Refuse a file that lies elsewhere, or where others can remove it: without it nothing is restricted."""
+    folder = os.path.realpath(os.path.dirname(path) or ".")
+    # Where the fd is, and not what the path says: a ConfigMap's symlinks are exchanged at any moment.
+    place = os.path.dirname(os.readlink(f"/proc/self/fd/{file}"))
+    if os.path.commonpath((folder, place)) != folder:
+        raise _distrusted(path, "it is a symlink out of its folder", "put the file itself there")
+    for parent in dict.fromkeys((folder, place)):
+        # A read-only mount, as a pod has its ConfigMap, is writable to nobody, whatever its mode (0777) says;
+        # in a folder with the sticky bit nobody may remove or rename what is not his.
+        if not os.statvfs(parent).f_flag & os.ST_RDONLY:
+            status = os.stat(parent)
+            _owned(path, parent, status, sticky=bool(status.st_mode & stat.S_ISVTX))
+
+
+def _owned(path: str, place: str, status: os.stat_result, *, sticky: bool = False) -> None:
     if status.st_uid not in (0, os.geteuid()):
         raise _distrusted(path, f"{place} belongs to user {status.st_uid}", f"chown root {place}")
-    if status.st_mode & 0o022 and not writable:
+    if status.st_mode & 0o022 and not sticky:
         raise _distrusted(path, f"others may write to {place}", f"chmod go-w {place}")
 
 
 def _distrusted(path: str, reason: str, remedy: str) -> CniError:
     return CniError(spec.INVALID_NETWORK_CONFIG, f"the policy file {path} is refused: {reason}; {remedy}")
+
+
+def _unreadable(path: str, error: OSError) -> CniError:
+    return _distrusted(path, f"it cannot be read ({error.strerror})", "make it a readable file")
 
 
 def _decode(path: str, content: bytes) -> Any:

@@ -162,7 +162,9 @@ def extend(previous: Mapping[str, Any] | None, own: Result, version: str) -> dic
 
 
 def _version(raw: Mapping[str, Any], version: str, where: str) -> str:
-    own = raw.get("cniVersion") or version
+    own = raw.get("cniVersion")
+    if own in (None, ""):
+        return version
     if own not in spec.VERSIONS:
         raise _refusal(f"{where}.cniVersion", own, f"one of {', '.join(spec.VERSIONS)}")
     return str(own)

@@ -17,7 +17,7 @@ import stat
 from _blake2 import blake2s  # as in lock.py
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from pathlib import Path
+from functools import cache
 
 from cni import lock
 from cni.errors import CniError
@@ -94,8 +94,9 @@ def alias(network: str, container_id: str, ifname: str) -> str:
     return plain if len(plain.encode()) < 256 else f"vmtap/{identifier(network, container_id, ifname)}"
 
 
+@cache
 def boot_id() -> str:
-    """Another one after each boot (proc(5))."""
+    """Another one after each boot (proc(5)), which no process outlives."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
 
@@ -103,17 +104,24 @@ def boot_id() -> str:
 class Store:
     """The folder. Every method raises CniError 5 when the file system says no."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._attachments = folder / "attachments"
-        self._ifindex = folder / "ifindex"
-        self.dev = folder / "dev"
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = os.fspath(folder)
+        self._attachments = f"{self.folder}/attachments"
+        self._ifindex = f"{self.folder}/ifindex"
+        self._dev = f"{self.folder}/dev"
+
+    def node(self, ifindex: int) -> str:
+        """Where the device node of a macvtap is made for a launcher that opens by path."""
+        return f"{self._dev}/tap{ifindex}"
+
+    def _path(self, id: str, suffix: str = "json") -> str:
+        return f"{self._attachments}/{id}.{suffix}"
 
     def prepare(self) -> None:
         """Make the folder where it is missing. Refuses one that others could write to."""
         with _io(self.folder):
-            for folder in (self._attachments, self._ifindex, self.dev):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self._attachments, self._ifindex, self._dev):
+                os.makedirs(folder, mode=0o700, exist_ok=True)
             status = os.lstat(self.folder)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 raise CniError(
@@ -124,29 +132,31 @@ class Store:
 
     def locked(self, id: str) -> AbstractContextManager[None]:
         """The attachment's lock. Wants prepare() first."""
-        return lock.held(self.folder / "lock", id)
+        return lock.held(f"{self.folder}/lock", id)
 
     def save(self, record: Record) -> None:
         """Write it whole or not at all."""
-        path = self._attachments / f"{record.id}.json"
-        written = path.with_suffix(".new")
+        path, written = self._path(record.id), self._path(record.id, "new")
         with _io(path):
             try:
                 fd = os.open(
                     written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
                 )
                 with open(fd, "w", encoding="utf-8") as file:
-                    json.dump(vars(record), file, separators=(",", ":"))
+                    file.write(
+                        json.dumps(vars(record), separators=(",", ":"))
+                    )  # dump() would be Python, not C
                 os.rename(written, path)
             except BaseException:
-                written.unlink(missing_ok=True)
+                _unlink(written)
                 raise
 
     def load(self, id: str) -> Record | None:
         """The record, or None. One that cannot be understood is set aside, as NAME.bad, for a person to look at."""
-        path = self._attachments / f"{id}.json"
+        path = self._path(id)
         try:
-            document = json.loads(path.read_bytes())
+            with open(path, "rb") as file:
+                document = json.loads(file.read())
             record = Record(**{field.name: document[field.name] for field in fields(Record)})
             record = _frozen(record)
             if record.id != id:
@@ -157,7 +167,7 @@ class Store:
             raise CniError(IO_FAILURE, f"cannot read {path}", str(error)) from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             with suppress(OSError):
-                os.rename(path, path.with_suffix(".bad"))
+                os.rename(path, self._path(id, "bad"))
             return None
         if record.boot_id != boot_id():  # the folder outlived a reboot: nothing that it speaks of did
             self.forget(record)
@@ -167,7 +177,7 @@ class Store:
     def records(self) -> Iterator[Record]:
         """Every record that can be read."""
         with _io(self._attachments):
-            names = sorted(os.listdir(self._attachments)) if self._attachments.is_dir() else []
+            names = sorted(os.listdir(self._attachments)) if os.path.isdir(self._attachments) else []
         for name in names:
             if name.endswith(".json") and (record := self.load(name.removesuffix(".json"))):
                 yield record
@@ -180,8 +190,8 @@ class Store:
     def forget_id(self, id: str) -> None:
         """The same where no record could be read."""
         with _io(self.folder):
-            for suffix in (".json", ".new"):
-                (self._attachments / f"{id}{suffix}").unlink(missing_ok=True)
+            for suffix in ("json", "new"):
+                _unlink(self._path(id, suffix))
             for number in _candidates(id):
                 self._release(number, id)
 
@@ -189,7 +199,7 @@ class Store:
         """An interface index that no other attachment on this host has, or had reserved, until forget()."""
         with _io(self._ifindex):
             for number in _candidates(id):
-                path = self._ifindex / str(number)
+                path = f"{self._ifindex}/{number}"
                 try:
                     os.symlink(id, path)
                     return number
@@ -201,21 +211,26 @@ class Store:
     def reserved(self) -> Iterator[str]:
         """The ids that hold an ifindex, with or without a record."""
         with _io(self._ifindex):
-            for name in os.listdir(self._ifindex) if self._ifindex.is_dir() else []:
+            for name in os.listdir(self._ifindex) if os.path.isdir(self._ifindex) else []:
                 with suppress(FileNotFoundError):
-                    yield os.readlink(self._ifindex / name)
+                    yield os.readlink(f"{self._ifindex}/{name}")
 
     def _release(self, number: int, id: str) -> None:
-        path = self._ifindex / str(number)
+        path = f"{self._ifindex}/{number}"
         with suppress(FileNotFoundError):
             if os.readlink(path) == id:
                 os.unlink(path)
 
 
-def in_netns(folder: Path, netns_id: tuple[int, int]) -> list[Record]:
+def in_netns(folder: str | os.PathLike[str], netns_id: tuple[int, int]) -> list[Record]:
     """The attachments whose network namespace is netns_id, by ifname."""
     found = [record for record in Store(folder).records() if record.netns_id == netns_id]
     return sorted(found, key=lambda record: record.ifname)
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _candidates(id: str) -> Iterator[int]:
@@ -235,7 +250,7 @@ def _frozen(record: Record) -> Record:
 class _io:  # noqa: N801 - used as a statement
     """Turns OSError into CniError 5 that names the path."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
 
     def __enter__(self) -> None: ...

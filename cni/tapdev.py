@@ -20,7 +20,7 @@ import errno
 import os
 import stat
 import struct
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fcntl import ioctl
 
 from cni import mount, netns
@@ -30,7 +30,6 @@ from cni.spec import DEVICE_BUSY, IO_FAILURE, NO_ATTACHMENT, WRONG_DEVICE
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from cni.state import Record
 
@@ -84,17 +83,19 @@ def open_node(device: tuple[int, int], pod_netns: int | None = None) -> int:
         return os.open("node", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
 
 
-def make_node(path: Path, device: tuple[int, int], owner: int, group: int) -> None:
+def make_node(path: str, device: tuple[int, int], owner: int, group: int) -> None:
     """A device node for a launcher that opens by path (libvirt in a pod): mode 0660, complete when it appears."""
-    made = path.with_suffix(".new")
+    made = f"{path}.new"
     try:
-        made.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(made)
         os.mknod(made, stat.S_IFCHR | 0o600, os.makedev(*device))
         os.chown(made, owner, group)
         os.chmod(made, 0o660)  # mknod obeys the umask
         os.rename(made, path)
     except OSError as error:
-        made.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(made)
         raise CniError(IO_FAILURE, f"the device node {path} cannot be made", str(error)) from error
 
 

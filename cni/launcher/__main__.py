@@ -12,7 +12,6 @@ import os
 import shlex
 import signal
 import sys
-from pathlib import Path
 
 from cni import netns, spec, state, tapdev
 from cni.errors import CniError
@@ -190,8 +189,7 @@ def find(program: str, env: Mapping[str, str]) -> str:
         raise CniError(
             QEMU_NOT_EXECUTABLE, f"{found[0]} is not executable: chmod +x it, or name another program"
         )
-    prefix, _, machine = os.path.basename(program).rpartition("qemu-system-")
-    package = PACKAGES.get(machine, "qemu-system") if not prefix and machine != program else "qemu-system"
+    package = PACKAGES.get(os.path.basename(program).removeprefix("qemu-system-"), "qemu-system")
     raise CniError(
         QEMU_NOT_FOUND, f"{program} is not installed: apt-get install --no-install-recommends {package}"
     )
@@ -204,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Gives QEMU the attachments of a network namespace as open fds, and no privilege.",
         epilog="Exit codes and examples: docs/launcher.md",
         allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),  # else it imports shutil
     )
     add = parser.add_argument
     add("--netns", metavar="PATH", help="the pod's network namespace; default: the one that this runs in")
@@ -258,11 +257,11 @@ def _seconds(text: str) -> float:
 def _attachments(options: argparse.Namespace, env: Mapping[str, str]) -> tuple[list[tuple[Record, int]], int]:
     """Each with its number of queues; and the namespace that they are in."""
     pod = (
-        netns.open_path(options.netns)
+        netns.open_path(options.netns, name="--netns", own_allowed=True)
         if options.netns
         else os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     )
-    there = state.in_netns(Path(env.get("VMTAP_STATE", "/run/vmtap")), netns.identity(pod))
+    there = state.in_netns(env.get("VMTAP_STATE", "/run/vmtap"), netns.identity(pod))
     records = select(there, options.ifname, options.netns or "this network namespace")
     return [(record, queue_count(record, options.queues)) for record in records], pod
 
@@ -273,13 +272,13 @@ def _supervise(become_qemu: Callable[[], NoReturn], fds: Sequence[int], options:
     ours, qemus = supervise.monitor()
     [ours] = privilege.place([*fds, qemus], [ours])
     privilege.drop(options.user)
-    status, was_ready = supervise.run(
+    status, at_once = supervise.run(
         become_qemu,
         ours,
         close=range(qemu.FIRST_FD, ours),
         deadline=DEADLINE if options.deadline is None else options.deadline,
     )
-    if status not in (0, EXIT[QEMU_NOT_EXECUTABLE]) and not was_ready:
+    if at_once and status not in (0, EXIT[QEMU_NOT_EXECUTABLE]):
         _fail(
             f"QEMU ended at once with status {status}; what it said is above, --print shows its command",
             0,

@@ -9,7 +9,6 @@ device that the user puts at an address finds it free.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import count, islice
 
 TYPE_CHECKING = False
@@ -22,16 +21,6 @@ FIRST_FD = 3
 """QEMU's fds begin after stdin, stdout and stderr."""
 
 
-@dataclass(frozen=True)
-class Nic:
-    """One attachment as the guest is to see it: one fd, and one vhost fd or none, for each queue."""
-
-    mac: str
-    mtu: int
-    fds: tuple[int, ...]
-    vhost_fds: tuple[int, ...] = ()
-
-
 def command(
     users: Sequence[str],
     attachments: Sequence[tuple[Record, int]],
@@ -42,42 +31,28 @@ def command(
 ) -> list[str]:
     """users: the program and its own arguments. attachments: each with the number of queues to open."""
     numbers = count(FIRST_FD)
-    nics = [
-        Nic(
-            mac=record.mac,
-            mtu=record.mtu,
-            fds=tuple(islice(numbers, queues)),
-            vhost_fds=tuple(islice(numbers, queues if vhost else 0)),
-        )
-        for record, queues in attachments
-    ]
-    return [
-        *users,
-        *network(nics),
-        *(seed(next(numbers)) if seeded else []),
-        *(monitor(next(numbers)) if supervised else []),
-    ]
-
-
-def option(kind: str | None, values: Mapping[str, object]) -> str:
-    """One value of QEMU's "kind,key=value,…" form; a comma inside a value is doubled (qemu(1), "-drive")."""
-    parts = [f"{key}={value}".replace(",", ",,") for key, value in values.items()]
-    return ",".join(parts if kind is None else [kind, *parts])
-
-
-def network(nics: Sequence[Nic]) -> list[str]:
-    """A back end and a card for each attachment. vhostfds and fds are of the same length, as QEMU demands."""
-    arguments = []
-    for index, nic in enumerate(nics):
-        backend: dict[str, object] = {"id": f"vmtap{index}", "fds": _numbers(nic.fds)}
-        if nic.vhost_fds:
-            backend |= {"vhost": "on", "vhostfds": _numbers(nic.vhost_fds)}
-        card: dict[str, object] = {"netdev": f"vmtap{index}", "mac": nic.mac, "host_mtu": nic.mtu}
-        if len(nic.fds) > 1:
-            # An interrupt for each queue's two directions, one for control, one for config changes.
-            card |= {"mq": "on", "vectors": 2 * len(nic.fds) + 2}
-        arguments += ["-netdev", option("tap", backend), "-device", option("virtio-net-pci", card)]
+    arguments = list(users)
+    for index, (record, queues) in enumerate(attachments):
+        fds = list(islice(numbers, queues))
+        vhost_fds = list(islice(numbers, queues if vhost else 0))
+        arguments += network(f"vmtap{index}", record, fds, vhost_fds)
+    if seeded:
+        arguments += seed(next(numbers))
+    if supervised:
+        arguments += monitor(next(numbers))
     return arguments
+
+
+def network(name: str, record: Record, fds: Sequence[int], vhost_fds: Sequence[int]) -> list[str]:
+    """A back end and a card. One fd for each queue; as many vhost fds, or none."""
+    backend: dict[str, object] = {"id": name, "fds": ":".join(map(str, fds))}
+    if vhost_fds:
+        backend |= {"vhost": "on", "vhostfds": ":".join(map(str, vhost_fds))}
+    card: dict[str, object] = {"netdev": name, "mac": record.mac, "host_mtu": record.mtu}
+    if len(fds) > 1:
+        # An interrupt for each queue's two directions, one for control, one for config changes.
+        card |= {"mq": "on", "vectors": 2 * len(fds) + 2}
+    return ["-netdev", option("tap", backend), "-device", option("virtio-net-pci", card)]
 
 
 def seed(fd: int) -> list[str]:
@@ -90,7 +65,7 @@ def seed(fd: int) -> list[str]:
     node = {"driver": "raw", "node-name": name, "read-only": "on"}
     file = {"file.driver": "file", "file.filename": f"/dev/fdset/{fd}"}
     return [
-        *("-add-fd", option(None, {"fd": fd, "set": fd, "opaque": name})),
+        *("-add-fd", option(None, {"fd": fd, "set": fd})),
         *("-blockdev", option(None, node | file)),
         *("-device", option("virtio-scsi-pci", {"id": "vmtap-scsi"})),
         *("-device", option("scsi-cd", {"bus": "vmtap-scsi.0", "drive": name})),
@@ -103,5 +78,7 @@ def monitor(fd: int) -> list[str]:
     return ["-chardev", chardev, "-mon", option(None, {"chardev": "vmtap-qmp", "mode": "control"})]
 
 
-def _numbers(fds: Sequence[int]) -> str:
-    return ":".join(map(str, fds))
+def option(kind: str | None, values: Mapping[str, object]) -> str:
+    """One value of QEMU's "kind,key=value,…" form; a comma inside a value is doubled (qemu(1), "-drive")."""
+    parts = [f"{key}={value}".replace(",", ",,") for key, value in values.items()]
+    return ",".join(parts if kind is None else [kind, *parts])

@@ -43,7 +43,8 @@ def run(
 
     close: the fds that are the child's alone. deadline: seconds from a power-down to quit. An error that
     start raises leaves this function in the child, which has only to report it and exit.
-    Returns QEMU's exit status (128 + n for a death by signal n), and whether it ever was ready.
+    Returns QEMU's exit status (128 + n for a death by signal n), and whether that came
+    unasked, before QEMU was ready.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none may be lost between fork and set_wakeup_fd
     parent = os.getpid()
@@ -73,6 +74,7 @@ class _Vm:
         self._monitor = socket.socket(fileno=monitor)
         self._monitor.setblocking(False)
         self._lines = 0
+        self._told = False
         self._steps: Iterator[tuple[Callable[[], None], float | None]] = iter(
             (
                 (lambda: self._say("system_powerdown"), deadline),
@@ -110,7 +112,7 @@ class _Vm:
                 poll.unregister(self._monitor)
             if self._pidfd in ready:
                 status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-                return (status if status >= 0 else 128 - status), self._lines > 1
+                return (status if status >= 0 else 128 - status), self._lines < 2 and not self._told
             signals = len(self._woken.recv(64)) if self._woken.fileno() in ready else 0
             expired = self._until is not None and time.monotonic() >= self._until
             for _ in range(max(signals, expired)):
@@ -120,6 +122,7 @@ class _Vm:
         return None if self._until is None else max(0.0, self._until - time.monotonic()) * 1000
 
     def _next_step(self) -> None:
+        self._told = True
         for step, seconds in islice(self._steps, 1):
             self._until = None if seconds is None else time.monotonic() + seconds
             step()

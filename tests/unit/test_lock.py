@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def test_threads_exclude_each_other_by_name_only(tmp_path: Path) -> None:
-    file = tmp_path / "lock"
+    file = str(tmp_path / "lock")
     order: list[str] = []
     begun = threading.Event()
 
@@ -37,10 +37,10 @@ def test_threads_exclude_each_other_by_name_only(tmp_path: Path) -> None:
 
 
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "lock"
+    file = str(tmp_path / "lock")
     script = (
-        "import sys, pathlib; from cni import lock\n"
-        "with lock.held(pathlib.Path(sys.argv[1]), 'a'): print('held', flush=True); sys.stdin.read()"
+        "import sys; from cni import lock\n"
+        "with lock.held(sys.argv[1], 'a'): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -54,5 +54,5 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_the_file_is_private(tmp_path: Path) -> None:
-    with lock.held(tmp_path / "lock", "a"):
+    with lock.held(str(tmp_path / "lock"), "a"):
         assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600

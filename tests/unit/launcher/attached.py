@@ -83,6 +83,11 @@ class Pod:
         self.ip(f"link set {ifname} up")
         return self.attach(ifname, **fields)
 
+    def tap(self, ifname: str, queues: int) -> state.Record:
+        self.ip(f"tuntap add {ifname} mode tap vnet_hdr {'multi_queue' if queues > 1 else ''}")
+        self.ip(f"link set {ifname} up")
+        return self.attach(ifname, device="tap", queues=queues, mac=MAC)  # a tap's own is not the guest's
+
 
 @contextmanager
 def pod(folder: Path) -> Iterator[Pod]:

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,8 +227,7 @@ def test_a_program_that_the_user_may_not_run(folder: Path, tmp_path: Path) -> No
 
 def test_a_busy_tap(folder: Path) -> None:
     with pod(folder) as there:
-        there.ip("tuntap add net1 mode tap vnet_hdr")
-        there.attach("net1", device="tap", mac="02:00:00:00:00:09")
+        there.tap("net1", queues=1)
         holder = [*LAUNCH, "--netns", there.path, "--", "sh", "-c", "echo there; read end"]
         with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
             assert first.stdout and first.stdout.readline() == b"there\n"
@@ -279,50 +279,46 @@ def qemu(there: Pod, *options: str) -> Iterator[Vm]:
             process.kill()
 
 
-def proc_of_qemu(process: subprocess.Popen[str], supervised: bool) -> Path:
-    if not supervised:
-        return Path(f"/proc/{process.pid}")
-    [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return Path(f"/proc/{child}")
+def family(process: subprocess.Popen[str]) -> list[Path]:
+    """The launcher, if it is still there, and QEMU, in /proc."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [Path(f"/proc/{pid}") for pid in (process.pid, *children)]
 
 
 @pytest.mark.vm
 @pytest.mark.parametrize("supervised", [False, True])
 @pytest.mark.parametrize("queues", [1, 2])
-def test_qemu_on_a_macvtap(folder: Path, supervised: bool, queues: int) -> None:
+@pytest.mark.parametrize("device", ["macvtap", "tap"])
+def test_qemu_on_an_attachment(folder: Path, device: str, queues: int, supervised: bool) -> None:
     user = privilege.User(4242, 4243)
     options = ["--user", str(user), *(["--supervise"] if supervised else [])]
     with pod(folder) as there:
-        made = there.macvtap("net1", queues=queues)
+        made = getattr(there, device)("net1", queues=queues)
         with qemu(there, *options) as vm:
-            process, ask = vm.process, vm.ask
-            proc = proc_of_qemu(process, supervised)
-            assert privilege.excess((proc / "status").read_text().splitlines(), user) == []
-            assert (
-                process.pid == int(proc.name)
-                or privilege.excess(Path(f"/proc/{process.pid}/status").read_text().splitlines(), user) == []
-            )
-            queue_fds = [
-                path.name for path in (proc / "fd").iterdir() if path.readlink().name.startswith("node")
+            members = family(vm.process)
+            assert len(members) == 1 + supervised
+            for proc in members:
+                assert privilege.excess((proc / "status").read_text().splitlines(), user) == []
+            held = [
+                {fd.name for fd in (proc / "fd").iterdir() if fd.readlink().name == "node"}
+                for proc in members
             ]
-            assert sorted(queue_fds) == ["3", "4"][:queues]
+            assert held == [set()] * supervised + [{"3", "4"} if queues == 2 else {"3"}]
+            path = "/machine/peripheral-anon"
             [card] = [
-                device
-                for bus in ask("query-pci")
-                for device in bus["devices"]
-                if device["class_info"]["class"] == 512
+                part for part in vm.ask("qom-list", path=path) if part["type"] == "child<virtio-net-pci>"
             ]
-            path = next(
-                f"/machine/peripheral-anon/{entry['name']}"
-                for entry in ask("qom-list", path="/machine/peripheral-anon")
-                if entry["type"] == "child<virtio-net-pci>"
-            )
-            assert ask("qom-get", path=path, property="mac") == made.mac
-            assert ask("qom-get", path=path, property="host_mtu") == made.mtu
-            assert ask("qom-get", path=path, property="mq") == (queues > 1)
-            assert card["id"]["vendor"] == 0x1AF4
-            ask("quit")
-            assert process.wait(PATIENCE) == 0
+            properties = {
+                name: vm.ask("qom-get", path=f"{path}/{card['name']}", property=name)
+                for name in ("mac", "host_mtu", "mq")
+            }
+            assert properties == {
+                "mac": made.mac,
+                "host_mtu": made.mtu,
+                "mq": queues > 1,
+            }
+            vm.ask("quit")
+            assert vm.process.wait(PATIENCE) == 0
 
 
 @pytest.mark.vm
@@ -335,14 +331,13 @@ def test_qemu_opens_the_seed_without_privilege(folder: Path) -> None:
 
 @pytest.mark.vm
 @pytest.mark.parametrize("machine", ["pc", "q35"])
-def test_a_disk_boots_beside_the_seed(folder: Path, tmp_path: Path, machine: str) -> None:
+def test_a_disk_boots_beside_the_seed(folder: Path, machine: str) -> None:
     """The boot sector ends QEMU with a status of its own: 42 * 2 + 1 (isa-debug-exit)."""
     boot = bytes.fromhex("baf400 b02a ee f4").ljust(510, b"\0") + b"\x55\xaa"
-    disk = tmp_path / "disk"
-    disk.write_bytes(boot.ljust(1 << 20, b"\0"))
-    for parent in (disk, *tmp_path.parents[:2], tmp_path):
-        parent.chmod(0o755)
-    with pod(folder) as there:
+    with pod(folder) as there, tempfile.NamedTemporaryFile() as disk:
+        disk.write(boot.ljust(1 << 20, b"\0"))
+        disk.flush()
+        os.fchmod(disk.fileno(), 0o444)
         there.macvtap("net1")
         status, _, err = launch(
             *(
@@ -356,7 +351,7 @@ def test_a_disk_boots_beside_the_seed(folder: Path, tmp_path: Path, machine: str
                 "-device",
                 "isa-debug-exit,iobase=0xf4,iosize=1",
             ),
-            *("-drive", f"file={disk},format=raw,if=virtio,read-only=on"),
+            *("-drive", f"file={disk.name},format=raw,if=virtio,read-only=on"),
         )
     assert status == 42 * 2 + 1, err
 

@@ -27,8 +27,8 @@ ours, qemus = supervise.monitor()
 os.set_inheritable(qemus, True)
 def start():
     os.execvp(command[0], [part.replace("QMP", str(qemus)) for part in command])
-status, was_ready = supervise.run(start, ours, close=[qemus], deadline=float(deadline))
-print("ready" if was_ready else "never ready")
+status, at_once = supervise.run(start, ours, close=[qemus], deadline=float(deadline))
+print("at once" if at_once else "in its time")
 sys.exit(status)
 """
 VM = [*QEMU, "-chardev", "socket,id=q,fd=QMP,server=off", "-mon", "chardev=q,mode=control"]
@@ -75,7 +75,7 @@ def supervised(deadline: float, *command: str) -> Iterator[Supervised]:
 @pytest.mark.parametrize("status", [0, 1, 7, 255])
 def test_the_status_is_the_childs(status: int) -> None:
     with supervised(1, "sh", "-c", f"exit {status}") as parent:
-        assert parent.end() == (status, "never ready\n")
+        assert parent.end() == (status, "at once\n")
 
 
 def test_death_by_a_signal_is_128_and_its_number() -> None:
@@ -97,7 +97,7 @@ def test_three_signals_end_a_child_that_listens_to_nothing() -> None:
         parent.child()
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             parent.process.send_signal(number)
-        assert parent.end() == (128 + signal.SIGKILL, "never ready\n")
+        assert parent.end() == (128 + signal.SIGKILL, "in its time\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
@@ -108,7 +108,7 @@ def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
     ) as process:
         Supervised(process).child()
         process.send_signal(number)
-        assert process.communicate("still here\n", timeout=PATIENCE)[0] == "still here\nnever ready\n"
+        assert process.communicate("still here\n", timeout=PATIENCE)[0] == "still here\nat once\n"
         assert process.returncode == 0
 
 
@@ -159,7 +159,7 @@ def test_a_signal_is_a_power_down_and_the_deadline_a_quit(number: signal.Signals
         assert '"POWERDOWN"' in next(lines)
         assert '"SHUTDOWN"' in (quit := next(lines)) and "host-qmp-quit" in quit
         assert time.monotonic() - began >= 0.5
-        assert parent.end() == (0, "ready\n")
+        assert parent.end() == (0, "in its time\n")
 
 
 @pytest.mark.vm
@@ -169,7 +169,7 @@ def test_a_second_signal_does_not_wait_for_the_deadline() -> None:
         assert '"POWERDOWN"' in next(lines)
         parent.process.terminate()
         assert "host-qmp-quit" in next(lines)
-        assert parent.end() == (0, "ready\n")
+        assert parent.end() == (0, "in its time\n")
 
 
 @pytest.mark.vm
@@ -178,4 +178,4 @@ def test_a_stopped_qemu_is_killed_in_the_end() -> None:
         child = parent.child()
         os.kill(child, signal.SIGSTOP)
         parent.process.terminate()
-        assert parent.end() == (128 + signal.SIGKILL, "ready\n")
+        assert parent.end() == (128 + signal.SIGKILL, "in its time\n")

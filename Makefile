@@ -1,0 +1,32 @@
+# `make help` lists what is supported. All targets run as root on Debian 12: the lab makes network namespaces.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+CACHE := $(or $(VMTAP_CACHE),$(CURDIR)/.cache)
+BIN := $(CACHE)/venv/bin
+T ?=
+A ?=
+
+.PHONY: help setup demo test lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## get what the demo and the tests need (they do it themselves)
+	@lab/setup test
+
+demo: ## virtual machines talk over macvtap and tap in every mode; A=--json for programs
+	@lab/setup demo
+	@$(BIN)/python -m lab.demo $(A)
+
+test: ## all tests, linters and types; T="tests/unit -k mac" for some
+	@lab/setup test
+	@$(BIN)/python -m pytest -n auto $(T)
+
+lint: ## format what can be formatted, then say what is wrong
+	@lab/setup test
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix
+	@$(BIN)/mypy
+
+clean: ## remove the cache folder: environment, guest, built clients
+	rm -rf "$(CACHE)"

@@ -1,0 +1,262 @@
+"""What the lab gets from Debian and from Go: a guest's kernel and initramfs, cnitool and its plugins.
+
+    python -m lab.assets                  says which of them are missing
+    python -m lab.assets guest clients    makes those
+
+All is in the cache folder and nothing is installed. Quiet: lab/setup shows the progress. Making needs root on
+Debian (apt-get download).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("VMTAP_CACHE") or CHECKOUT / ".cache")
+
+CNITOOL = "github.com/containernetworking/cni/cnitool@v1.3.0"
+PLUGINS = "github.com/containernetworking/plugins/plugins"
+PLUGINS_VERSION = "v1.9.1"
+PLUGIN_NAMES = ("ipam/host-local", "ipam/static", "meta/tuning", "meta/bandwidth")
+OLDEST_GO = (1, 24)
+
+KERNEL_PACKAGE = "linux-image-cloud-amd64"
+BUSYBOX_PACKAGE = "busybox-static"
+MODULES = {
+    "nic": (
+        *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
+        *("failover", "net_failover", "virtio_net", "virtio_console"),
+    ),
+    "seed": ("scsi_common", "scsi_mod", "virtio_scsi", "cdrom", "sr_mod", "isofs"),
+}
+"""What guest.init loads for what, in this order."""
+
+_INIT = Path(__file__).with_name("guest.init")
+
+
+class AssetError(RuntimeError):
+    """An asset cannot be made or is not there; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class Guest:
+    """What QEMU boots."""
+
+    kernel: Path
+    initramfs: Path
+
+
+def guest() -> Guest:
+    """The guest's files; AssetError if they were not made yet."""
+    return Guest(_made(_kernel_folder() / "vmlinuz"), _made(_initramfs_path()))
+
+
+def clients() -> Path:
+    """The folder with cnitool and the reference plugins; AssetError if it was not made yet."""
+    return _made(_clients_folder())
+
+
+def make_guest() -> None:
+    """The kernel's files and the initramfs, each if it is not there."""
+    if platform.machine() != "x86_64":
+        raise AssetError(f"the lab's guests are for x86_64, this machine is {platform.machine()}")
+    folder = _kernel_folder()
+    if not folder.exists():
+        with _building(folder) as parts:
+            _unpack_kernel(parts)
+    image = _initramfs_path()
+    if not image.exists():
+        with _building(image) as part:
+            part.write_bytes(gzip.compress(_initramfs(folder), compresslevel=6, mtime=0))
+
+
+def make_clients() -> None:
+    """cnitool and the reference plugins, with the machine's Go or the one in the virtual environment."""
+    folder = _clients_folder()
+    go = _go()
+    with _building(folder) as parts:
+        env = {
+            **os.environ,
+            "CGO_ENABLED": "0",
+            "GOBIN": str(parts),
+            "GOPATH": str(CACHE / "go"),
+            "GOCACHE": str(CACHE / "go-build"),
+            "GOFLAGS": "-trimpath -modcacherw",
+            "GOTOOLCHAIN": "local",
+            "GOWORK": "off",
+        }
+        parts.mkdir()
+        _run([go, "install", CNITOOL], env=env)
+        _run([go, "install", *(f"{PLUGINS}/{name}@{PLUGINS_VERSION}" for name in PLUGIN_NAMES)], env=env)
+
+
+def _kernel_folder() -> Path:
+    return CACHE / "guest-kernel"
+
+
+def _initramfs_path() -> Path:
+    stamp = hashlib.sha256(_INIT.read_bytes() + repr(MODULES).encode()).hexdigest()[:12]
+    return CACHE / f"guest-{stamp}.cpio.gz"
+
+
+def _clients_folder() -> Path:
+    stamp = hashlib.sha256(" ".join((CNITOOL, PLUGINS_VERSION, *PLUGIN_NAMES)).encode()).hexdigest()[:12]
+    return CACHE / f"clients-{stamp}"
+
+
+def _made(path: Path) -> Path:
+    if not path.exists():
+        raise AssetError(f"{path} is not there: run lab/setup demo")
+    return path
+
+
+@contextlib.contextmanager
+def _building(target: Path) -> Iterator[Path]:
+    """A path to make the target at; it gets the target's name when all went well, and is removed if not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as scratch:
+        part = Path(scratch) / "part"
+        yield part
+        part.rename(target)
+
+
+def _unpack_kernel(parts: Path) -> None:
+    """vmlinuz, busybox and the modules, all of them: which are loaded is the initramfs's matter."""
+    with tempfile.TemporaryDirectory(prefix="unpack.", dir=CACHE) as scratch:
+        root = Path(scratch)
+        _unpack(_real_package(KERNEL_PACKAGE), root)
+        _unpack(BUSYBOX_PACKAGE, root)
+        parts.mkdir()
+        (root / "bin/busybox").rename(parts / "busybox")
+        for kernel in (root / "boot").glob("vmlinuz-*"):
+            kernel.rename(parts / "vmlinuz")
+        for modules in (root / "lib/modules").iterdir():
+            modules.rename(parts / "modules")
+
+
+def _real_package(package: str) -> str:
+    """The package that a meta-package such as linux-image-cloud-amd64 stands for today."""
+    found = re.search(r"Depends: (linux-image-\S+)", _with_lists(["apt-cache", "depends", package]))
+    if not found:
+        raise AssetError(f"apt-cache knows no kernel for {package}: is this Debian?")
+    return found[1]
+
+
+def _unpack(package: str, root: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="deb.", dir=CACHE) as scratch:
+        _with_lists(
+            ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package], cwd=Path(scratch)
+        )
+        for archive in Path(scratch).glob("*.deb"):
+            _run(["dpkg-deb", "-x", archive, root])
+
+
+def _with_lists(argv: Sequence[str], cwd: Path | None = None) -> str:
+    """Runs an apt command, and again with fresh package lists if it fails: there may be old ones or none."""
+    with contextlib.suppress(AssetError):
+        return _run(argv, cwd=cwd)
+    _run(["apt-get", "-q", "update"])
+    return _run(argv, cwd=cwd)
+
+
+def _initramfs(kernel: Path) -> bytes:
+    """The guest's root file system as a cpio archive."""
+    found = {path.stem: path for path in (kernel / "modules").rglob("*.ko")}
+    needed = [name for names in MODULES.values() for name in names]
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise AssetError(f"{kernel}/modules has no {', '.join(missing)}: remove {kernel} to unpack it again")
+    files: dict[str, tuple[int, bytes]] = {
+        **dict.fromkeys(("bin", "dev", "modules", "proc", "seed", "sys", "tmp"), (0o040755, b"")),
+        "bin/busybox": (0o100755, (kernel / "busybox").read_bytes()),
+        "init": (0o100755, _INIT.read_bytes()),
+        **{f"modules/{use}.order": (0o100644, _lines(names)) for use, names in MODULES.items()},
+        **{f"modules/{name}.ko": (0o100644, found[name].read_bytes()) for name in needed},
+    }
+    return _cpio(files)
+
+
+def _lines(names: Sequence[str]) -> bytes:
+    return "".join(f"{name}\n" for name in names).encode()
+
+
+def _cpio(files: Mapping[str, tuple[int, bytes]]) -> bytes:
+    """A newc archive of name → (mode, data); the kernel's driver-api/early-userspace/buffer-format.rst."""
+    archive = bytearray()
+    for number, (name, (mode, data)) in enumerate([*files.items(), ("TRAILER!!!", (0, b""))], start=1):
+        encoded = name.encode() + b"\0"
+        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(encoded), 0)
+        archive += b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
+        archive += bytes(-len(archive) % 4) + data
+        archive += bytes(-len(archive) % 4)
+    return bytes(archive)
+
+
+def _go() -> str:
+    """The machine's Go, else the one that lab/setup puts into the virtual environment."""
+    for candidate in (shutil.which("go"), CACHE / "venv/bin/go"):
+        if candidate and Path(candidate).exists():
+            version = re.search(r"go(\d+)\.(\d+)", _run([candidate, "version"]))
+            if version and (int(version[1]), int(version[2])) >= OLDEST_GO:
+                return str(candidate)
+    raise AssetError(f"no Go ≥ {'.'.join(map(str, OLDEST_GO))}: lab/setup gets one, run that")
+
+
+def _run(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    try:
+        done = subprocess.run(argv, env=env, cwd=cwd, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise AssetError(
+            f"{argv[0]} is not installed: the lab needs Debian and what lab/setup installs"
+        ) from error
+    if done.returncode != 0:
+        raise AssetError(
+            f"{' '.join(map(str, argv))}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
+        )
+    return done.stdout
+
+
+def main(names: Sequence[str]) -> int:
+    makers: dict[str, tuple[Callable[[], object], Callable[[], None]]] = {
+        "guest": (guest, make_guest),
+        "clients": (clients, make_clients),
+    }
+    unknown = [name for name in names if name not in makers]
+    if unknown:
+        print(f"lab.assets: no asset {', '.join(unknown)}; there is {', '.join(makers)}", file=sys.stderr)
+        return 2
+    missing = []
+    for name, (find, _) in makers.items():
+        try:
+            find()
+        except AssetError:
+            missing.append(name)
+    if not names:
+        print(*missing)
+    try:
+        for name in names:
+            if name in missing:
+                makers[name][1]()
+    except AssetError as error:
+        print(f"lab.assets: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

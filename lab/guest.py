@@ -1,0 +1,235 @@
+"""A virtual machine that boots on a pod's attachments and does as it is told.
+
+vmtap-launch opens the attachments' fds and becomes QEMU; lab/guest.init runs in the guest and answers
+commands over QEMU's stdin and stdout. Everything that waits has a deadline. Must not make attachments.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from lab import assets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+T = TypeVar("T")
+
+LAUNCHER = Path(sys.executable).with_name("vmtap-launch")
+BOOT_DEADLINE = 120.0
+"""Seconds; three or four are usual, but ten guests may boot at once on two processors."""
+ANSWER_DEADLINE = 15.0
+_LOG_TAIL = 1500
+
+
+class GuestError(RuntimeError):
+    """The guest did not start, does not answer or has ended; the text has the end of its logs."""
+
+
+@dataclass(frozen=True)
+class Nic:
+    """A NIC of the guest, known by its MAC; without an address ("10.77.0.1/24") it is only set up."""
+
+    mac: str
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    output: str
+
+
+class Image:
+    """The guest's kernel and initramfs where the user that QEMU runs as can read them; a context manager."""
+
+    def __init__(self) -> None:
+        made = assets.guest()
+        self._folder = tempfile.TemporaryDirectory(prefix="vmtap-guest-", dir="/run")
+        folder = Path(self._folder.name)
+        folder.chmod(0o755)
+        self.kernel = folder / "vmlinuz"
+        self.initramfs = folder / "initramfs"
+        for source, copy in ((made.kernel, self.kernel), (made.initramfs, self.initramfs)):
+            shutil.copyfile(source, copy)
+            copy.chmod(0o644)
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def qemu_command(
+    image: Image, nics: Sequence[Nic], *, words: Sequence[str] = (), memory: int = 96, processors: int = 1
+) -> list[str]:
+    """QEMU without a network: the launcher adds that. words go on the kernel's command line."""
+    addresses = [f"nic={nic.mac},{nic.address}" for nic in nics if nic.address]
+    return [
+        "qemu-system-x86_64",
+        *("-accel", "tcg", "-M", "pc", "-m", str(memory), "-nodefaults", "-no-user-config", "-no-reboot"),
+        *(
+            "-smp",
+            str(processors),
+            "-display",
+            "none",
+            "-kernel",
+            str(image.kernel),
+            "-initrd",
+            str(image.initramfs),
+        ),
+        *("-append", " ".join(["console=ttyS0", "quiet", "panic=-1", *addresses, *words])),
+        # stderr is a log of ours: what the guest's kernel has to say goes there too.
+        *("-chardev", "file,id=console,path=/dev/stderr,append=on", "-serial", "chardev:console"),
+        *("-chardev", "stdio,id=control,signal=off", "-device", "virtio-serial-pci"),
+        *("-device", "virtserialport,chardev=control"),
+    ]
+
+
+class Guest:
+    """A started guest; close() kills it if it still runs.
+
+    netns: the pod's; launch_options: further options of vmtap-launch; words: further kernel command line.
+    Several guests boot at once if they are all made before ready() is asked of the first.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        netns: str | os.PathLike[str],
+        nics: Sequence[Nic],
+        *,
+        env: Mapping[str, str] | None = None,
+        launch_options: Sequence[str] = (),
+        words: Sequence[str] = (),
+        processors: int = 1,
+    ) -> None:
+        self._log = tempfile.TemporaryFile(mode="a+", errors="replace")  # noqa: SIM115 - until close()
+        os.fchmod(self._log.fileno(), 0o666)  # QEMU opens it once more, without privilege
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._ready: Future[None] = Future()
+        self._waiting: dict[str, Future[Answer]] = {}
+        qemu = qemu_command(image, nics, words=words, processors=processors)
+        argv = [LAUNCHER, "--netns", netns, *launch_options, "--", *qemu]
+        self.process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=env,
+            text=True,
+            errors="replace",
+            bufsize=1,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def ready(self, timeout: float = BOOT_DEADLINE) -> None:
+        """Waits until the guest takes commands."""
+        self._result(self._ready, timeout, "boot")
+
+    def ask(self, command: str, timeout: float = ANSWER_DEADLINE) -> Callable[[], Answer]:
+        """Sends a shell command; call what it returns for the answer. Commands run side by side in the guest."""
+        number = str(next(self._numbers))
+        answer: Future[Answer] = Future()
+        self._waiting[number] = answer
+        self._send(f"{number} {command}\n")
+        return partial(self._result, answer, timeout, f"answer {command!r}")
+
+    def run(self, command: str, timeout: float = ANSWER_DEADLINE) -> Answer:
+        """Sends a shell command and waits for the answer."""
+        return self.ask(command, timeout)()
+
+    def must(self, command: str) -> str:
+        """The output of a command that has to work; GuestError if its status is not 0."""
+        answer = self.run(command)
+        if answer.status != 0:
+            raise GuestError(
+                f"{command!r} in the guest: status {answer.status}, said: {answer.output.strip()}"
+            )
+        return answer.output
+
+    def ping(self, address: str, *, wait: int = 2) -> bool:
+        """Does one echo request get its reply within wait seconds?"""
+        return self.run(f"ping -c 1 -W {wait} {address}", wait + ANSWER_DEADLINE).status == 0
+
+    def power_off(self, timeout: float = ANSWER_DEADLINE) -> int:
+        """Ends the guest from inside; QEMU's exit status."""
+        self._send("0 poweroff -f\n")
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise GuestError(f"the guest did not power off in {timeout} s{self._tail()}") from error
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        if self.process.stdin:
+            with contextlib.suppress(OSError):  # a line that the guest did not take before it ended
+                self.process.stdin.close()
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _send(self, line: str) -> None:
+        assert self.process.stdin is not None
+        try:
+            with self._lock:
+                self.process.stdin.write(line)
+        except OSError as error:
+            raise GuestError(f"the guest has ended{self._tail()}") from error
+
+    def _read(self) -> None:
+        """Hands each answer to who waits for it, and at the end tells those who wait in vain."""
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                words = line.split()
+                if words == ["ready"]:
+                    self._ready.set_result(None)
+                else:
+                    number, status, output = words
+                    answer = Answer(int(status), base64.b64decode(output).decode(errors="replace"))
+                    self._waiting.pop(number).set_result(answer)
+        ended = GuestError("the guest has ended")
+        if not self._ready.done():
+            self._ready.set_exception(ended)
+        for waiting in self._waiting.values():
+            waiting.set_exception(ended)
+
+    def _result(self, future: Future[T], timeout: float, what: str) -> T:
+        try:
+            return future.result(timeout)
+        except TimeoutError as error:
+            raise GuestError(f"the guest did not {what} in {timeout} s{self._tail()}") from error
+        except GuestError as error:
+            raise GuestError(f"{error}{self._tail()}") from error
+
+    def _tail(self) -> str:
+        """The end of what the launcher, QEMU and the guest's kernel said."""
+        self._log.seek(0)
+        said = self._log.read().strip()[-_LOG_TAIL:]
+        return f"; it said: {said}" if said else "; it said nothing"

@@ -1,0 +1,103 @@
+"""The project's own rules, as tests: linters, types, layers, and what a short-lived process may import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.runner import BIN, Plugin, config
+
+if TYPE_CHECKING:
+    from lab.wire import Lab
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [
+    path
+    for path in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    if (ROOT / path).is_file()
+    and (ROOT / path).read_bytes()[:64].split(b"\n")[0]
+    in (b"#!/bin/sh", b"#!/usr/bin/env bash", b"#!/bin/bash")
+]
+
+HEAVY = {
+    "argparse",
+    "asyncio",
+    "email",
+    "http",
+    "importlib.metadata",
+    "ipaddress",
+    "jsonschema",
+    "logging",
+    "pyroute2",
+    "socket",
+    "ssl",
+    "subprocess",
+    "tempfile",
+    "threading",
+    "typing",
+    "urllib",
+    "yaml",
+}
+"""What costs a pod's start milliseconds and is of no use to the ADD or DEL of a macvtap without policy and IPAM."""
+
+MODULES = """
+import json, os, sys
+from cni.__main__ import main
+status = main()
+os.write(2, json.dumps(sorted(sys.modules)).encode())
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+        ["lint-imports"],
+    ],
+    ids=" ".join,
+)
+def test_linter(command: list[str]) -> None:
+    done = subprocess.run(
+        [BIN / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck(script: str) -> None:
+    done = subprocess.run(["shellcheck", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_attachments_life_imports_nothing_heavy(lab: Lab, plugin: Plugin) -> None:
+    pod = lab.pod()
+    for command in ("ADD", "DEL"):
+        done = subprocess.run(
+            lab.node.argv([sys.executable, "-I", "-c", MODULES]),
+            input=json.dumps(config(source="eth1", mode="bridge")).encode(),
+            env=plugin.environment(command, pod),
+            capture_output=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        assert not HEAVY & set(json.loads(done.stderr)), command
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    script = "import sys; before = set(sys.modules); import cni; print(*(set(sys.modules) - before))"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.split() == ["cni"]
