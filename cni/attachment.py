@@ -93,6 +93,9 @@ class Call:
 def add(call: Call, grant: Grant) -> dict[str, Any]:
     """Make the attachment and answer with the CNI result. Raises CniError, and then nothing of it is left."""
     assert call.netns is not None  # noqa: S101 - plugin.py opens it for every command but DEL
+    delegate = call.delegate()
+    if delegate:
+        delegate.find()  # before there is anything to undo: its DEL could not be run either
     with ExitStack() as stack:
         host = stack.enter_context(Rtnl())
         plan = plans.decide(host, call.conf, grant, call.container_id, call.ifname)
@@ -114,7 +117,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
         try:
             call.store.save(record)
             leased = result.Result()
-            if delegate := call.delegate():
+            if delegate:
                 delegated = True
                 leased = result.parse(
                     delegate.run("ADD") or {},
@@ -173,17 +176,22 @@ def delete(call: Call) -> None:
 def collect(call: Call) -> None:
     """GC: end this network's attachments that are not among the valid ones (SPEC section 4 "GC").
 
-    Goes on past errors and raises the first of them at the end.
+    Goes on past errors and raises the first of them at the end. Without a list of the valid ones nothing is
+    ours to end; the delegate is asked all the same.
     """
-    if call.conf.valid_attachments is None:
-        return
+    failed: list[CniError] = []
+    if call.conf.valid_attachments is not None:
+        failed += _end_stale(call, call.conf.valid_attachments)
+    if delegate := call.delegate():
+        failed += _attempt(delegate.run, "GC")
+    _raise(failed)
+
+
+def _end_stale(call: Call, valid: tuple[tuple[str, str], ...]) -> list[CniError]:
     failed: list[CniError] = []
     with Rtnl() as host:
         for seen in list(call.store.records()):
-            if (
-                seen.network != call.conf.name
-                or (seen.container_id, seen.ifname) in call.conf.valid_attachments
-            ):
+            if seen.network != call.conf.name or (seen.container_id, seen.ifname) in valid:
                 continue
             with call.store.locked(seen.id):
                 if record := call.store.load(seen.id):  # a DEL may have been quicker
@@ -192,18 +200,14 @@ def collect(call: Call) -> None:
             with call.store.locked(id):
                 if call.store.load(id) is None:
                     failed += _attempt(call.store.forget_id, id)
-    if delegate := call.delegate():
-        failed += _attempt(delegate.run, "GC")
-    _raise(failed)
+    return failed
 
 
 def status(call: Call, grant: Grant) -> None:
     """Raises CniError 50 if an ADD of this config would fail now for want of something on the node."""
-    if grant.source is not None:
-        with Rtnl() as host:
-            if host.link(name=grant.source) is None:
-                raise CniError(PLUGIN_NOT_AVAILABLE, f"source device {grant.source} is not on this node")
     try:
+        with Rtnl() as host:
+            plans.decide(host, call.conf, grant, call.container_id, call.ifname)
         call.store.prepare()
     except CniError as error:
         raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
