@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from cni import ipv6, macvtap, netns, refusal, result, tapdev
@@ -356,7 +356,7 @@ def _end(host: Rtnl, store: Store, record: Record, delegate: Delegate | None) ->
     """Take back everything that record speaks of; the record last, and only if nothing else is left."""
     failed = _attempt(_remove_links, host, record)
     if record.node:
-        failed += _attempt(_remove_node, record.node)
+        failed += _attempt(store.remove_node, record.ifindex)
     if delegate:
         failed += _attempt(delegate.run, "DEL")
     if not failed:
@@ -407,12 +407,6 @@ def _delete(host: Rtnl, index: int, nsid: int | None) -> None:
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.EINVAL):  # gone meanwhile, alone or with its namespace
             raise
-
-
-def _remove_node(path: str) -> None:
-    for each in (path, f"{path}.new"):
-        with suppress(FileNotFoundError):
-            os.unlink(each)
 
 
 def _attempt(step: Any, *args: object) -> list[CniError]:

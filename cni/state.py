@@ -208,6 +208,13 @@ class Store:
                         return number
         raise CniError(TRY_AGAIN_LATER, "no free interface index was found; try again")
 
+    def remove_node(self, ifindex: int) -> None:
+        """Remove the device node that ADD made for the attachment of that index. Nothing to do is fine."""
+        path = self.node(ifindex)
+        with _io(self._dev):
+            _unlink(path)
+            _unlink(f"{path}.new")
+
     def reserved(self) -> Iterator[str]:
         """The ids that hold an ifindex, with or without a record."""
         with _io(self._ifindex):
@@ -219,6 +226,7 @@ class Store:
         path = f"{self._ifindex}/{number}"
         with suppress(FileNotFoundError):
             if os.readlink(path) == id:
+                self.remove_node(number)  # before what says whose it is
                 os.unlink(path)
 
 
