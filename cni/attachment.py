@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from cni import ipv6, macvtap, netns, refusal, result, tapdev
 from cni import mac as mac_rules
 from cni import plan as plans
-from cni.errors import CniError
+from cni.errors import CniError, refused
 from cni.ipam import Delegate
 from cni.rtnl import (
     IFLA_ADDRESS,
@@ -31,7 +31,6 @@ from cni.rtnl import (
     u32,
 )
 from cni.spec import (
-    IO_FAILURE,
     NAME_IN_USE,
     PLUGIN_NOT_AVAILABLE,
     VERSIONS,
@@ -198,7 +197,8 @@ def status(call: Call, grant: Grant) -> None:
 def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
     assert call.netns is not None  # noqa: S101 - as in add
     conf = call.conf
-    ifindex = call.store.reserve_ifindex(call.id)
+    nsid, boot = host.nsid(call.netns), boot_id()
+    ifindex = call.store.reserve_ifindex(call.id)  # last: nothing that fails may follow
     wants_node = plan.device == "macvtap" and (conf.owner is not None or conf.group is not None)
     return Record(
         network=conf.name,
@@ -206,13 +206,13 @@ def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
         ifname=call.ifname,
         netns=call.netns_path,
         netns_id=netns.identity(call.netns),
-        nsid=host.nsid(call.netns),
+        nsid=nsid,
         device=plan.device,
         ifindex=ifindex,
         mac=plan.mac,
         mtu=plan.mtu,
         queues=conf.queues,
-        boot_id=boot_id(),
+        boot_id=boot,
         interface=grant.interface,
         source=plan.source.name if plan.source else None,
         mode=plan.mode,
@@ -416,7 +416,7 @@ def _attempt(step: Any, *args: object) -> list[CniError]:
     except CniError as error:
         return [error]
     except OSError as error:
-        return [CniError(IO_FAILURE, "clean-up is not complete; DEL may be repeated", str(error))]
+        return [refused(error, "clean-up is not complete; DEL may be repeated")]
     return []
 
 
