@@ -156,28 +156,34 @@ def delete(call: Call) -> None:
 def collect(call: Call) -> None:
     """GC: end this network's attachments that are not among the valid ones (SPEC section 4 "GC").
 
-    Goes on past errors and raises the first of them at the end.
+    Goes on past errors and raises them all at the end.
     """
     if call.conf.valid_attachments is None:
         return
     failed: list[CniError] = []
     with Rtnl() as host:
-        for seen in list(call.store.records()):
-            if (
-                seen.network != call.conf.name
-                or (seen.container_id, seen.ifname) in call.conf.valid_attachments
-            ):
-                continue
-            with call.store.locked(seen.id):
-                if record := call.store.load(seen.id):  # a DEL may have been quicker
-                    failed += _end(host, call.store, record, _delegate_of(call, record))
-        for id in list(call.store.reserved()):  # an ADD that was killed before it wrote its record
-            with call.store.locked(id):
-                if call.store.load(id) is None:
-                    failed += _attempt(call.store.forget_id, id)
+        for id in sorted({*call.store.recorded(), *call.store.reserved()}):
+            failed += _attempt(_collect, host, call, call.conf.valid_attachments, id)
     if delegate := call.delegate():
         failed += _attempt(delegate.run, "GC")
     _raise(failed)
+
+
+def _collect(host: Rtnl, call: Call, valid: tuple[tuple[str, str], ...], id: str) -> None:
+    """End the attachment of that id if it is this network's and not valid, or if nothing is known of it any more."""
+
+    def stays(record: Record) -> bool:
+        return record.network != call.conf.name or (record.container_id, record.ifname) in valid
+
+    seen = call.store.load(id)
+    if seen and stays(seen):  # without its lock: an ADD of another network may take its time
+        return
+    with call.store.locked(id):
+        record = call.store.load(id)
+        if record is None:  # an ADD was killed before it wrote one
+            call.store.forget_id(id)
+        elif not stays(record):
+            _raise(_end(host, call.store, record, _delegate_of(call, record)))
 
 
 def status(call: Call, grant: Grant) -> None:
