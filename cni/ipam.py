@@ -35,6 +35,10 @@ class Delegate:
     env: Mapping[str, str]
     deadline: float
 
+    def find(self) -> str:
+        """The executable. Raises CniError 4 or 7 if there is none, and then nothing of it can have run."""
+        return _find(self.type, self.env.get("CNI_PATH", ""))
+
     def run(self, command: str, **changed: str) -> dict[str, Any] | None:
         """Run it with CNI_COMMAND=command; what it printed, for ADD.
 
@@ -44,7 +48,7 @@ class Delegate:
         import signal  # noqa: PLC0415 - 20 ms that only a delegate costs
         import subprocess  # noqa: PLC0415
 
-        program = _find(self.type, self.env.get("CNI_PATH", ""))
+        program = self.find()
         try:
             process = subprocess.Popen(
                 [program],
