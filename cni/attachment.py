@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from cni import ipv6, macvtap, netns, refusal, result, tapdev
 from cni import mac as mac_rules
 from cni import plan as plans
-from cni.errors import CniError
+from cni.errors import CniError, refused
 from cni.ipam import Delegate
 from cni.rtnl import (
     IFLA_ADDRESS,
@@ -31,7 +31,6 @@ from cni.rtnl import (
     u32,
 )
 from cni.spec import (
-    IO_FAILURE,
     NAME_IN_USE,
     PLUGIN_NOT_AVAILABLE,
     VERSIONS,
@@ -160,31 +159,34 @@ def delete(call: Call) -> None:
 def collect(call: Call) -> None:
     """GC: end this network's attachments that are not among the valid ones (SPEC section 4 "GC").
 
-    Goes on past errors and raises the first of them at the end. Without a list of the valid ones nothing is
-    ours to end; the delegate is asked all the same.
+    Goes on past errors and raises them all at the end. Without a list of the valid ones nothing is ours to end;
+    the delegate is asked all the same.
     """
     failed: list[CniError] = []
-    if call.conf.valid_attachments is not None:
-        failed += _end_stale(call, call.conf.valid_attachments)
+    if (valid := call.conf.valid_attachments) is not None:
+        with Rtnl() as host:
+            for id in sorted({*call.store.recorded(), *call.store.reserved()}):
+                failed += _attempt(_collect, host, call, valid, id)
     if delegate := call.delegate():
         failed += _attempt(delegate.run, "GC")
     _raise(failed)
 
 
-def _end_stale(call: Call, valid: tuple[tuple[str, str], ...]) -> list[CniError]:
-    failed: list[CniError] = []
-    with Rtnl() as host:
-        for seen in list(call.store.records()):
-            if seen.network != call.conf.name or (seen.container_id, seen.ifname) in valid:
-                continue
-            with call.store.locked(seen.id):
-                if record := call.store.load(seen.id):  # a DEL may have been quicker
-                    failed += _end(host, call.store, record, _delegate_of(call, record))
-        for id in list(call.store.reserved()):  # an ADD that was killed before it wrote its record
-            with call.store.locked(id):
-                if call.store.load(id) is None:
-                    failed += _attempt(call.store.forget_id, id)
-    return failed
+def _collect(host: Rtnl, call: Call, valid: tuple[tuple[str, str], ...], id: str) -> None:
+    """End the attachment of that id if it is this network's and not valid, or if nothing is known of it any more."""
+
+    def stays(record: Record) -> bool:
+        return record.network != call.conf.name or (record.container_id, record.ifname) in valid
+
+    seen = call.store.load(id)
+    if seen and stays(seen):  # without its lock: an ADD of another network may take its time
+        return
+    with call.store.locked(id):
+        record = call.store.load(id)
+        if record is None:  # an ADD was killed before it wrote one
+            call.store.forget_id(id)
+        elif not stays(record):
+            _raise(_end(host, call.store, record, _delegate_of(call, record)))
 
 
 def status(call: Call, grant: Grant) -> None:
@@ -202,7 +204,8 @@ def status(call: Call, grant: Grant) -> None:
 def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
     assert call.netns is not None  # noqa: S101 - as in add
     conf = call.conf
-    ifindex = call.store.reserve_ifindex(call.id)
+    nsid, boot = host.nsid(call.netns), boot_id()
+    ifindex = call.store.reserve_ifindex(call.id)  # last: nothing that fails may follow
     wants_node = plan.device == "macvtap" and (conf.owner is not None or conf.group is not None)
     return Record(
         network=conf.name,
@@ -210,13 +213,13 @@ def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
         ifname=call.ifname,
         netns=call.netns_path,
         netns_id=netns.identity(call.netns),
-        nsid=host.nsid(call.netns),
+        nsid=nsid,
         device=plan.device,
         ifindex=ifindex,
         mac=plan.mac,
         mtu=plan.mtu,
         queues=conf.queues,
-        boot_id=boot_id(),
+        boot_id=boot,
         interface=grant.interface,
         source=plan.source.name if plan.source else None,
         mode=plan.mode,
@@ -360,7 +363,7 @@ def _end(host: Rtnl, store: Store, record: Record, delegate: Delegate | None) ->
     """Take back everything that record speaks of; the record last, and only if nothing else is left."""
     failed = _attempt(_remove_links, host, record)
     if record.node:
-        failed += _attempt(_remove_node, record.node)
+        failed += _attempt(store.remove_node, record.ifindex)
     if delegate:
         failed += _attempt(delegate.run, "DEL")
     if not failed:
@@ -413,12 +416,6 @@ def _delete(host: Rtnl, index: int, nsid: int | None) -> None:
             raise
 
 
-def _remove_node(path: str) -> None:
-    for each in (path, f"{path}.new"):
-        with suppress(FileNotFoundError):
-            os.unlink(each)
-
-
 def _attempt(step: Any, *args: object) -> list[CniError]:
     """Run one step of a clean-up that must go on: the error, if any."""
     try:
@@ -426,7 +423,7 @@ def _attempt(step: Any, *args: object) -> list[CniError]:
     except CniError as error:
         return [error]
     except OSError as error:
-        return [CniError(IO_FAILURE, "clean-up is not complete; DEL may be repeated", str(error))]
+        return [refused(error, "clean-up is not complete; DEL may be repeated")]
     return []
 
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+
+from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
+
+SHORTAGE = (errno.ENOBUFS, errno.EAGAIN, errno.ENOMEM)
+"""What the kernel says when it has no room now, and may have later."""
+
 
 class CniError(Exception):
     """An operation that failed, in the shape of SPEC section 5 "Error".
@@ -18,3 +25,9 @@ class CniError(Exception):
 
     def __str__(self) -> str:
         return f"{self.msg} ({self.details})" if self.details else self.msg
+
+
+def refused(error: OSError, msg: str) -> CniError:
+    """The error for what a system call said: 11 if it may succeed later, else 5."""
+    code = TRY_AGAIN_LATER if error.errno in SHORTAGE else IO_FAILURE
+    return CniError(code, msg, str(error))

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from cni import attachment, check, netconf, netns, policy, result
-from cni.errors import CniError
+from cni.errors import CniError, refused
 from cni.spec import (
     INCOMPATIBLE_VERSION,
     INTERNAL,
@@ -76,6 +76,8 @@ def handle(request: Request) -> Response:
         answer = _dispatch(request)
     except CniError as error:
         return refuse(request, error)
+    except OSError as error:
+        return refuse(request, refused(error, "the kernel refused a step of it"))
     except Exception as error:  # the last wall: a runtime must get JSON, whatever we did wrong
         details = f"{type(error).__name__}: {error}"
         return refuse(request, CniError(INTERNAL, "a fault in vmtap itself: please report it", details))

@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 
 from cni import macvtap
-from cni.errors import CniError
+from cni.errors import SHORTAGE, CniError
 from cni.rtnl import Rtnl
 from cni.spec import KERNEL_REFUSED, MAC_IN_USE, NAME_IN_USE, SOURCE_BUSY, SOURCE_MISSING, TRY_AGAIN_LATER
 
@@ -36,7 +36,7 @@ def _cause(number: int | None, plan: Plan, record: Record, store: Store) -> tupl
         errno.ENODEV: (SOURCE_MISSING, f"source device {source!r} went away"),
         errno.EPERM: (KERNEL_REFUSED, "the plugin lacks CAP_NET_ADMIN, in the host's or the pod's namespace"),
         **dict.fromkeys(
-            (errno.ENOBUFS, errno.EAGAIN, errno.ENOMEM),
+            SHORTAGE,
             (TRY_AGAIN_LATER, "the kernel has no room for the request now: try again"),
         ),
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 from _socket import AF_NETLINK, AF_UNSPEC, SOCK_CLOEXEC, SOCK_RAW, socket
 from dataclasses import dataclass
 
@@ -73,6 +74,8 @@ _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg
 _ATTR = struct.Struct("=HH")  # struct nlattr
 _DUMP_TRIES = 5
+_PAUSES = (0.01, 0.03, 0.09)
+"""Seconds to wait for memory after each ENOBUFS but the last."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class Rtnl:
         """
         first = self._sequence + 1
         self._sequence += len(messages)
-        self._socket.send(
+        self._send(
             b"".join(
                 _HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | nlm, first + i, 0)
                 + body
@@ -214,7 +217,7 @@ class Rtnl:
             self._sequence += 1
             body = _IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0)
             header = _HEADER.pack(16 + len(body), RTM_GETLINK, NLM_F_REQUEST | NLM_F_DUMP, self._sequence, 0)
-            self._socket.send(header + body)
+            self._send(header + body)
             found: list[Link] = []
             interrupted = done = False
             while not done:
@@ -243,6 +246,18 @@ class Rtnl:
             raise outcome
         assert isinstance(outcome, int)  # noqa: S101 - the kernel answers RTM_GETNSID with RTM_NEWNSID
         return outcome
+
+    def _send(self, data: bytes) -> None:
+        """Send one datagram. ENOBUFS means that the kernel has not seen it: tried again, a few times."""
+        for pause in _PAUSES:
+            try:
+                self._socket.send(data)
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                time.sleep(pause)
+        self._socket.send(data)
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         """One datagram's messages: (type, flags, sequence, body)."""

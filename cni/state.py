@@ -175,12 +175,16 @@ class Store:
         return record
 
     def records(self) -> Iterator[Record]:
-        """Every record that can be read."""
-        with _io(self._attachments):
-            names = sorted(os.listdir(self._attachments)) if os.path.isdir(self._attachments) else []
-        for name in names:
-            if name.endswith(".json") and (record := self.load(name.removesuffix(".json"))):
+        """Every record. Raises CniError 5 at one that cannot be read."""
+        for id in self.recorded():
+            if record := self.load(id):
                 yield record
+
+    def recorded(self) -> list[str]:
+        """The ids that have a record, or what once was one."""
+        with _io(self._attachments):
+            names = os.listdir(self._attachments) if os.path.isdir(self._attachments) else []
+        return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
     def forget(self, record: Record) -> None:
         """Remove the record and give its ifindex back. Nothing to do is fine."""
@@ -208,6 +212,13 @@ class Store:
                         return number
         raise CniError(TRY_AGAIN_LATER, "no free interface index was found; try again")
 
+    def remove_node(self, ifindex: int) -> None:
+        """Remove the device node that ADD made for the attachment of that index. Nothing to do is fine."""
+        path = self.node(ifindex)
+        with _io(self._dev):
+            _unlink(path)
+            _unlink(f"{path}.new")
+
     def reserved(self) -> Iterator[str]:
         """The ids that hold an ifindex, with or without a record."""
         with _io(self._ifindex):
@@ -219,6 +230,7 @@ class Store:
         path = f"{self._ifindex}/{number}"
         with suppress(FileNotFoundError):
             if os.readlink(path) == id:
+                self.remove_node(number)  # before what says whose it is
                 os.unlink(path)
 
 

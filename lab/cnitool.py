@@ -39,7 +39,7 @@ class Cnitool:
         clients = assets.clients()
         self._node = node
         self._program = clients / "cnitool"
-        self._folder = tempfile.TemporaryDirectory(prefix="vmtap-cnitool-", dir="/run")
+        self._folder = tempfile.TemporaryDirectory(prefix=f"vmtap-cnitool-{os.getpid()}-", dir="/run")
         self._files = Path(self._folder.name)
         (self._files / "cni").mkdir()
         self.env = {

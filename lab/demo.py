@@ -146,16 +146,17 @@ class Show:
     """What the person who watches sees; nothing if a program reads. Plain text where there is no terminal."""
 
     PICTURE = """\
- guest a   guest b     QEMU, on the open fds of its pod's macvtaps and taps
-     └──┬────┘
-      eth1             the host's NIC: macvtaps sit on it, taps on a Linux bridge beside it
+ guest a  guest b    QEMU, on the open fds of its pod's macvtaps and taps
+     └──┬───┘
+      eth1           the host's NIC; the taps' bridge has another one
         │
-      switch           reflects frames back out of the port they came in by (802.1Qbg), or not
+      switch         may reflect a frame to where it came from (802.1Qbg)
         │
-      peer             another machine on the wire"""
+      peer           another machine on the wire"""
     LEGEND = """\
-expected / observed, inside both guests. Unicast: ping; between the guests with static
-neighbour entries, as ARP is broadcast. Broadcast: a ping to all, and who answers it."""
+expected / observed, inside both guests. Unicast: ping; from guest to guest with
+static neighbour entries, as ARP is broadcast. Broadcast: a ping to all, and who
+answers it."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(quiet=quiet, highlight=False, emoji=False, soft_wrap=True)
@@ -173,21 +174,24 @@ neighbour entries, as ARP is broadcast. Broadcast: a ping to all, and who answer
             self._console.print(f"{title}\n\n{self.PICTURE}\n")
 
     @contextlib.contextmanager
-    def step(self, text: str) -> Iterator[None]:
-        """A line for a step, when it is done; a spinner while it runs."""
+    def step(self, text: str) -> Iterator[list[str]]:
+        """A line for a step when it is done, a spinner while it runs; yields a list for what was wrong."""
         start = time.monotonic()
+        wrong: list[str] = []
         with self._console.status(f"{text} …"):
-            yield
-        self._line("✓", "green", f"{text}  [dim]{time.monotonic() - start:.1f} s[/]")
+            yield wrong
+        self._line("✗" if wrong else "✓", "red" if wrong else "green", text, time.monotonic() - start)
+        for line in wrong:
+            self._console.print(f"  {escape(line)}", style="red")
 
     def attachments(self, attachments: Mapping[str, Mapping[str, Attachment]]) -> None:
         """What each guest was given, a line a network."""
-        for network, ifname in IFNAMES.items():
+        for network in IFNAMES:
             both = (
-                f"{name} {attachments[name][network].mac} {attachments[name][network].address}"
-                for name in GUESTS
+                f"{name} {given[network].address.ip} {given[network].mac}"
+                for name, given in attachments.items()
             )
-            self._console.print(f"  {ifname} {network:14}  {'   '.join(both)}", style="dim")
+            self._console.print(f"  {network:14}  {'  '.join(both)}", style="dim")
 
     def table(self, rows: Sequence[tuple[Case, Seen]]) -> None:
         table = Table(
@@ -205,23 +209,21 @@ neighbour entries, as ARP is broadcast. Broadcast: a ping to all, and who answer
         self._console.print(f"{self.LEGEND}\n", style="dim")
 
     def outcome(self, outcome: Outcome) -> None:
-        """The last lines: what was wrong, and whether all is well."""
-        for error in outcome.check_errors:
-            self._line("✗", "red", f"cnitool check: {escape(error)}")
+        """The last lines: what is left, and whether all was well."""
         for thing in outcome.left:
-            self._line("✗", "red", f"left behind: {escape(thing)}")
+            self._line("✗", "red", f"left behind: {thing}")
         if not outcome.left:
             self._line(
                 "✓", "green", "nothing is left: links, namespaces, state and leases; promiscuity as before"
             )
-        seconds = f"[dim]{outcome.seconds:.1f} s[/]"
         if outcome.ok:
-            self._line("✓", "bold green", f"[bold]all as expected[/]  {seconds}")
+            self._line("✓", "bold green", "all as expected", outcome.seconds)
         else:
-            self._line("✗", "bold red", f"[bold]not as expected[/]  {seconds}")
+            self._line("✗", "bold red", "not as expected", outcome.seconds)
 
-    def _line(self, sign: str, style: str, text: str) -> None:
-        self._console.print(f"[{style}]{sign}[/] {text}")
+    def _line(self, sign: str, style: str, text: str, seconds: float | None = None) -> None:
+        time_taken = "" if seconds is None else f"[dim]{seconds:>6.1f} s[/]"
+        self._console.print(f"[{style}]{sign}[/] {escape(text):68}{time_taken}")
 
 
 def _cell(expected: bool, reached: Mapping[str, bool]) -> Text:
@@ -257,7 +259,7 @@ def demo(show: Show) -> Outcome:
             attachments = {name: _attach(cnitool, pods[name]) for name in GUESTS}
             _peer_is_gateway(lab.peer, attachments["a"].values())
         show.attachments(attachments)
-        with show.step("vmtap-launch: two QEMU guests boot on the open fds, in software emulation"):
+        with show.step("vmtap-launch: two guests boot on the open fds, in software emulation"):
             image = stack.enter_context(Image())
             guests = {}
             for name, attached in attachments.items():
@@ -269,8 +271,8 @@ def demo(show: Show) -> Outcome:
         rows = _rows(lab, guests, attachments, show)
         show.table(rows)
         made = list(itertools.product(pods.values(), IFNAMES.items()))
-        with show.step("cnitool check"):
-            errors = [_check(cnitool, pod, network, ifname) for pod, (network, ifname) in made]
+        with show.step("cnitool check") as wrong:
+            wrong.extend(filter(None, (_check(cnitool, pod, *attachment) for pod, attachment in made)))
         with show.step("the guests power off"):
             for guest in guests.values():
                 guest.power_off()
@@ -285,7 +287,7 @@ def demo(show: Show) -> Outcome:
             left.append(f"on the host, links and their promiscuity: {after}, before: {before}")
     places = [place.path for place in (lab.node, lab.switch, lab.peer, *pods.values())]
     left += [str(path) for path in places if path.exists()]
-    return Outcome(rows, [error for error in errors if error], left, time.monotonic() - start)
+    return Outcome(rows, wrong, left, time.monotonic() - start)
 
 
 def _promiscuity(node: Netns) -> dict[str, int]:
@@ -375,6 +377,13 @@ def _check(cnitool: Cnitool, pod: Netns, network: str, ifname: str) -> str:
     return f"{network}: {checked.stderr.strip()}" if checked.returncode else ""
 
 
+def _interrupt(*_: object) -> None:
+    """Ctrl-C and SIGTERM: cleans up, and lets no second one disturb that."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """0 if all was as expected, 1 if not or if something failed, 130 if interrupted."""
     parser = argparse.ArgumentParser(
@@ -382,7 +391,8 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     show = Show(quiet=options.json)
     show.head()
     try:

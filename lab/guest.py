@@ -58,7 +58,7 @@ class Image:
 
     def __init__(self) -> None:
         made = assets.guest()
-        self._folder = tempfile.TemporaryDirectory(prefix="vmtap-guest-", dir="/run")
+        self._folder = tempfile.TemporaryDirectory(prefix=f"vmtap-guest-{os.getpid()}-", dir="/run")
         folder = Path(self._folder.name)
         folder.chmod(0o755)
         self.kernel = folder / "vmlinuz"
