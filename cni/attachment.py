@@ -191,13 +191,16 @@ def _collect(host: Rtnl, call: Call, valid: tuple[tuple[str, str], ...], id: str
 
 def status(call: Call, grant: Grant) -> None:
     """Raises CniError 50 if an ADD of this config would fail now for want of something on the node."""
+    delegate = call.delegate()
     try:
+        if delegate:
+            delegate.find()
         with Rtnl() as host:
             plans.decide(host, call.conf, grant, call.container_id, call.ifname)
         call.store.prepare()
     except CniError as error:
         raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
-    if delegate := call.delegate():
+    if delegate:
         delegate.run("STATUS")
 
 
