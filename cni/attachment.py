@@ -92,9 +92,10 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             call.id
         ):  # an ADD that was killed: end it before its addresses are asked for
             _raise(_end(host, call.store, stale, _delegate_of(call, stale)))
-        record = _record(host, call, grant, plan)
+        record = None
         delegated = False
         try:
+            record = _record(host, call, grant, plan)
             call.store.save(record)
             leased = result.Result()
             if delegate := call.delegate():
@@ -115,7 +116,10 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             answer = _answer(call, record, leased)  # may fail: on what prevResult or the delegate says
             _make(pod, call, plan, record)
         except BaseException as error:
-            undone = _end(host, call.store, record, _delegate_of(call, record) if delegated else None)
+            if record:
+                undone = _end(host, call.store, record, _delegate_of(call, record) if delegated else None)
+            else:
+                undone = _attempt(call.store.forget_id, call.id)
             if undone and isinstance(error, CniError):
                 left = "; ".join(str(each) for each in undone)
                 raise CniError(
