@@ -382,9 +382,8 @@ def _remove_links(host: Rtnl, record: Record) -> None:
         if error.errno != errno.EINVAL:  # that: no namespace has the id any more, so the link went with it
             raise
         link = None
-    if (
-        link and link.alias in (record.alias, "") and link.name == record.ifname
-    ):  # "": killed before it was marked
+    # Marked as ours, under whatever name it has now; or killed before it was marked.
+    if link and (link.alias == record.alias or (not link.alias and link.name == record.ifname)):
         _delete(host, link.index, record.nsid)
     if record.device == "tap" and record.source:
         _remove_port(host, record.ifindex, record.alias)
