@@ -31,6 +31,7 @@ ADD)
     touch "$lease"
     case "$behave" in
     hang) touch hanging; exec sleep 100 ;;
+    gate) read -r line < gate ;;
     fail) echo '{{"cniVersion":"1.1.0","code":11,"msg":"no address left"}}'; exit 1 ;;
     mute) exit 3 ;;
     junk) echo 'leased!'; exit 0 ;;
@@ -92,8 +93,8 @@ class Baseline:
     def _now(self) -> dict[str, Any]:
         state = self.plugin.state
         return {
-            "node": _links(self.plugin.node),
-            "pods": {str(pod.path): _links(pod) for pod in self.pods if pod.path.exists()},
+            "node": links(self.plugin.node),
+            "pods": {str(pod.path): links(pod) for pod in self.pods if pod.path.exists()},
             "state": sorted(
                 str(path) for path in state.rglob("*") if not path.is_dir() and path.name != "lock"
             ),
@@ -102,7 +103,8 @@ class Baseline:
         }
 
 
-def _links(pod: Netns) -> dict[str, dict[str, Any]]:
+def links(pod: Netns) -> dict[str, dict[str, Any]]:
+    """What of the links must not change; the rest is counters and timers."""
     keys = ("ifindex", "address", "mtu", "master", "promiscuity", "allmulti", "ifalias", "flags")
     return {name: {key: link.get(key) for key in keys} for name, link in pod.links().items()}
 
