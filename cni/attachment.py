@@ -95,9 +95,10 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             call.id
         ):  # an ADD that was killed: end it before its addresses are asked for
             _raise(_end(host, call.store, stale, _delegate_of(call, stale)))
-        record = _record(host, call, grant, plan)
+        record = None
         delegated = False
         try:
+            record = _record(host, call, grant, plan)
             call.store.save(record)
             leased = result.Result()
             if delegate:
@@ -118,7 +119,10 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             answer = _answer(call, record, leased)  # may fail: on what prevResult or the delegate says
             _make(pod, call, plan, record)
         except BaseException as error:
-            undone = _end(host, call.store, record, _delegate_of(call, record) if delegated else None)
+            if record:
+                undone = _end(host, call.store, record, _delegate_of(call, record) if delegated else None)
+            else:
+                undone = _attempt(call.store.forget_id, call.id)
             if undone and isinstance(error, CniError):
                 left = "; ".join(str(each) for each in undone)
                 raise CniError(
@@ -382,9 +386,8 @@ def _remove_links(host: Rtnl, record: Record) -> None:
         if error.errno != errno.EINVAL:  # that: no namespace has the id any more, so the link went with it
             raise
         link = None
-    if (
-        link and link.alias in (record.alias, "") and link.name == record.ifname
-    ):  # "": killed before it was marked
+    # Marked as ours, under whatever name it has now; or killed before it was marked.
+    if link and (link.alias == record.alias or (not link.alias and link.name == record.ifname)):
         _delete(host, link.index, record.nsid)
     if record.device == "tap" and record.source:
         _remove_port(host, record.ifindex, record.alias)

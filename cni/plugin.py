@@ -40,7 +40,8 @@ _REQUIRED = {
 }
 _SINCE = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}
 _CONTAINER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_NOT_IN_IFNAME = re.compile(r"[/:\s\0]")
+_NOT_IN_IFNAME = re.compile(r"[/:%\s\0\udc80-\udcff]")
+"""To the kernel a name with % is a pattern to make one of; the last range is how Python shows what is not UTF-8."""
 _IFNAME_BYTES = 15
 
 
@@ -172,7 +173,7 @@ def _check_environment(command: str, env: Mapping[str, str]) -> None:
         if len(os.fsencode(ifname)) > _IFNAME_BYTES or ifname in (".", "..") or _NOT_IN_IFNAME.search(ifname):
             raise CniError(
                 INVALID_ENVIRONMENT,
-                f"CNI_IFNAME {ifname!r} must have 1 to {_IFNAME_BYTES} bytes and no '/', ':' or white space",
+                f"CNI_IFNAME {ifname!r} must be 1 to {_IFNAME_BYTES} bytes of UTF-8, without '/', ':', '%' or white space",
             )
 
 
