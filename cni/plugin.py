@@ -173,7 +173,8 @@ def _check_environment(command: str, env: Mapping[str, str]) -> None:
         if len(os.fsencode(ifname)) > _IFNAME_BYTES or ifname in (".", "..") or _NOT_IN_IFNAME.search(ifname):
             raise CniError(
                 INVALID_ENVIRONMENT,
-                f"CNI_IFNAME {ifname!r} must have 1 to {_IFNAME_BYTES} bytes of UTF-8 and no '/', ':', '%' or white space",
+                f"CNI_IFNAME {ifname!r} must have 1 to {_IFNAME_BYTES} bytes of UTF-8, "
+                "and no '/', ':', '%' or white space in it",
             )
 
 
