@@ -79,6 +79,8 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
     with ExitStack() as stack:
         host = stack.enter_context(Rtnl())
         plan = plans.decide(host, call.conf, grant, call.container_id, call.ifname)
+        if delegate := call.delegate():
+            delegate.program()  # one that is not there has leased nothing, and could not be told of the end
         call.store.prepare()
         stack.enter_context(call.store.locked(call.id))
         with netns.entered(call.netns):
@@ -98,7 +100,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             record = _record(host, call, grant, plan)
             call.store.save(record)
             leased = result.Result()
-            if delegate := call.delegate():
+            if delegate:
                 delegated = True
                 leased = result.parse(
                     delegate.run("ADD") or {},

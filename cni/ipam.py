@@ -36,6 +36,10 @@ class Delegate:
     env: Mapping[str, str]
     deadline: float
 
+    def program(self) -> str:
+        """The path of the executable. Raises CniError 7 or 4 if there is none."""
+        return _find(self.type, self.env.get("CNI_PATH", ""))
+
     def run(self, command: str, **changed: str) -> dict[str, Any] | None:
         """Run it with CNI_COMMAND=command; what it printed, for ADD.
 
@@ -45,7 +49,7 @@ class Delegate:
         import signal  # noqa: PLC0415 - 20 ms that only a delegate costs
         import subprocess  # noqa: PLC0415
 
-        program = _find(self.type, self.env.get("CNI_PATH", ""))
+        program = self.program()
         try:
             process = subprocess.Popen(
                 [program],
