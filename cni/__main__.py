@@ -14,7 +14,7 @@ import time
 from cni import plugin
 from cni.errors import CniError
 from cni.netconf import MAX_BYTES
-from cni.spec import IO_FAILURE, TRY_AGAIN_LATER, VERSIONS
+from cni.spec import INVALID_ENVIRONMENT, IO_FAILURE, TRY_AGAIN_LATER, VERSIONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main() -> int:
         for number in _END:
             signal.signal(number, _terminate)
         try:
-            request = _with(request, stdin=_read())
+            request = _with(request, stdin=_read(), delegate_seconds=_delegate_seconds(env))
             response = plugin.handle(request)
         except CniError as error:
             response = plugin.refuse(request, error)
@@ -65,6 +65,16 @@ def main() -> int:
             plugin.handle(_with(request, env={**env, "CNI_COMMAND": "DEL"}))
         return 1
     return response.status
+
+
+def _delegate_seconds(env: dict[str, str]) -> float:
+    """How long an IPAM delegate may take. Runtimes have deadlines of their own: ours has to end before theirs."""
+    text = env.get("VMTAP_DELEGATE_SECONDS", "60")
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise CniError(
+            INVALID_ENVIRONMENT, f"VMTAP_DELEGATE_SECONDS {text!r} must be a number of seconds from 1"
+        )
+    return float(text)
 
 
 def _open_standard_streams() -> None:

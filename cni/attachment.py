@@ -76,11 +76,12 @@ class Call:
 def add(call: Call, grant: Grant) -> dict[str, Any]:
     """Make the attachment and answer with the CNI result. Raises CniError, and then nothing of it is left."""
     assert call.netns is not None  # noqa: S101 - plugin.py opens it for every command but DEL
+    delegate = call.delegate()
+    if delegate:
+        delegate.find()  # before there is anything to undo: its DEL could not be run either
     with ExitStack() as stack:
         host = stack.enter_context(Rtnl())
         plan = plans.decide(host, call.conf, grant, call.container_id, call.ifname)
-        if delegate := call.delegate():
-            delegate.program()  # one that is not there has leased nothing, and could not be told of the end
         call.store.prepare()
         stack.enter_context(call.store.locked(call.id))
         with netns.entered(call.netns):
@@ -162,14 +163,14 @@ def delete(call: Call) -> None:
 def collect(call: Call) -> None:
     """GC: end this network's attachments that are not among the valid ones (SPEC section 4 "GC").
 
-    Goes on past errors and raises them all at the end.
+    Goes on past errors and raises them all at the end. Without a list of the valid ones nothing is ours to end;
+    the delegate is asked all the same.
     """
-    if call.conf.valid_attachments is None:
-        return
     failed: list[CniError] = []
-    with Rtnl() as host:
-        for id in sorted({*call.store.recorded(), *call.store.reserved()}):
-            failed += _attempt(_collect, host, call, call.conf.valid_attachments, id)
+    if (valid := call.conf.valid_attachments) is not None:
+        with Rtnl() as host:
+            for id in sorted({*call.store.recorded(), *call.store.reserved()}):
+                failed += _attempt(_collect, host, call, valid, id)
     if delegate := call.delegate():
         failed += _attempt(delegate.run, "GC")
     _raise(failed)
@@ -194,15 +195,16 @@ def _collect(host: Rtnl, call: Call, valid: tuple[tuple[str, str], ...], id: str
 
 def status(call: Call, grant: Grant) -> None:
     """Raises CniError 50 if an ADD of this config would fail now for want of something on the node."""
-    if grant.source is not None:
-        with Rtnl() as host:
-            if host.link(name=grant.source) is None:
-                raise CniError(PLUGIN_NOT_AVAILABLE, f"source device {grant.source} is not on this node")
+    delegate = call.delegate()
     try:
+        if delegate:
+            delegate.find()
+        with Rtnl() as host:
+            plans.decide(host, call.conf, grant, call.container_id, call.ifname)
         call.store.prepare()
     except CniError as error:
         raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
-    if delegate := call.delegate():
+    if delegate:
         delegate.run("STATUS")
 
 

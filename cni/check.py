@@ -71,10 +71,13 @@ def _check_link(call: Call, plan: Plan, mac: str) -> Link:
         link = pod.link(name=call.ifname)
         if link is None:
             raise CniError(CHECK_FAILED, f"{call.ifname} is gone from the pod: give the pod a new sandbox")
+        wanted = mac
+        if plan.source is None and link.mac != mac:  # equal: tuning has put its own into both link and result
+            wanted = mac and mac_rules.of_plain_tap(mac)
         expected: list[tuple[str, object, object]] = [
             ("ifalias", link.alias, alias(call.conf.name, call.container_id, call.ifname)),
             ("kind", link.kind, "macvtap" if plan.device == "macvtap" else "tun"),
-            ("MAC", link.mac if mac else "", mac if plan.source or not mac else mac_rules.of_plain_tap(mac)),
+            ("MAC", link.mac if wanted else "", wanted),
             ("state", "up" if link.flags & IFF_UP else "down", "up"),
             ("MTU", link.mtu, min(link.mtu, plan.mtu)),  # a later plugin (tuning) may lower it
         ]
@@ -85,9 +88,9 @@ def _check_link(call: Call, plan: Plan, mac: str) -> Link:
             ]
     if record := call.store.load(call.id):
         expected.append(("ifindex", link.index, record.ifindex))
-    for what, found, wanted in expected:
-        if found != wanted:
-            raise CniError(CHECK_FAILED, f"{call.ifname}: {what} is {found!r}, and ADD made it {wanted!r}")
+    for what, found, made in expected:
+        if found != made:
+            raise CniError(CHECK_FAILED, f"{call.ifname}: {what} is {found!r}, and ADD made it {made!r}")
     return link
 
 

@@ -36,8 +36,8 @@ class Delegate:
     env: Mapping[str, str]
     deadline: float
 
-    def program(self) -> str:
-        """The path of the executable. Raises CniError 7 or 4 if there is none."""
+    def find(self) -> str:
+        """The executable. Raises CniError 4 or 7 if there is none, and then nothing of it can have run."""
         return _find(self.type, self.env.get("CNI_PATH", ""))
 
     def run(self, command: str, **changed: str) -> dict[str, Any] | None:
@@ -49,7 +49,7 @@ class Delegate:
         import signal  # noqa: PLC0415 - 20 ms that only a delegate costs
         import subprocess  # noqa: PLC0415
 
-        program = self.program()
+        program = self.find()
         try:
             process = subprocess.Popen(
                 [program],

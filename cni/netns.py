@@ -21,44 +21,40 @@ OWN = "/proc/thread-self/ns/net"
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def open_path(path: str) -> int:
-    """An fd of the network namespace at path. The caller closes it.
+def open_path(path: str, *, name: str = "CNI_NETNS", own_allowed: bool = False) -> int:
+    """An fd of the network namespace at path. The caller closes it. name: what to call path in errors.
 
     The path is looked at with O_PATH before it is opened, so that a FIFO cannot block us and a device
-    cannot act. Raises CniError 8 if it is missing or anything but a network namespace.
+    cannot act. Raises CniError 8 if it is missing, anything but a network namespace, or the caller's own.
     """
     try:
         seen = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise CniError(INVALID_NETNS, f"CNI_NETNS {path!r} cannot be opened: {why}") from None
+        raise CniError(INVALID_NETNS, f"{name} {path!r} cannot be opened: {why}") from None
     try:
-        if os.fstat(seen).st_dev != os.stat(OWN).st_dev:  # there is one nsfs in the kernel
-            raise CniError(INVALID_NETNS, f"CNI_NETNS {path!r} is not a namespace")
-        fd = os.open(f"/proc/self/fd/{seen}", os.O_RDONLY | os.O_CLOEXEC)
+        return reopen(seen, path, name=name, own_allowed=own_allowed)
     finally:
         os.close(seen)
+
+
+def reopen(seen: int, path: str, *, name: str = "CNI_NETNS", own_allowed: bool = False) -> int:
+    """The same from an O_PATH fd that somebody has opened already."""
+    if os.fstat(seen).st_dev != os.stat(OWN).st_dev:  # there is one nsfs in the kernel
+        raise CniError(INVALID_NETNS, f"{name} {path!r} is not a namespace")
+    fd = os.open(f"/proc/self/fd/{seen}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        check(fd, path)
+        if ioctl(fd, NS_GET_NSTYPE) != CLONE_NEWNET:
+            raise CniError(INVALID_NETNS, f"{name} {path!r} is not a network namespace")
+        if not own_allowed and identity(fd) == own_identity():
+            raise CniError(
+                INVALID_NETNS,
+                f"{name} {path!r} is the plugin's own network namespace: a pod must have one of its own",
+            )
     except BaseException:
         os.close(fd)
         raise
     return fd
-
-
-def check(fd: int, path: str) -> None:
-    """Raises CniError 8 unless fd is a network namespace other than our own (CVE-like mix-ups end here)."""
-    try:
-        kind = ioctl(fd, NS_GET_NSTYPE)
-    except OSError:
-        kind = 0
-    if kind != CLONE_NEWNET:
-        raise CniError(INVALID_NETNS, f"CNI_NETNS {path!r} is not a network namespace")
-    if identity(fd) == own_identity():
-        raise CniError(
-            INVALID_NETNS,
-            f"CNI_NETNS {path!r} is the plugin's own network namespace: a pod must have one of its own",
-        )
 
 
 def identity(fd: int) -> tuple[int, int]:

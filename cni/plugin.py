@@ -50,7 +50,7 @@ class Request:
     """One execution of the plugin.
 
     env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
-    netns: an fd of CNI_NETNS, where the caller has opened it.
+    netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has opened it.
     """
 
     env: Mapping[str, str]
@@ -122,7 +122,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
             container_id=request.env.get("CNI_CONTAINERID", ""),
             ifname=request.env.get("CNI_IFNAME", ""),
             netns_path=request.env.get("CNI_NETNS", ""),
-            netns=request.netns if opened is None else opened,
+            netns=opened,
             env=request.env,
             stdin=request.stdin,
             store=Store(request.state),
@@ -173,21 +173,17 @@ def _check_environment(command: str, env: Mapping[str, str]) -> None:
         if len(os.fsencode(ifname)) > _IFNAME_BYTES or ifname in (".", "..") or _NOT_IN_IFNAME.search(ifname):
             raise CniError(
                 INVALID_ENVIRONMENT,
-                f"CNI_IFNAME {ifname!r} must have 1 to {_IFNAME_BYTES} bytes of UTF-8, "
-                "and no '/', ':', '%' or white space in it",
+                f"CNI_IFNAME {ifname!r} must be 1 to {_IFNAME_BYTES} bytes, with no '/', ':', '%' or white space",
             )
 
 
 def _open(request: Request, command: str) -> int | None:
     """An fd of CNI_NETNS that we have to close. DEL goes on without: the namespace may well be gone."""
     path = request.env.get("CNI_NETNS", "")
-    if request.netns is not None:
-        netns.check(request.netns, path)
-        return None
     if command in ("GC", "STATUS") or not path:
         return None
     try:
-        return netns.open_path(path)
+        return netns.open_path(path) if request.netns is None else netns.reopen(request.netns, path)
     except CniError:
         if command != "DEL":
             raise

@@ -17,13 +17,14 @@ import tempfile
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from lab import assets
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class Image:
 
     def __init__(self) -> None:
         made = assets.guest()
-        self._folder = tempfile.TemporaryDirectory(prefix="vmtap-guest-", dir="/run")
+        self._folder = tempfile.TemporaryDirectory(prefix=f"vmtap-guest-{os.getpid()}-", dir="/run")
         folder = Path(self._folder.name)
         folder.chmod(0o755)
         self.kernel = folder / "vmlinuz"
@@ -145,13 +146,17 @@ class Guest:
         """Waits until the guest takes commands."""
         self._result(self._ready, timeout, "boot")
 
-    def run(self, command: str, timeout: float = ANSWER_DEADLINE) -> Answer:
-        """What a shell command in the guest answers. Commands of several threads run side by side."""
+    def ask(self, command: str, timeout: float = ANSWER_DEADLINE) -> Callable[[], Answer]:
+        """Sends a shell command; call what it returns for the answer. Commands run side by side in the guest."""
         number = str(next(self._numbers))
         answer: Future[Answer] = Future()
         self._waiting[number] = answer
         self._send(f"{number} {command}\n")
-        return self._result(answer, timeout, f"answer {command!r}")
+        return partial(self._result, answer, timeout, f"answer {command!r}")
+
+    def run(self, command: str, timeout: float = ANSWER_DEADLINE) -> Answer:
+        """Sends a shell command and waits for the answer."""
+        return self.ask(command, timeout)()
 
     def must(self, command: str) -> str:
         """The output of a command that has to work; GuestError if its status is not 0."""
@@ -165,10 +170,6 @@ class Guest:
     def ping(self, address: str, *, wait: int = 2) -> bool:
         """Does one echo request get its reply within wait seconds?"""
         return self.run(f"ping -c 1 -W {wait} {address}", wait + ANSWER_DEADLINE).status == 0
-
-    def broadcasts_heard(self) -> int:
-        """How many IPv4 packets to a broadcast address of its own the guest's kernel has received so far."""
-        return broadcasts_heard(self.must("cat /proc/net/netstat"))
 
     def power_off(self, timeout: float = ANSWER_DEADLINE) -> int:
         """Ends the guest from inside; QEMU's exit status."""
@@ -232,9 +233,3 @@ class Guest:
         self._log.seek(0)
         said = self._log.read().strip()[-_LOG_TAIL:]
         return f"; it said: {said}" if said else "; it said nothing"
-
-
-def broadcasts_heard(netstat: str) -> int:
-    """IpExt's InBcastPkts in the text of /proc/net/netstat (a line of names, then a line of numbers)."""
-    names, numbers = (line.split() for line in netstat.splitlines() if line.startswith("IpExt:"))
-    return int(numbers[names.index("InBcastPkts")])

@@ -75,7 +75,7 @@ class Netns:
     """
 
     def __init__(self, label: str, *, ipv6: bool = True) -> None:
-        fd, name = tempfile.mkstemp(prefix="vmtap-lab-", suffix=f"-{label}", dir=FOLDER)
+        fd, name = tempfile.mkstemp(prefix=f"vmtap-lab-{os.getpid()}-", suffix=f"-{label}", dir=FOLDER)
         os.close(fd)
         self.path = Path(name)
 

@@ -6,9 +6,10 @@ Everything that needs privilege is open before the first step. Then, in this ord
     stdout and stderr stay; every other one is closed, whoever opened it.
  2. umask 077: what QEMU makes (sockets, dumps) is its own.
  3. no supplementary group (setgroups).
- 4. no capability in the bounding set; none in the ambient set.
+ 4. no capability in the bounding set.
  5. group, then user: real, effective and saved.
- 6. no capability in the effective, permitted and inheritable sets, whatever the securebits were.
+ 6. no capability in the effective, permitted and inheritable sets, whatever the securebits were; nor, with
+    those, in the ambient set (capabilities(7)).
  7. no_new_privs: a set-uid file does not give anything back.
  8. /proc/self/status is read back and must say all of that.
 
@@ -41,8 +42,6 @@ PR_SET_PDEATHSIG = 1
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
-PR_CAP_AMBIENT = 47
-PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 _HIGHEST_ID = 2**32 - 2  # 2**32 - 1 is setresuid(2)'s "leave it as it is"
@@ -109,7 +108,6 @@ def drop(user: User) -> None:
         os.setgroups([])
         for capability in _bounding_set():
             prctl(PR_CAPBSET_DROP, capability)
-        prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, user.uid)
         _clear_capabilities()

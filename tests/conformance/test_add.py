@@ -161,12 +161,12 @@ def test_item_17_own_netns(plugin: Plugin, lab: Lab, delegates: Delegates, path:
     ],
 )
 def test_item_18_undone(
-    plugin: Plugin, pod: Netns, lab: Lab, delegates: Delegates, fields: dict[str, Any], code: int
+    plugin: Plugin, pod: Netns, delegates: Delegates, fields: dict[str, Any], code: int
 ) -> None:
     """A failure after the delegate ran: its DEL runs, and links, state and promiscuity are as before."""
     routes = '[{"dst": "0.0.0.0/0", "gw": "192.0.2.1"}]'  # by a gateway that no address reaches
     delegates.write(ADD=f"""echo '{{"ips": [{{"address": "10.9.0.5/24"}}], "routes": {routes}}}'""")
-    before = lab.node.links()
+    before = plugin.node.links()
     if "mac" in fields:
         fields = fields | {"mac": before[NIC]["address"]}
     wanted = {"source": NIC} | fields
@@ -174,7 +174,7 @@ def test_item_18_undone(
     plugin("ADD", conf, netns=pod).error(code)
     assert delegates.log() == ["ADD c1 net1", "DEL c1 net1"]
     assert list(pod.links()) == ["lo"]
-    after = lab.node.links()
+    after = plugin.node.links()
     assert {name: link["promiscuity"] for name, link in after.items()} == {
         name: link["promiscuity"] for name, link in before.items()
     }

@@ -81,24 +81,19 @@ ARGS, CONFIG, RUNTIME = "02:00:00:00:0c:01", "02:00:00:00:0c:02", "02:00:00:00:0
 
 
 @pytest.mark.parametrize(
-    ("declared", "runtime", "args", "mac", "used"),
+    ("fields", "args", "used"),
     [
-        (True, RUNTIME, ARGS, CONFIG, RUNTIME),
-        (False, RUNTIME, ARGS, CONFIG, ARGS),
-        (True, "", ARGS, CONFIG, ARGS),
-        (True, "", "", CONFIG, CONFIG),
-        (False, RUNTIME, "", CONFIG, CONFIG),
-        (None, RUNTIME, "", CONFIG, RUNTIME),
+        ({"capabilities": {"mac": True}, "runtimeConfig": {"mac": RUNTIME}}, f"MAC={ARGS}", RUNTIME),
+        ({"capabilities": {"mac": False}, "runtimeConfig": {"mac": RUNTIME}}, f"MAC={ARGS}", ARGS),
+        ({"capabilities": {"mac": True}, "runtimeConfig": {}}, f"MAC={ARGS}", ARGS),
+        ({"capabilities": {"mac": True}}, "", CONFIG),
+        ({"capabilities": {}, "runtimeConfig": {"mac": RUNTIME}}, "", CONFIG),
+        ({"runtimeConfig": {"mac": RUNTIME}}, "", RUNTIME),
     ],
 )
-def test_item_13_mac(
-    plugin: Plugin, pod: Netns, declared: bool | None, runtime: str, args: str, mac: str, used: str
-) -> None:
-    """The MAC: runtimeConfig if declared, then CNI_ARGS, then the config. (The spec's runtime leaves capabilities out.)"""
-    conf = config(source=NIC, mac=mac, runtimeConfig={"mac": runtime} if runtime else {})
-    if declared is not None:
-        conf["capabilities"] = {"mac": declared}
-    result = plugin("ADD", conf, netns=pod, args=f"MAC={args}" if args else "").ok()
+def test_item_13_mac(plugin: Plugin, pod: Netns, fields: dict[str, Any], args: str, used: str) -> None:
+    """The MAC: runtimeConfig if declared, then CNI_ARGS, then the config. No capabilities at all: all is declared."""
+    result = plugin("ADD", config(source=NIC, mac=CONFIG, **fields), netns=pod, args=args).ok()
     assert result["interfaces"][0]["mac"] == used
     assert pod.links()["net1"]["address"] == used
 

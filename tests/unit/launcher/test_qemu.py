@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cni.launcher import qemu
@@ -54,12 +54,14 @@ def test_each_option_takes_the_first_free_number(option: str) -> None:
     assert [number for argument in command[5:] for number in re.findall(r"\bfd=(\d+)", argument)] == ["4"]
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.text(max_size=8), max_size=8), st.integers(1, 3))
 def test_the_users_own_arguments_are_untouched_and_first(arguments: list[str], queues: int) -> None:
     users = ["qemu-system-x86_64", *arguments]
     assert qemu.command(users, [(record(), queues)], seeded=True)[: len(users)] == users
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.dictionaries(st.from_regex(r"[a-z][a-z.-]*", fullmatch=True), st.text(), min_size=1))
 def test_a_value_reaches_qemu_as_it_was(values: dict[str, str]) -> None:
     expected = [f"{key}={value}" for key, value in values.items()]
