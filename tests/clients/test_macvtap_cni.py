@@ -67,8 +67,10 @@ def test_the_device_belongs_to_qemu(
 
 def test_promisc_mode(lab: Lab, macvtap: Plugin) -> None:
     pod = lab.pod()
-    macvtap("ADD", _config(deviceID="otherMvp0", promiscMode=True, device="macvtap"), netns=pod).ok()
-    assert "PROMISC" in pod.links()["net1"]["flags"]
+    macvtap("ADD", _config(deviceID="otherMvp0", promiscMode=True), netns=pod).ok()
+    link = pod.links()["net1"]
+    assert "PROMISC" in link["flags"]
+    assert link["linkinfo"]["info_kind"] == "macvtap"
 
 
 def test_an_interface_that_no_policy_names(lab: Lab, macvtap: Plugin) -> None:
