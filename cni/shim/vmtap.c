@@ -329,11 +329,14 @@ int main(int argc, char **argv)
         return fail(code, code == 6 ? "the network config is larger than 1 MiB" : "the network config on stdin did not end");
     input[input_length < INPUT_MAX ? input_length : INPUT_MAX] = 0;
 
-    char *env = malloc(env_length + 1), *end = env;
+    char *env = malloc(env_length + 1), *end = env, *verb = env;
     if (!env)
         return fail(11, "no memory");
-    for (char **e = environ; *e; e++)
+    for (char **e = environ; *e; e++) {
+        if (!strncmp(*e, "CNI_COMMAND=", strlen("CNI_COMMAND=")))
+            verb = end + strlen("CNI_COMMAND=");
         end = stpcpy(end, *e) + 1;
+    }
     struct head head = {MAGIC, !strcmp(name, "macvtap"), (uint32_t)env_length, (uint32_t)input_length};
     const char *netns_path = getenv("CNI_NETNS");
     int netns = netns_path && *netns_path ? open(netns_path, O_PATH | O_CLOEXEC) : -1;
@@ -352,8 +355,7 @@ int main(int argc, char **argv)
         wait = now_ms() + seconds("VMTAP_WAIT", 5);
     }
     if (status == -2 && !strcmp(command, "ADD")) { /* nobody will know of the attachment: undo it */
-        setenv("CNI_COMMAND", "DEL", 1);
-        memcpy(strstr(env, "CNI_COMMAND="), "CNI_COMMAND=DEL", 15);
+        memcpy(verb, "DEL", 3);
         int fd = connect_agent(agent, path, wait);
         if (fd >= 0) {
             ask(fd, &head, env, netns, until);
