@@ -17,6 +17,7 @@ from cni import mac as mac_rules
 from cni import plan as plans
 from cni.errors import CniError, refused
 from cni.ipam import Delegate
+from cni.lock import nothing
 from cni.rtnl import (
     IFLA_ADDRESS,
     IFLA_MTU,
@@ -76,6 +77,8 @@ class Call:
     store: Store
     delegate_seconds: float
     delete_link: DeleteLink = delete_link
+    waits: Callable[[], None] = nothing
+    """Called before a wait for a delegate, another request or the end of a link: let others work meanwhile."""
 
     @property
     def id(self) -> str:
@@ -86,7 +89,12 @@ class Call:
         """The IPAM plugin that the config names, or None."""
         if self.conf.ipam is None:
             return None
-        return Delegate(str(self.conf.ipam["type"]), self.stdin, self.env, self.delegate_seconds)
+        return Delegate(str(self.conf.ipam["type"]), self.stdin, self.env, self.delegate_seconds, self.waits)
+
+    def unlink(self, host: Rtnl, index: int, nsid: int | None) -> None:
+        """Delete that link. Raises OSError."""
+        self.waits()
+        self.delete_link(host, index, nsid)
 
 
 def add(call: Call, grant: Grant) -> dict[str, Any]:
@@ -99,7 +107,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
         host = stack.enter_context(Rtnl())
         plan = plans.decide(host, call.conf, grant, call.container_id, call.ifname)
         call.store.prepare()
-        stack.enter_context(call.store.locked(call.id))
+        stack.enter_context(call.store.locked(call.id, call.waits))
         with netns.entered(call.netns):
             pod = stack.enter_context(Rtnl())
         if pod.link(name=call.ifname):
@@ -157,7 +165,7 @@ def delete(call: Call) -> None:
         host = stack.enter_context(Rtnl())
         try:
             call.store.prepare()
-            stack.enter_context(call.store.locked(call.id))
+            stack.enter_context(call.store.locked(call.id, call.waits))
         except (CniError, OSError):  # a full or read-only file system must not keep a link alive
             pass
         record = None
@@ -200,7 +208,7 @@ def _collect(host: Rtnl, call: Call, valid: tuple[tuple[str, str], ...], id: str
     seen = call.store.load(id)
     if seen and stays(seen):  # without its lock: an ADD of another network may take its time
         return
-    with call.store.locked(id):
+    with call.store.locked(id, call.waits):
         record = call.store.load(id)
         if record is None:  # an ADD was killed before it wrote one
             call.store.forget_id(id)
@@ -377,7 +385,11 @@ def _delegate_of(call: Call, record: Record) -> Delegate | None:
         "CNI_ARGS": record.args,
     }
     return Delegate(
-        str(record.config["ipam"]["type"]), json.dumps(record.config).encode(), env, call.delegate_seconds
+        str(record.config["ipam"]["type"]),
+        json.dumps(record.config).encode(),
+        env,
+        call.delegate_seconds,
+        call.waits,
     )
 
 
@@ -403,7 +415,7 @@ def _remove_links(host: Rtnl, call: Call, record: Record) -> None:
         link = None
     # Marked as ours, under whatever name it has now; or killed before it was marked.
     if link and (link.alias == record.alias or (not link.alias and link.name == record.ifname)):
-        call.delete_link(host, link.index, record.nsid)
+        call.unlink(host, link.index, record.nsid)
     if record.device == "tap" and record.source:
         _remove_port(host, call, record.ifindex, record.alias)
 
@@ -415,7 +427,7 @@ def _remove_unrecorded(host: Rtnl, call: Call) -> None:
     nsid = host.nsid(call.netns)
     link = host.link(name=call.ifname, nsid=nsid)
     if link and link.alias == alias(call.conf.name, call.container_id, call.ifname):
-        call.delete_link(host, link.index, nsid)
+        call.unlink(host, link.index, nsid)
         if link.kind == "tun":
             _remove_port(host, call, link.index, link.alias)
 
@@ -425,7 +437,7 @@ def _remove_port(host: Rtnl, call: Call, ifindex: int, mark: str) -> None:
     name = f"vth{ifindex:08x}"
     port = host.link(name=name)
     if port and port.kind == "veth" and port.alias in (mark, ""):
-        call.delete_link(host, port.index, None)
+        call.unlink(host, port.index, None)
 
 
 def _attempt(step: Any, *args: object) -> list[CniError]:

@@ -15,21 +15,30 @@ from contextlib import contextmanager
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
 
+def nothing() -> None:
+    """For a caller to whom a wait makes no difference."""
+
+
 @contextmanager
-def held(file: str, name: str) -> Iterator[None]:
+def held(file: str, name: str, waits: Callable[[], None] = nothing) -> Iterator[None]:
     """Inside the block no other holder of (file, name) runs. Waits for it; every holder's work is bounded.
 
-    Raises OSError if the file cannot be opened.
+    waits is called before it does, if it has to. Raises OSError if the file cannot be opened.
     """
     start = int.from_bytes(blake2s(name.encode(), digest_size=8).digest()) >> 2
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0))
+        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+        except (BlockingIOError, PermissionError):  # POSIX lets it be either
+            waits()
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, wanted)
         yield
     finally:
         os.close(fd)

@@ -25,7 +25,7 @@ from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from typing import Any
 
@@ -130,9 +130,9 @@ class Store:
             if status.st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
 
-    def locked(self, id: str) -> AbstractContextManager[None]:
-        """The attachment's lock. Wants prepare() first."""
-        return lock.held(f"{self.folder}/lock", id)
+    def locked(self, id: str, waits: Callable[[], None] = lock.nothing) -> AbstractContextManager[None]:
+        """The attachment's lock; waits is called if somebody else has it. Wants prepare() first."""
+        return lock.held(f"{self.folder}/lock", id, waits)
 
     def save(self, record: Record) -> None:
         """Write it whole or not at all."""

@@ -79,7 +79,7 @@ def clients() -> Path:
 
 def bench() -> Path:
     """The folder with the benchmark's programs: shim, macvlan, tap, spawn, moment; AssetError if it was not made."""
-    return _made(_bench_folder())
+    return _made(_bench_folder(), "bench")
 
 
 def make_guest() -> None:
@@ -148,9 +148,9 @@ def _bench_folder() -> Path:
     return CACHE / f"bench-{hashlib.sha256(sources + versions).hexdigest()[:12]}"
 
 
-def _made(path: Path) -> Path:
+def _made(path: Path, what: str = "demo") -> Path:
     if not path.exists():
-        raise AssetError(f"{path} is not there: run lab/setup demo")
+        raise AssetError(f"{path} is not there: run lab/setup {what}")
     return path
 
 

@@ -22,6 +22,8 @@ from cni.state import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cni.agent.config import Config
     from cni.plugin import Response
 
@@ -34,8 +36,8 @@ class Agent:
         self.policies = Policies(settings.policy)
         self.unlink: attachment.DeleteLink = Unlinker()
 
-    def answer(self, asked: Asked) -> tuple[Response, bytes]:
-        """Carry out one request of the shim."""
+    def answer(self, asked: Asked, waits: Callable[[], None]) -> tuple[Response, bytes]:
+        """Carry out one request of the shim; waits: see plugin.Request."""
         begin = time.monotonic()
         request = plugin.Request(
             env=asked.env,
@@ -47,6 +49,7 @@ class Agent:
             netns=asked.netns,
             delegate_seconds=self.settings.delegate_seconds,
             delete_link=self.unlink,
+            waits=waits,
         )
         response = plugin.handle(request)
         stderr = b""
