@@ -140,7 +140,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                 )
                 call.store.save(record)
             answer = _answer(call, record, leased)  # may fail: on what prevResult or the delegate says
-            _make(pod, call, plan, record)
+            _make(host, pod, call, plan, record)
         except BaseException as error:
             if record:
                 undone = _end(host, call, record, _delegate_of(call, record) if delegated else None)
@@ -259,20 +259,15 @@ def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
     )
 
 
-def _make(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
+def _make(host: Rtnl, pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
     assert call.netns is not None  # noqa: S101 - as in add
     conf = call.conf
     try:
         if plan.device == "macvtap":
             assert plan.source is not None and plan.mode is not None  # noqa: S101 - _plan
-            own = os.open(netns.OWN, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                host_nsid = pod.nsid(own)
-            finally:
-                os.close(own)
             macvtap.create(
-                pod,
-                host_nsid=host_nsid,
+                host,
+                netns=call.netns,
                 lower=plan.source,
                 ifname=record.ifname,
                 ifindex=record.ifindex,
