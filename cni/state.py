@@ -33,6 +33,8 @@ IFINDEX_BASE = 0x10000000
 """Interface indexes of ours start here, far above any that a kernel counts up to by itself."""
 IFINDEX_SPAN = 0x60000000
 _CANDIDATES = 8
+_BUFFER = 1 << 16
+"""Given, so that nobody looks whether a file is a terminal."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ class Record:
         return alias(self.network, self.container_id, self.ifname)
 
 
+_FIELDS = tuple(field.name for field in fields(Record))
+
+
 def identifier(network: str, container_id: str, ifname: str) -> str:
     """A file name for an attachment: begins with the container's id, for the eye."""
     key = "\0".join((network, container_id, ifname)).encode()
@@ -121,7 +126,13 @@ class Store:
         """Make the folder where it is missing. Refuses one that others could write to."""
         with _io(self.folder):
             for folder in (self._attachments, self._ifindex, self._dev):
-                os.makedirs(folder, mode=0o700, exist_ok=True)
+                try:
+                    os.mkdir(folder, 0o700)
+                except FileExistsError:
+                    if not os.path.isdir(folder):
+                        raise
+                except FileNotFoundError:
+                    os.makedirs(folder, mode=0o700, exist_ok=True)
             status = os.lstat(self.folder)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 raise CniError(
@@ -142,9 +153,9 @@ class Store:
                 fd = os.open(
                     written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
                 )
-                with open(fd, "w", encoding="utf-8") as file:
+                with open(fd, "wb", buffering=_BUFFER) as file:
                     # Not json.dump, which would be Python and not C.
-                    file.write(json.dumps(vars(record), separators=(",", ":")))
+                    file.write(json.dumps(vars(record), separators=(",", ":")).encode())
                 os.rename(written, path)
             except BaseException:
                 _unlink(written)
@@ -154,9 +165,9 @@ class Store:
         """The record, or None. One that cannot be understood is set aside, as NAME.bad, for a person to look at."""
         path = self._path(id)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", buffering=0) as file:
                 document = json.loads(file.read())
-            record = Record(**{field.name: document[field.name] for field in fields(Record)})
+            record = Record(**{name: document[name] for name in _FIELDS})
             record = _frozen(record)
             if record.id != id:
                 raise ValueError("its name is another attachment's")

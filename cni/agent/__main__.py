@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -93,6 +94,8 @@ def _run(settings: Config) -> int:
         agent.policies()
     listener = _inherited() or server.listen(f"{folder}/cni.sock")
     serving = server.Server(listener, agent.answer, lambda why: log(WARNING, "refused", why=why))
+    gc.collect()
+    gc.freeze()  # what is there now stays: no collection need look at it again
     serving.start()
     _notify("READY=1")
     log(INFO, "ready", socket=f"{folder}/cni.sock")
