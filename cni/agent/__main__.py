@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cni.agent.config import Config
-    from cni.plugin import Response
+    from cni.agent.server import Reply
 
 
 class Agent:
@@ -37,7 +37,7 @@ class Agent:
         self.policies = Policies(settings.policy)
         self.unlink: attachment.DeleteLink = Unlinker()
 
-    def answer(self, asked: Asked, waits: Callable[[], None]) -> tuple[Response, bytes]:
+    def answer(self, asked: Asked, reply: Reply, waits: Callable[[], None]) -> None:
         """Carry out one request of the shim; waits: see plugin.Request."""
         begin = time.monotonic()
         request = plugin.Request(
@@ -58,6 +58,7 @@ class Agent:
         if response.error:
             stderr = f"{asked.called_as}: {response.error}\n".encode()
             fields |= {"code": response.error.code, "error": str(response.error)}
+        reply(response, stderr)  # before the log: somebody waits for it
         log(
             WARNING if response.error else INFO,
             "request",
@@ -66,7 +67,6 @@ class Agent:
             ifname=asked.env.get("CNI_IFNAME"),
             **fields,
         )
-        return response, stderr
 
 
 def main() -> int:
