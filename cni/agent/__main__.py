@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from logging import ERROR, INFO, WARNING
 from cni import attachment, plugin
 from cni.agent import config, server
 from cni.agent import log as logs
+from cni.agent.broker import Broker
 from cni.agent.log import log
 from cni.agent.policies import Policies
 from cni.agent.unlink import Unlinker
@@ -82,6 +84,10 @@ def main() -> int:
 
 def _run(settings: Config) -> int:
     Store(settings.run).prepare()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (most, most)
+    )  # a pidfd for each VM, and queues on their way to it
     folder = f"{settings.run}/agent"
     os.makedirs(folder, mode=0o700, exist_ok=True)
     agent = Agent(settings)
@@ -89,12 +95,15 @@ def _run(settings: Config) -> int:
         agent.policies()
     listener = _inherited() or server.listen(f"{folder}/cni.sock")
     serving = server.Server(listener, agent.answer, lambda why: log(WARNING, "refused", why=why))
+    broker = Broker(settings.run)
+    broker.start()
     serving.start()
     _notify("READY=1")
     log(INFO, "ready", socket=f"{folder}/cni.sock")
     number = signal.sigwait((signal.SIGTERM, signal.SIGINT))
     _notify("STOPPING=1")
     log(INFO, "ending", signal=signal.Signals(number).name)
+    broker.stop()
     done = serving.stop(settings.drain_seconds)
     if not done:
         log(WARNING, "requests were still in flight; the reconciler will heal what they leave")
