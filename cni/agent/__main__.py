@@ -42,7 +42,8 @@ class Agent:
         request = plugin.Request(
             env=asked.env,
             stdin=asked.stdin,
-            policy=self.policies,
+            policy=self.settings.policy,
+            load_policy=self.policies,
             state=self.settings.run,
             called_as=asked.called_as,
             netns=asked.netns,
@@ -85,9 +86,7 @@ def main() -> int:
 def _run(settings: Config) -> int:
     Store(settings.run).prepare()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (most, most)
-    )  # a pidfd for each VM, and queues on their way to it
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each VM's pidfd, and queues on their way
     folder = f"{settings.run}/agent"
     os.makedirs(folder, mode=0o700, exist_ok=True)
     agent = Agent(settings)

@@ -187,7 +187,7 @@ class Broker:
             )
         until = time.monotonic() + _SECONDS
         asked = parse(_question(connection, who, until))
-        chosen = choose(records, asked)
+        chosen = [(tapdev.tuned(who.netns, record), queues) for record, queues in choose(records, asked)]
         if not asked.open:
             _send(connection, chosen, [], until)
             return

@@ -312,12 +312,13 @@ def _local(options: argparse.Namespace, env: Mapping[str, str]) -> tuple[Attachm
     )
     there = state.in_netns(_state(env), netns.identity(pod))
     records = select(there, options.ifname, options.netns or "this network namespace")
-    queues = {record.ifname: (record, queue_count(record, options.queues)) for record in records}
+    tuned = [tapdev.tuned(pod, record) for record in records]
+    queues = {record.ifname: (record, queue_count(record, options.queues)) for record in tuned}
     return list(queues.values()), lambda ifname: tapdev.open_queues(pod, *queues[ifname])
 
 
 def _state(env: Mapping[str, str]) -> str:
-    return env.get("VMTAP_STATE", "/run/vmtap")
+    return env.get("VMTAP_STATE") or "/run/vmtap"
 
 
 def _supervise(
