@@ -10,7 +10,7 @@ JSON each way and a connection for each request; cni/launcher/broker.py is the o
                {"error": {"code": 106, "msg": "…", "details": ""}}, in the place of either line
 
 Nothing that a launcher does or leaves undone holds up another pod's: it has _SECONDS in all, a thread of its own, and
-_EACH connections at a time. Must not attach, detach or change a link.
+PER_POD connections at a time. Must not attach, detach or change a link.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ REQUEST_LIMIT = 64 << 10
 GREETING = b'{"broker":1}\n'
 _SECONDS = 5.0
 """From accept to the end of the answer. The launcher needs some milliseconds."""
-_EACH = 4
-"""Connections of one network namespace at a time."""
-_ALL = 128
+PER_POD = 16
+"""Connections of one network namespace at a time: more than a pod starts VMs."""
+_ALL = 512
 _SCM_MAX_FD = 253  # linux/net/scm.h: fds in one message
 _LOGGED = 20
 """Refusals that are logged in a _WINDOW: a pod must not be able to fill the node's disk."""
@@ -139,7 +139,7 @@ class Broker:
             undo.enter_context(who)
             with self._lock:
                 here, everywhere = self._busy[who.netns_id], len(self._threads)
-                full = here >= _EACH or everywhere >= _ALL
+                full = here >= PER_POD or everywhere >= _ALL
                 if not full:
                     thread = threading.Thread(
                         target=self._serve, args=(connection, who), name="broker request", daemon=True
@@ -297,8 +297,9 @@ def choose(records: list[Record], asked: Asked) -> list[tuple[Record, int]]:
 def _question(connection: socket.socket, who: Peer, until: float) -> bytes:
     """Greet, and read the line that the very same process sends then. Raises CniError, OSError."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    connection.setblocking(False)
     try:
-        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        connection.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
         pass
     else:
