@@ -124,12 +124,14 @@ class Holders:
         """Those that live."""
         try:
             with open(f"{self._folder}/{id}", "rb") as file:
-                boot, holders = json.loads(file.read())
+                boot, entries = json.loads(file.read())
+            holders = [Process(*entry) for entry in entries]
         except FileNotFoundError:
             return []
-        if boot != boot_id():
+        except (ValueError, TypeError) as error:
+            log(WARNING, "what is noted of holders cannot be read", attachment=id, error=str(error))
             return []
-        return [process for process in (Process(*holder) for holder in holders) if process.alive()]
+        return [holder for holder in holders if boot == boot_id() and holder.alive()]
 
     def _write(self, id: str, holders: Iterable[Process]) -> None:
         path = f"{self._folder}/{id}"
