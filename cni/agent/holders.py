@@ -12,9 +12,10 @@ import os
 import select
 import socket
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from logging import INFO, WARNING
 
+from cni import lock
 from cni.agent.log import log
 from cni.agent.peer import Process, ended
 from cni.errors import CniError, refused
@@ -23,14 +24,15 @@ from cni.state import Store, boot_id
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 
 class Holders:
-    """Safe for threads; one agent at a time."""
+    """Safe for threads, and beside an agent that takes over or is taken over from."""
 
     def __init__(self, store: Store) -> None:
         self._folder = store.holders
+        self._file = f"{store.folder}/lock"
         self._lock = threading.Lock()
         self._watched: dict[int, tuple[str, Process]] = {}
         self._epoll = select.epoll()
@@ -44,7 +46,7 @@ class Holders:
             if id.endswith(".new"):  # an agent was killed while it wrote
                 os.unlink(f"{self._folder}/{id}")
                 continue
-            with self._lock:
+            with self._alone():
                 holders = self._read(id)
                 self._write(id, holders)
                 for process in holders:
@@ -68,7 +70,7 @@ class Holders:
         Raises CniError DEVICE_BUSY if a process does already (itself included: more fds would be more queues),
         unless shared; 5 if it cannot be written down.
         """
-        with self._lock:
+        with self._alone():
             holders = self._read(id)
             if holders and not shared:
                 log(INFO, "attachment held", attachment=id, holders=[holder.pid for holder in holders])
@@ -88,16 +90,21 @@ class Holders:
 
     def remove(self, id: str, process: Process) -> None:
         """Take add() back."""
-        with self._lock:
+        with self._alone():
             for fd in [fd for fd, watched in self._watched.items() if watched == (id, process)]:
                 self._forget(fd)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._lock, lock.held(self._file, "holders"):
+            yield
 
     def _watch(self) -> None:
         while True:
             for fd, _ in self._epoll.poll():
                 if fd == self._woken.fileno():
                     return
-                with self._lock:
+                with self._alone():
                     if fd in self._watched and ended(
                         fd
                     ):  # else remove() was quicker, and the number is another's
