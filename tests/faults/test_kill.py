@@ -40,7 +40,6 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_kill_at_each_step_of_add(
     *,
     injector: Injector,
-    plugin: Plugin,
     handle: Callable[..., Answer],
     pod: Netns,
     baseline: Baseline,
@@ -69,7 +68,6 @@ def test_a_kill_at_each_step_of_add(
         )
         try:
             assert killed.status == -signal.SIGKILL, "it was not killed"
-            wait_for_orphans(plugin)
             if clean_up == "DEL":
                 handle("DEL", conf, netns=pod).ok()
             else:
