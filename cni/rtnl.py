@@ -257,6 +257,9 @@ class Rtnl:
                     interrupted |= bool(nlm & NLM_F_DUMP_INTR)
                     if answer == NLMSG_DONE:
                         done = True
+                        (status,) = struct.unpack_from("=i", payload)
+                        if status < 0:
+                            raise OSError(-status, os.strerror(-status))
                     elif answer != NLMSG_ERROR:
                         found.append(payload)
                     elif error := _error(nlm, payload):
