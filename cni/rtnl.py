@@ -282,12 +282,23 @@ class Rtnl:
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         """One datagram's messages: (type, flags, sequence, body)."""
-        data = self._socket.recv(1 << 16)
-        at = 0
-        while at + 16 <= len(data):
-            length, kind, nlm, sequence, _ = _HEADER.unpack_from(data, at)
-            yield kind, nlm, sequence, data[at + 16 : at + length]
-            at += (length + 3) & ~3
+        return _messages(self._socket.recv(1 << 16))
+
+
+def nsid_events(data: bytes) -> Iterator[tuple[int, int]]:
+    """What one datagram of the group RTNLGRP_NSID says: (RTM_NEWNSID or RTM_DELNSID, the id)."""
+    for kind, _, _, body in _messages(data):
+        if kind in (RTM_NEWNSID, RTM_DELNSID):
+            yield kind, _nsid(body)
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """(type, flags, sequence, body) of each message."""
+    at = 0
+    while at + 16 <= len(data):
+        length, kind, nlm, sequence, _ = _HEADER.unpack_from(data, at)
+        yield kind, nlm, sequence, data[at + 16 : at + length]
+        at += max(16, (length + 3) & ~3)
 
 
 def _attrs(data: bytes) -> dict[int, bytes]:

@@ -100,6 +100,14 @@ def alias(network: str, container_id: str, ifname: str) -> str:
     return plain if len(plain.encode()) < 256 else f"vmtap/{identifier(network, container_id, ifname)}"
 
 
+def parse_alias(mark: str) -> tuple[str, str, str] | None:
+    """(network, container id, ifname) of an alias(); None if it is a digest, or none of ours."""
+    ours, *parts = mark.split("/")
+    if ours != "vmtap" or len(parts) != 3 or not all(parts):
+        return None
+    return parts[0], parts[1], parts[2]
+
+
 @cache
 def boot_id() -> str:
     """Another one after each boot (proc(5)), which no process outlives."""
@@ -170,6 +178,13 @@ class Store:
         path = self._path(id)
         with _io(path):
             return stat.S_IMODE(os.stat(path).st_mode) == _SEALED
+
+    def written_ns(self, id: str) -> int | None:
+        """When the record was last written, by the file system's clock; None if there is none."""
+        path = self._path(id)
+        with _io(path), suppress(FileNotFoundError):
+            return os.stat(path).st_mtime_ns
+        return None
 
     def load(self, id: str) -> Record | None:
         """The record, or None. One that cannot be understood is set aside, as NAME.bad, for a person to look at."""
