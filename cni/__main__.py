@@ -42,8 +42,8 @@ def main() -> int:
     request = plugin.Request(
         env=env,
         stdin=b"",
-        policy=env.get("VMTAP_POLICY", "/etc/vmtap/interfaces.yaml"),
-        state=env.get("VMTAP_STATE", "/run/vmtap"),
+        policy=env.get("VMTAP_POLICY") or "/etc/vmtap/interfaces.yaml",
+        state=env.get("VMTAP_STATE") or "/run/vmtap",
         called_as="macvtap" if name == "macvtap" else "vmtap",
     )
     try:

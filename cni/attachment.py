@@ -107,9 +107,8 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                 NAME_IN_USE,
                 f"CNI_IFNAME {call.ifname!r}: the pod already has a link of this name; it was left alone",
             )
-        if stale := call.store.load(
-            call.id
-        ):  # an ADD that was killed: end it before its addresses are asked for
+        # A record without a link is that of an ADD that was killed: it ends before its addresses are asked for.
+        if stale := call.store.load(call.id):
             _raise(_end(host, call, stale))
         record = None
         delegated = False

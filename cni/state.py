@@ -144,6 +144,16 @@ class Store:
             if status.st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
 
+    def unwritable(self) -> str | None:
+        """Why a record could not be written now; None if it could."""
+        try:
+            self.prepare()
+            with _io(self._attachments):
+                os.close(os.open(self._attachments, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        except CniError as error:
+            return str(error)
+        return None
+
     def locked(self, id: str, *, wait: bool = True) -> AbstractContextManager[None]:
         """The attachment's lock. Wants prepare() first. BlockingIOError: it is held, and wait is false."""
         return lock.held(f"{self.folder}/lock", id, wait=wait)
@@ -159,9 +169,8 @@ class Store:
                 with open(fd, "w", encoding="utf-8") as file:
                     if sealed:
                         os.fchmod(fd, _SEALED)
-                    file.write(
-                        json.dumps(vars(record), separators=(",", ":"))
-                    )  # dump() would be Python, not C
+                    # Not json.dump, which would be Python and not C.
+                    file.write(json.dumps(vars(record), separators=(",", ":")))
                 os.rename(written, path)
             except BaseException:
                 _unlink(written)

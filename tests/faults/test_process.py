@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cni import __main__ as executable
+from cni import plugin as product
 from cni import spec
 from lab.wire import BRIDGE, NIC
 from tests.faults.baseline import processes
@@ -207,6 +209,33 @@ def test_stdin_that_is_too_long(plugin: Plugin, pod: Netns, baseline: Baseline) 
     )
     plugin("ADD", config_of, netns=pod).error(spec.DECODING_FAILURE)
     baseline.holds()
+
+
+@pytest.mark.parametrize("given", [None, ""])
+def test_an_empty_setting_is_none(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    """An empty state folder would be the machine's root, and its dev the machine's /dev."""
+    for name in ("VMTAP_STATE", "VMTAP_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+        if given is not None:
+            monkeypatch.setenv(name, given)
+    monkeypatch.setenv("CNI_COMMAND", "VERSION")
+    seen: list[product.Request] = []
+
+    def handle(request: product.Request) -> product.Response:
+        seen.append(request)
+        return product.Response(b"", 0)
+
+    monkeypatch.setattr(product, "handle", handle)
+    monkeypatch.setattr(executable, "_read", lambda: b"")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert executable.main() == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert [(request.state, request.policy) for request in seen] == [
+        ("/run/vmtap", "/etc/vmtap/interfaces.yaml")
+    ]
 
 
 def test_two_adds_of_one_key(plugin: Plugin, leaser: Leaser, pod: Netns, baseline: Baseline) -> None:
