@@ -25,7 +25,7 @@ from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from contextlib import AbstractContextManager
     from typing import Any
 
@@ -269,14 +269,14 @@ class Store:
             _unlink(path)
             _unlink(f"{path}.new")
 
-    def sweep_nodes(self) -> list[int]:
-        """Remove the device nodes whose index nobody holds; those indexes."""
+    def sweep_nodes(self, keep: Collection[int] = ()) -> list[int]:
+        """Remove the device nodes whose index nobody holds, but for those to keep; the indexes of the removed ones."""
         swept = []
         with _io(self._dev):
             for name in os.listdir(self._dev) if os.path.isdir(self._dev) else []:
                 number = name.removeprefix("tap").removesuffix(".new")
                 # While the sweep holds the index, no ADD can be making the node.
-                if number.isdecimal() and self._hold(int(number), _SWEEP):
+                if number.isdecimal() and int(number) not in keep and self._hold(int(number), _SWEEP):
                     self.release(int(number), _SWEEP)
                     swept.append(int(number))
         return swept

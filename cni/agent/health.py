@@ -168,16 +168,18 @@ def _asked(head: bytes) -> tuple[str, str]:
 
 
 def _listen(address: str) -> socket.socket:
-    """Raises CniError 7 for an address that cannot be had."""
+    """Raises CniError 7 for an address that cannot be had. An agent that replaces another may share it meanwhile."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     try:
         if host:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            return socket.create_server((host, int(port)), family=family)
+            return socket.create_server((host, int(port)), family=family, reuse_port=True)
         if socket.has_dualstack_ipv6():
-            return socket.create_server(("", int(port)), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", int(port)))
+            return socket.create_server(
+                ("", int(port)), family=socket.AF_INET6, dualstack_ipv6=True, reuse_port=True
+            )
+        return socket.create_server(("", int(port)), reuse_port=True)
     except (OSError, OverflowError) as error:
         raise CniError(
             INVALID_NETWORK_CONFIG,

@@ -105,7 +105,10 @@ class Reconciler:
         self._at_work: set[str] = set()
         self._changed = threading.Condition()
         self._told: set[tuple[int, int]] = set()
-        self._threads: list[threading.Thread] = []
+        self._looking = threading.Thread(target=self._run, name="reconcile", daemon=True)
+        self._workers = [
+            threading.Thread(target=self._work, name="heal", daemon=True) for _ in range(_WORKERS)
+        ]
         self._stop, self._stopped = socket.socketpair()
         self._events = _nsid_events()
 
@@ -141,29 +144,25 @@ class Reconciler:
 
     def start(self) -> None:
         """Begin, with what is pending; returns when that is done, or in hand and late. Before requests are served."""
-        for number in range(_WORKERS):
-            self._spawn(self._work, f"heal {number}")
+        for worker in self._workers:
+            worker.start()
         self._try("pending", self._look_at_pending)
         with self._changed:
             self._changed.wait_for(lambda: not self._at_work, _BEFORE_SERVING)
-        self._spawn(self._run, "reconcile")
+        self._looking.start()
 
     def stop(self, seconds: float = 5.0) -> None:
-        """End; what is at work is waited for that long."""
-        self._stop.close()
-        for _ in range(_WORKERS):
-            self._jobs.put(None)
+        """End after what is at work, which is waited for that long."""
         until = time.monotonic() + seconds
-        for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
-        if not any(thread.is_alive() for thread in self._threads):
+        self._stop.close()
+        self._looking.join(max(0.0, until - time.monotonic()))
+        for _ in self._workers:
+            self._jobs.put(None)
+        for worker in self._workers:
+            worker.join(max(0.0, until - time.monotonic()))
+        if not any(thread.is_alive() for thread in (self._looking, *self._workers)):
             self._stopped.close()
             self._events.close()
-
-    def _spawn(self, body: Callable[[], None], name: str) -> None:
-        thread = threading.Thread(target=body, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
 
     # When
 
@@ -203,11 +202,13 @@ class Reconciler:
     def _look_at_everything(self) -> None:
         begin = time.monotonic()
         self._try("pending", self._look_at_pending)
-        unrecorded: set[str] = set()
+        unrecorded: dict[str, int] = {}
         self._try("links", self._look_at_links, unrecorded)
         self._try("records", self._look_at_records, None)
         self._try("leftovers", self._look_at_leftovers, unrecorded)
-        self._took.set(time.monotonic() - begin)
+        seconds = time.monotonic() - begin
+        log(DEBUG, "reconciled", ms=round(seconds * 1000, 2))
+        self._took.set(seconds)
         self._last.set(time.time())
 
     # What
@@ -261,8 +262,8 @@ class Reconciler:
             self._ended.inc(str(why))
             log(INFO, "attachment ended", why=why, **_names(record))
 
-    def _look_at_links(self, unrecorded: set[str]) -> None:
-        """Hand on the links of ours that no record speaks of; unrecorded gets the ids that they would have."""
+    def _look_at_links(self, unrecorded: dict[str, int]) -> None:
+        """Hand on the links of ours that no record speaks of. unrecorded gets their ids and indexes."""
         seen = set()
         known = set(self._store.recorded())
         with Rtnl() as host:
@@ -279,7 +280,7 @@ class Reconciler:
                 for link in links:
                     id = _id_of(link.alias)
                     if id and id not in known and link.index >= IFINDEX_BASE:
-                        unrecorded.add(id)
+                        unrecorded[id] = link.index
                         seen.add((nsid, link.index))
                         self._hand_on(id, partial(self._adopt, id, nsid, link))
         self._told &= seen
@@ -343,7 +344,7 @@ class Reconciler:
             node=node if os.path.exists(node) else None,
         )
 
-    def _look_at_leftovers(self, unrecorded: set[str]) -> None:
+    def _look_at_leftovers(self, unrecorded: dict[str, int]) -> None:
         """Hand on what no record speaks of, nor a link that might get one."""
         with Rtnl() as host:
             links = host.links()
@@ -357,7 +358,7 @@ class Reconciler:
                 port, id = _PORT.fullmatch(link.name), _id_of(link.alias) or ""
                 if port and id and id not in kept and link.kind == "veth":
                     self._hand_on(id, partial(self._remove_port, id, link))
-        for number in self._store.sweep_nodes():
+        for number in self._store.sweep_nodes(keep=unrecorded.values()):
             self._removed.inc("node")
             log(INFO, "leftover removed", kind="node", ifindex=number)
 
@@ -411,14 +412,13 @@ class Reconciler:
             self._set_aside(path, str(error))
             return
         if self._added_since(asked, status.st_mtime_ns):
+            self._remove(path)
             log(INFO, "pending DEL dropped: it was added again since", **_asked(asked))
-            os.unlink(path)
             return
         response, _ = self._answer(asked)
         if response.error is None:
-            os.unlink(path)
+            self._remove(path)
             self._done.inc()
-            self._left.inc(by=-1)
             log(INFO, "pending DEL carried out", **_asked(asked))
         elif time.time() - status.st_mtime > _PENDING_SECONDS:
             self._set_aside(path, str(response.error))
@@ -434,6 +434,11 @@ class Reconciler:
             return False
         written = self._store.written_ns(id)
         return written is not None and written > since_ns
+
+    def _remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):  # by an agent that is being replaced by us, or we by it
+            os.unlink(path)
+        self._left.inc(by=-1)
 
     def _set_aside(self, path: str, why: str) -> None:
         os.rename(path, f"{path}.bad")
@@ -478,6 +483,7 @@ class Reconciler:
 def _nsid_events() -> socket.socket:
     """Tells of each namespace that the host's gives an id to, or that had one and dies."""
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
+    events.bind((0, 0))  # one without an address of its own is taken for the sender, and told nothing
     events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_NSID)
     return events
 

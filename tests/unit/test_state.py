@@ -168,11 +168,11 @@ def test_adoption_leaves_another_attachments_index(store: Store) -> None:
 def test_the_sweep_takes_only_nodes_without_an_index(store: Store) -> None:
     kept = store.reserve_ifindex(RECORD.id)
     dev = Path(store.folder) / "dev"
-    for name in (f"tap{kept}", "tap77", "tap78.new", "else"):
+    for name in (f"tap{kept}", "tap77", "tap78.new", "tap79", "else"):
         (dev / name).touch()
     os.symlink("sweep", Path(store.folder) / "ifindex" / "77")  # one that was killed
-    assert sorted(store.sweep_nodes()) == [77, 78]
-    assert sorted(path.name for path in dev.iterdir()) == sorted(["else", f"tap{kept}"])
+    assert sorted(store.sweep_nodes(keep=[79])) == [77, 78]
+    assert sorted(path.name for path in dev.iterdir()) == sorted(["else", f"tap{kept}", "tap79"])
     assert list(store.reserved()) == [(kept, RECORD.id)]
 
 
