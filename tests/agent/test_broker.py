@@ -214,6 +214,17 @@ assert ctypes.CDLL(None).unshare({inpod.CLONE_NEWUSER | inpod.CLONE_NEWNET}) == 
         refused(client.ask(), spec.NO_ATTACHMENT, "no attachment in this network namespace")
 
 
+def test_refused_a_link_that_looks_like_another_pods(agent: Agent, lab: Lab) -> None:
+    """Who is root in a namespace gives links the names and indexes that it likes."""
+    attach(agent, lab.pod())
+    [theirs] = state.Store(agent.run).records()
+    forger = lab.pod("forger")
+    forger.ip(f"link add name {theirs.ifname} index {theirs.ifindex} address {theirs.mac} type dummy")
+    assert forger.links()[theirs.ifname]["ifindex"] == theirs.ifindex
+    with asking(agent, forger) as client:
+        refused(client.ask(open=False), spec.NO_ATTACHMENT, "no attachment in this network namespace")
+
+
 def test_refused_the_hosts_namespace(agent: Agent, lab: Lab) -> None:
     with asking(agent, lab.node) as client:
         refused(client.ask(), spec.INVALID_NETNS, "the broker is for pods")
