@@ -1,4 +1,4 @@
-"""SIGKILL before and after each step of an ADD: DEL, GC or the reconciler alone ends what was begun; an ADD works again.
+"""SIGKILL before and after each step of an ADD: DEL, GC or the reconciler alone ends what was begun; then ADD works.
 
 Every system call of the ADD that changes something outside the process is found in a traced run, and then made to
 kill the process as it is entered, one run for each. A kill between two of them is the same as one at the second.
