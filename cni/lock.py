@@ -21,15 +21,16 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_
 
 
 @contextmanager
-def held(file: str, name: str) -> Iterator[None]:
+def held(file: str, name: str, *, wait: bool = True) -> Iterator[None]:
     """Inside the block no other holder of (file, name) runs. Waits for it; every holder's work is bounded.
 
-    Raises OSError if the file cannot be opened.
+    Raises OSError if the file cannot be opened; BlockingIOError if there is a holder and wait is false.
     """
     start = int.from_bytes(blake2s(name.encode(), digest_size=8).digest()) >> 2
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0))
+        how = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
+        fcntl.fcntl(fd, how, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0))
         yield
     finally:
         os.close(fd)
