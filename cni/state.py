@@ -7,6 +7,7 @@ reconciler can find what is left. DEL works without it. Must not touch the netwo
     FOLDER/attachments/ID.json  a Record; ID names network, container and ifname; read-only once its ADD is through
     FOLDER/ifindex/N            a symbolic link to ID: interface index N is that attachment's, on this host
     FOLDER/dev/tapN             device nodes that ADD was asked to make (cni/tapdev.py)
+    FOLDER/holders/ID           the processes that hold its fds (cni/agent/holders.py)
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ class Store:
         self._attachments = f"{self.folder}/attachments"
         self._ifindex = f"{self.folder}/ifindex"
         self._dev = f"{self.folder}/dev"
+        self.holders = f"{self.folder}/holders"
 
     def node(self, ifindex: int) -> str:
         """Where the device node of a macvtap is made for a launcher that opens by path."""
@@ -243,6 +245,7 @@ class Store:
         with _io(self.folder):
             for suffix in ("json", "new"):
                 _unlink(self._path(id, suffix))
+            _unlink(f"{self.holders}/{id}")
             for number in _candidates(id):
                 self.release(number, id)
 
@@ -261,6 +264,14 @@ class Store:
                 return False
         self.save(record, sealed=True)
         return True
+
+    def reserved_by(self, number: int) -> str | None:
+        """The id that holds that ifindex, or None."""
+        with _io(self._ifindex):
+            try:
+                return os.readlink(f"{self._ifindex}/{number}")
+            except FileNotFoundError:
+                return None
 
     def remove_node(self, ifindex: int) -> None:
         """Remove the device node that ADD made for the attachment of that index. Nothing to do is fine."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from logging import ERROR, INFO, WARNING
 from cni import attachment, plugin
 from cni.agent import config, health, metrics, node, server
 from cni.agent import log as logs
+from cni.agent.broker import Broker
 from cni.agent.log import log
 from cni.agent.policies import Policies
 from cni.agent.reconcile import Reconciler
@@ -122,6 +124,8 @@ def main() -> int:
 def _run(settings: Config) -> int:
     store = Store(settings.run)
     store.prepare()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each VM's pidfd, and queues on their way
     folder = f"{settings.run}/agent"
     os.makedirs(folder, mode=0o700, exist_ok=True)
     registry = metrics.Registry()
@@ -141,6 +145,8 @@ def _run(settings: Config) -> int:
     path = f"{folder}/cni.sock"
     listener = _inherited() or server.listen(path)
     serving = server.Server(listener, agent.answer, agent.refused)
+    broker = Broker(settings.run)
+    broker.start()
     serving.start()
     told = _health(settings.metrics, path, store, agent, registry)
     _notify("READY=1")
@@ -148,6 +154,7 @@ def _run(settings: Config) -> int:
     number = signal.sigwait((signal.SIGTERM, signal.SIGINT))
     _notify("STOPPING=1")
     log(INFO, "ending", signal=signal.Signals(number).name)
+    broker.stop()
     done = serving.stop(settings.drain_seconds)
     if not done:
         log(WARNING, "requests were still in flight; the reconciler will heal what they leave")

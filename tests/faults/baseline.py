@@ -28,6 +28,7 @@ lease="leases/$CNI_CONTAINERID-$CNI_IFNAME"
 behave=$(cat behave 2> /dev/null)
 case "$CNI_COMMAND" in
 ADD)
+    [ "$behave" != late ] || read -r line < gate
     touch "$lease"
     case "$behave" in
     hang) touch hanging; exec sleep 100 ;;
@@ -88,7 +89,8 @@ class Baseline:
         deadline = time.monotonic() + _PATIENCE
         while (now := self._now()) != self.before and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert now == self.before
+        differs = {key: (self.before[key], now[key]) for key in now if now[key] != self.before[key]}
+        assert not differs, f"before and now: {differs}"
 
     def _now(self) -> dict[str, Any]:
         state = self.plugin.state
