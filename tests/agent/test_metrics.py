@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cni.agent.metrics import SECONDS, Registry
 from lab.wire import NIC
 from tests.agent.conftest import Agent
+from tests.agent.test_broker import ASK, Client
 from tests.runner import config
 
 if TYPE_CHECKING:
@@ -161,6 +162,17 @@ def test_what_the_agent_counts(agent: Agent, lab: Lab) -> None:
     assert found["vmtap_policy_valid", ()] == 1
     assert found["vmtap_reconcile_failures_total", ()] == 0
     assert found["process_resident_memory_bytes", ()] > 1 << 20
+
+
+def test_what_the_broker_counts(agent: Agent, lab: Lab) -> None:
+    pod = lab.pod()
+    agent.shim()("ADD", config(interface="data", mode="vepa", queues=2), netns=pod).ok()
+    with Client(agent, pod, ASK) as launcher:
+        assert launcher.ask(queues=2)[0]["fds"] == 2
+        assert launcher.ask(queues=3)["code"] == 4
+    found = _scrape(agent)
+    assert found["vmtap_broker_fds_total", ()] == 2
+    assert found["vmtap_broker_refusals_total", (("code", "4"),)] == 1
 
 
 def test_a_bad_policy_is_seen(agent: Agent) -> None:
