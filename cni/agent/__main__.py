@@ -145,7 +145,7 @@ def _run(settings: Config) -> int:
     path = f"{folder}/cni.sock"
     listener = _inherited() or server.listen(path)
     serving = server.Server(listener, agent.answer, agent.refused)
-    broker = Broker(settings.run)
+    broker = Broker(settings.run, registry)
     broker.start()
     serving.start()
     told = _health(settings.metrics, path, store, agent, registry)
