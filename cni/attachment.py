@@ -107,13 +107,13 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                 NAME_IN_USE,
                 f"CNI_IFNAME {call.ifname!r}: the pod already has a link of this name; it was left alone",
             )
-        if stale := call.store.load(
-            call.id
-        ):  # an ADD that was killed: end it before its addresses are asked for
+        # A record without a link is that of an ADD that was killed: it ends before its addresses are asked for.
+        if stale := call.store.load(call.id):
             _raise(_end(host, call, stale, _delegate_of(call, stale)))
-        record = _record(host, call, grant, plan)
+        record = None
         delegated = False
         try:
+            record = _record(host, call, grant, plan)
             call.store.save(record)
             leased = result.Result()
             if delegate:
@@ -134,7 +134,10 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             answer = _answer(call, record, leased)  # may fail: on what prevResult or the delegate says
             _make(pod, call, plan, record)
         except BaseException as error:
-            undone = _end(host, call, record, _delegate_of(call, record) if delegated else None)
+            if record:
+                undone = _end(host, call, record, _delegate_of(call, record) if delegated else None)
+            else:
+                undone = _attempt(call.store.forget_id, call.id)
             if undone and isinstance(error, CniError):
                 left = "; ".join(str(each) for each in undone)
                 raise CniError(
@@ -207,13 +210,16 @@ def _collect(host: Rtnl, call: Call, valid: tuple[tuple[str, str], ...], id: str
 
 def status(call: Call, grant: Grant) -> None:
     """Raises CniError 50 if an ADD of this config would fail now for want of something on the node."""
+    delegate = call.delegate()
     try:
+        if delegate:
+            delegate.find()
         with Rtnl() as host:
             plans.decide(host, call.conf, grant, call.container_id, call.ifname)
         call.store.prepare()
     except CniError as error:
         raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
-    if delegate := call.delegate():
+    if delegate:
         delegate.run("STATUS")
 
 
@@ -395,9 +401,8 @@ def _remove_links(host: Rtnl, call: Call, record: Record) -> None:
         if error.errno != errno.EINVAL:  # that: no namespace has the id any more, so the link went with it
             raise
         link = None
-    if (
-        link and link.alias in (record.alias, "") and link.name == record.ifname
-    ):  # "": killed before it was marked
+    # Marked as ours, under whatever name it has now; or killed before it was marked.
+    if link and (link.alias == record.alias or (not link.alias and link.name == record.ifname)):
         call.delete_link(host, link.index, record.nsid)
     if record.device == "tap" and record.source:
         _remove_port(host, call, record.ifindex, record.alias)

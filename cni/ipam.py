@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cni.errors import CniError
@@ -63,15 +64,17 @@ class Delegate:
             ) from error
         try:
             out, _ = process.communicate(self.config, timeout=self.deadline)
-        except subprocess.TimeoutExpired:
-            raise CniError(
-                DELEGATE_FAILED,
-                f"ipam.type {self.type!r} did not finish {command} in {self.deadline:g} s and was killed",
-            ) from None
-        finally:
-            if process.poll() is None:
+        except BaseException as error:
+            with suppress(ProcessLookupError):  # not reaped yet, so the group's number is still its own
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise CniError(
+                    DELEGATE_FAILED,
+                    f"ipam.type {self.type!r} did not finish {command} in {self.deadline:g} s and was killed",
+                ) from None
+            raise
+        finally:
             for pipe in (process.stdin, process.stdout):
                 if pipe and not pipe.closed:
                     pipe.close()

@@ -233,6 +233,8 @@ def _version(document: dict[str, Any]) -> str:
 
 def _arguments(text: str, *, strict: bool) -> dict[str, str]:
     """CNI_ARGS, K=V;K=V. Multus repeats keys; the last one counts, as in the reference implementation."""
+    if strict and _UNSPEAKABLE.search(text):
+        raise CniError(spec.INVALID_ENVIRONMENT, f"CNI_ARGS: {schema.show(text)} is not allowed; give UTF-8")
     arguments: dict[str, str] = {}
     for pair in text.split(";") if text else ():
         key, equals, value = pair.partition("=")

@@ -78,8 +78,8 @@ def entered(fd: int) -> Iterator[None]:
     """
     home = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        _setns(fd, "the pod's")
         try:
-            _setns(fd, "the pod's")
             yield
         finally:
             _setns(home, "its own")

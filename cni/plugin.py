@@ -11,7 +11,8 @@ import os
 import re
 from dataclasses import dataclass
 
-from cni import attachment, check, netconf, netns, policy, result
+from cni import attachment, check, netconf, netns, result
+from cni import policy as policies
 from cni.errors import CniError, refused
 from cni.spec import (
     INCOMPATIBLE_VERSION,
@@ -40,7 +41,8 @@ _REQUIRED = {
 }
 _SINCE = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}
 _CONTAINER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_NOT_IN_IFNAME = re.compile(r"[/:\s\0]")
+_NOT_IN_IFNAME = re.compile(r"[/:%\s\0\udc80-\udcff]")
+"""To the kernel a name with % is a pattern to make one of; the last range is how Python shows what is not UTF-8."""
 _IFNAME_BYTES = 15
 
 
@@ -49,17 +51,18 @@ class Request:
     """One execution of the plugin.
 
     env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
-    policy: reads the node's policy, or knows it; netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has
-    opened it; delete_link: see attachment.py.
+    policy: path of the node's policy file; netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has
+    opened it; load_policy: see policy.py; delete_link: see attachment.py.
     """
 
     env: Mapping[str, str]
     stdin: bytes
-    policy: Callable[[], policy.Policy | None]
+    policy: str
     state: str
     called_as: str = "vmtap"
     netns: int | None = None
     delegate_seconds: float = 60.0
+    load_policy: Callable[[str], policies.Policy | None] = policies.load
     delete_link: attachment.DeleteLink = attachment.delete_link
 
 
@@ -144,16 +147,16 @@ def _carry_out(command: str, request: Request, conf: NetConf, call: attachment.C
                     INCOMPATIBLE_VERSION,
                     f"cniVersion {conf.cni_version} has no result without an IP address: raise it, or set ipam",
                 )
-            return attachment.add(call, policy.authorize(request.policy(), conf))
+            return attachment.add(call, policies.authorize(request.load_policy(request.policy), conf))
         case "DEL":
             attachment.delete(call)
         case "CHECK":
-            check.check(call, policy.authorize(request.policy(), conf))
+            check.check(call, policies.authorize(request.load_policy(request.policy), conf))
         case "GC":
             attachment.collect(call)
         case "STATUS":
             try:
-                grant = policy.authorize(request.policy(), conf)
+                grant = policies.authorize(request.load_policy(request.policy), conf)
             except CniError as error:
                 raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
             attachment.status(call, grant)
@@ -175,7 +178,7 @@ def _check_environment(command: str, env: Mapping[str, str]) -> None:
         if len(os.fsencode(ifname)) > _IFNAME_BYTES or ifname in (".", "..") or _NOT_IN_IFNAME.search(ifname):
             raise CniError(
                 INVALID_ENVIRONMENT,
-                f"CNI_IFNAME {ifname!r} must have 1 to {_IFNAME_BYTES} bytes and no '/', ':' or white space",
+                f"CNI_IFNAME {ifname!r} must be 1 to {_IFNAME_BYTES} bytes, with no '/', ':', '%' or white space",
             )
 
 

@@ -51,6 +51,8 @@ def _cause(number: int | None, plan: Plan, record: Record, store: Store) -> tupl
             SOURCE_BUSY,
             f"source device {source!r} is a port of {name!r}: name {name!r} as the source instead",
         )
+    if number == errno.EINVAL and plan.source and _is_gone(plan.source):  # what a bridge's port is told
+        number = errno.ENODEV
     if number in (errno.EINVAL, errno.EBUSY) and plan.source and _is_passthru_taken(plan.source, store):
         return (
             SOURCE_BUSY,
@@ -67,6 +69,11 @@ def _holder(plan: Plan, record: Record, store: Store) -> str:
         if other.mac == record.mac and other.source == record.source and other.id != record.id:
             return f"{other.ifname} of container {other.container_id} in network {other.network!r}"
     return "another macvlan or macvtap, not of this plugin"
+
+
+def _is_gone(source: Link) -> bool:
+    with Rtnl() as host:
+        return host.link(index=source.index) is None
 
 
 def _is_passthru_taken(source: Link, store: Store) -> bool:

@@ -143,9 +143,8 @@ class Store:
                     written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
                 )
                 with open(fd, "w", encoding="utf-8") as file:
-                    file.write(
-                        json.dumps(vars(record), separators=(",", ":"))
-                    )  # dump() would be Python, not C
+                    # Not json.dump, which would be Python and not C.
+                    file.write(json.dumps(vars(record), separators=(",", ":")))
                 os.rename(written, path)
             except BaseException:
                 _unlink(written)

@@ -21,6 +21,7 @@ import os
 import stat
 import struct
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from fcntl import ioctl
 
 from cni import mount, netns
@@ -61,6 +62,21 @@ def open_queues(pod_netns: int, record: Record, queues: int) -> list[int]:
                 fds.callback(os.close, opened[-1])
         fds.pop_all()
         return opened
+
+
+def tuned(pod_netns: int, record: Record) -> Record:
+    """The record with the MTU, and for a macvtap the MAC, that the link has now.
+
+    A later plugin of the chain (tuning) may have changed them, and a macvtap hands on what is sent to its own
+    MAC: the guest has to have it. A tap's own MAC is not the guest's. Of a link that is gone the record stays as
+    it is: open_queues says so.
+    """
+    base = f"class/net/{record.ifname}"
+    with _sysfs(pod_netns) as sysfs, suppress(FileNotFoundError):
+        if int(_read(sysfs, f"{base}/ifindex")) == record.ifindex:
+            mac = _read(sysfs, f"{base}/address") if record.device == "macvtap" else record.mac
+            return replace(record, mac=mac, mtu=int(_read(sysfs, f"{base}/mtu")))
+    return record
 
 
 def number(pod_netns: int, ifname: str) -> tuple[int, int, int]:

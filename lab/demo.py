@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 EXAMPLES = Path(__file__).resolve().parent.parent / "deploy/examples"
 WAIT = 3
 """Seconds after which a ping counts as unanswered."""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GUESTS = ("a", "b")
 COLUMNS = {
     "guest_unicast": "a ↔ b\nunicast",
@@ -227,12 +228,12 @@ answers it."""
 
 
 def _cell(expected: bool, reached: Mapping[str, bool]) -> Text:
-    """expected / observed; if the guests disagree, which of them got through."""
+    """expected / observed; the name of one guest if only that one got through."""
     wanted = "yes" if expected else "no"
-    through = [guest for guest in reached if reached[guest]]
-    observed = "yes" if len(through) == len(reached) else f"{''.join(through)} only" if through else "no"
+    through = "".join(guest for guest in reached if reached[guest])
+    observed = {"": "no", "".join(reached): "yes"}.get(through, through)
     if observed != wanted:
-        return Text.assemble((f"{wanted} / ", "dim"), (f"{observed} ✗", "bold red"))
+        return Text.assemble((f"{wanted} ", "dim"), (f"✗ {observed}", "bold red"))
     return Text.assemble((f"{wanted} / ", "dim"), (observed, "green" if expected else "default"))
 
 
@@ -378,8 +379,8 @@ def _check(cnitool: Cnitool, pod: Netns, network: str, ifname: str) -> str:
 
 
 def _interrupt(*_: object) -> None:
-    """Ctrl-C and SIGTERM: cleans up, and lets no second one disturb that."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ctrl-C and the like: all is cleaned up, and no second signal disturbs that."""
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -391,7 +392,7 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     options = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         signal.signal(number, _interrupt)
     show = Show(quiet=options.json)
     show.head()

@@ -125,6 +125,7 @@ class Guest:
         os.fchmod(self._log.fileno(), 0o666)  # QEMU opens it once more, without privilege
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
+        self._ended = False
         self._ready: Future[None] = Future()
         self._waiting: dict[str, Future[Answer]] = {}
         qemu = qemu_command(image, nics, words=words, processors=processors)
@@ -150,7 +151,10 @@ class Guest:
         """Sends a shell command; call what it returns for the answer. Commands run side by side in the guest."""
         number = str(next(self._numbers))
         answer: Future[Answer] = Future()
-        self._waiting[number] = answer
+        with self._lock:
+            if self._ended:
+                raise GuestError(f"the guest has ended{self._tail()}")
+            self._waiting[number] = answer
         self._send(f"{number} {command}\n")
         return partial(self._result, answer, timeout, f"answer {command!r}")
 
@@ -214,6 +218,8 @@ class Guest:
                     number, status, output = words
                     answer = Answer(int(status), base64.b64decode(output).decode(errors="replace"))
                     self._waiting.pop(number).set_result(answer)
+        with self._lock:
+            self._ended = True
         ended = GuestError("the guest has ended")
         if not self._ready.done():
             self._ready.set_exception(ended)

@@ -40,7 +40,8 @@ class Agent:
         request = plugin.Request(
             env=asked.env,
             stdin=asked.stdin,
-            policy=self.policies,
+            policy=self.settings.policy,
+            load_policy=self.policies,
             state=self.settings.run,
             called_as=asked.called_as,
             netns=asked.netns,

@@ -261,9 +261,9 @@ def _attachments(options: argparse.Namespace, env: Mapping[str, str]) -> tuple[l
         if options.netns
         else os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     )
-    there = state.in_netns(env.get("VMTAP_STATE", "/run/vmtap"), netns.identity(pod))
+    there = state.in_netns(env.get("VMTAP_STATE") or "/run/vmtap", netns.identity(pod))
     records = select(there, options.ifname, options.netns or "this network namespace")
-    return [(record, queue_count(record, options.queues)) for record in records], pod
+    return [(tapdev.tuned(pod, record), queue_count(record, options.queues)) for record in records], pod
 
 
 def _supervise(become_qemu: Callable[[], NoReturn], fds: Sequence[int], options: argparse.Namespace) -> int:

@@ -18,8 +18,9 @@
 #include <limits.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdint.h>
-#include <stdio.h>
+#include <stdio.h> /* rename(2) */
 #include <stdlib.h>
 #include <string.h>
 #include <sys/inotify.h>
@@ -54,13 +55,44 @@ static int64_t now_ms(void)
     return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
 }
 
-/* Seconds of an environment variable, else the default; in milliseconds. */
+/* Whole seconds of an environment variable, else the default; in milliseconds. */
 static int64_t seconds(const char *name, int64_t otherwise)
 {
     const char *text = getenv(name);
     char *end = NULL;
-    double value = text && *text ? strtod(text, &end) : -1;
-    return end && !*end && value >= 0 && value <= 86400 ? (int64_t)(value * 1000) : otherwise * 1000;
+    long value = text && *text ? strtol(text, &end, 10) : -1;
+    return (end && !*end && value >= 0 && value <= 86400 ? value : otherwise) * 1000;
+}
+
+/* text + all pieces up to a NULL, as one string; 0 if it does not fit. No stdio: it would be most of the file. */
+static int join(char *text, size_t size, ...)
+{
+    va_list pieces;
+    size_t length = 0;
+    va_start(pieces, size);
+    for (const char *piece; (piece = va_arg(pieces, const char *));) {
+        size_t more = strlen(piece);
+        if (more >= size - length) {
+            va_end(pieces);
+            return 0;
+        }
+        memcpy(text + length, piece, more);
+        length += more;
+    }
+    va_end(pieces);
+    text[length] = 0;
+    return 1;
+}
+
+/* A number in decimal; the last of 24 bytes of room are used. */
+static const char *decimal(char room[24], uint64_t number)
+{
+    char *at = room + 23;
+    *at = 0;
+    do
+        *--at = (char)('0' + number % 10);
+    while (number /= 10);
+    return at;
 }
 
 static int write_all(int fd, const char *data, size_t length)
@@ -80,10 +112,12 @@ static int write_all(int fd, const char *data, size_t length)
 /* One error object, as SPEC section 5 wants it. The message is ours: nothing in it needs escaping. */
 static int fail(int code, const char *message)
 {
-    char text[512];
-    int n = snprintf(text, sizeof text, "{\"cniVersion\":\"1.1.0\",\"code\":%d,\"msg\":\"vmtap: %s\"}\n", code, message);
-    write_all(1, text, (size_t)n);
-    fprintf(stderr, "vmtap: %s\n", message);
+    char text[512], number[24];
+    join(text, sizeof text, "{\"cniVersion\":\"1.1.0\",\"code\":", decimal(number, (uint64_t)code), ",\"msg\":\"", message,
+         "\"}\n", NULL);
+    write_all(1, text, strlen(text));
+    join(text, sizeof text, "vmtap: ", message, "\n", NULL);
+    write_all(2, text, strlen(text));
     return 1;
 }
 
@@ -213,17 +247,16 @@ static int ask(int fd, const struct head *head, const char *env, int netns, int6
     return status;
 }
 
-/* DEL without an agent: leave the request where the agent finds it. */
+/* DEL without an agent: leave the request where the agent finds it, under a name of which there is one. */
 static void leave_pending(const char *folder, const struct head *head, const char *env)
 {
-    char written[PATH_MAX], path[PATH_MAX];
+    char written[PATH_MAX], path[PATH_MAX], nanoseconds[24], pid[24];
     struct timespec t;
     clock_gettime(CLOCK_REALTIME, &t);
-    snprintf(path, sizeof path, "%s/pending", folder);
-    if (mkdir(path, 0700) && errno != EEXIST)
-        return;
-    snprintf(path, sizeof path, "%s/pending/%lld.%09ld.%d", folder, (long long)t.tv_sec, t.tv_nsec, (int)getpid());
-    if ((size_t)snprintf(written, sizeof written, "%s.new", path) >= sizeof written)
+    uint64_t now = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    if (!join(path, sizeof path, folder, "/pending", NULL) || (mkdir(path, 0700) && errno != EEXIST) ||
+        !join(path, sizeof path, folder, "/pending/", decimal(nanoseconds, now), ".", decimal(pid, (uint64_t)getpid()), NULL) ||
+        !join(written, sizeof written, path, ".new", NULL))
         return;
     int fd = open(written, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
@@ -238,21 +271,19 @@ static void leave_pending(const char *folder, const struct head *head, const cha
 /* VERSION without an agent. The version that stands in the config is echoed if it is digits and dots. */
 static int print_version(void)
 {
-    char text[512];
-    const char *version = "1.1.0", *at = strstr(input, "\"cniVersion\"");
-    size_t length = 5;
+    char text[512], version[32] = "1.1.0";
+    const char *at = strstr(input, "\"cniVersion\"");
     if (at) {
         at += strlen("\"cniVersion\"");
         at += strspn(at, " \t\r\n:");
         size_t digits = *at == '"' ? strspn(at + 1, "0123456789.") : 0;
-        if (digits && digits < 32 && at[1 + digits] == '"') {
-            version = at + 1;
-            length = digits;
+        if (digits && digits < sizeof version && at[1 + digits] == '"') {
+            memcpy(version, at + 1, digits);
+            version[digits] = 0;
         }
     }
-    int n = snprintf(text, sizeof text, "{\"cniVersion\":\"%.*s\",\"supportedVersions\":[" VERSIONS "]}\n", (int)length,
-                     version);
-    return write_all(1, text, (size_t)n) ? 1 : 0;
+    join(text, sizeof text, "{\"cniVersion\":\"", version, "\",\"supportedVersions\":[" VERSIONS "]}\n", NULL);
+    return write_all(1, text, strlen(text)) ? 1 : 0;
 }
 
 static int without_agent(const char *folder, const struct head *head, const char *env)
@@ -272,7 +303,7 @@ int main(int argc, char **argv)
 {
     const char *name = argc > 0 && strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argc > 0 ? argv[0] : "";
     const char *folder = getenv("VMTAP_RUN");
-    char path[PATH_MAX];
+    char agent[PATH_MAX], path[PATH_MAX];
     signal(SIGPIPE, SIG_IGN); /* a closed stdout is an error of write(2), and ADD is undone */
     if (!folder || !*folder)
         folder = VMTAP_RUN;
@@ -285,29 +316,32 @@ int main(int argc, char **argv)
         env_length += strlen(*e) + 1;
     }
     if (!any) {
-        fprintf(stderr, "vmtap: a CNI plugin that puts a VM on a NIC; a container runtime runs it.\n"
-                        "CNI protocol versions supported: " VERSIONS "\n");
+        static const char about[] = "vmtap: a CNI plugin that puts a VM on a NIC; a container runtime runs it.\n"
+                                    "CNI protocol versions supported: " VERSIONS "\n";
+        write_all(2, about, sizeof about - 1);
         return 0;
     }
-    if (env_length > OUTPUT_MAX || (size_t)snprintf(path, sizeof path, "%s/agent/cni.sock", folder) >= sizeof path - 16)
+    if (env_length > OUTPUT_MAX || !join(agent, sizeof agent, folder, "/agent", NULL) ||
+        !join(path, sizeof path, agent, "/cni.sock", NULL))
         return fail(4, "the environment is too large");
     int code = read_input();
     if (code)
         return fail(code, code == 6 ? "the network config is larger than 1 MiB" : "the network config on stdin did not end");
     input[input_length < INPUT_MAX ? input_length : INPUT_MAX] = 0;
 
-    char *env = malloc(env_length + 1), *end = env;
+    char *env = malloc(env_length + 1), *end = env, *verb = env;
     if (!env)
         return fail(11, "no memory");
-    for (char **e = environ; *e; e++)
+    for (char **e = environ; *e; e++) {
+        if (!strncmp(*e, "CNI_COMMAND=", strlen("CNI_COMMAND=")))
+            verb = end + strlen("CNI_COMMAND=");
         end = stpcpy(end, *e) + 1;
+    }
     struct head head = {MAGIC, !strcmp(name, "macvtap"), (uint32_t)env_length, (uint32_t)input_length};
     const char *netns_path = getenv("CNI_NETNS");
     int netns = netns_path && *netns_path ? open(netns_path, O_PATH | O_CLOEXEC) : -1;
 
     int64_t begin = now_ms(), wait = begin + seconds("VMTAP_WAIT", 5), until = begin + seconds("VMTAP_DEADLINE", 120);
-    char agent[PATH_MAX];
-    snprintf(agent, sizeof agent, "%s/agent", folder);
     int status = -1;
     for (;;) {
         int fd = connect_agent(agent, path, wait);
@@ -321,8 +355,7 @@ int main(int argc, char **argv)
         wait = now_ms() + seconds("VMTAP_WAIT", 5);
     }
     if (status == -2 && !strcmp(command, "ADD")) { /* nobody will know of the attachment: undo it */
-        setenv("CNI_COMMAND", "DEL", 1);
-        memcpy(strstr(env, "CNI_COMMAND="), "CNI_COMMAND=DEL", 15);
+        memcpy(verb, "DEL", 3);
         int fd = connect_agent(agent, path, wait);
         if (fd >= 0) {
             ask(fd, &head, env, netns, until);

@@ -126,10 +126,11 @@ def test_item_25_forwarded(plugin: Plugin, delegates: Delegates) -> None:
         ({"interface": "dataplane"}, "interfaces: {{\n", "interfaces.yaml"),
         ({"interface": "vf"}, "interfaces:\n- {name: vf, source: {dev: eth1}, type: sr-iov}\n", "sr-iov"),
         ({"source": NIC, "mtu": 9000}, "", "9000"),
+        ({"source": NIC, "ipam": {"type": "not-installed"}}, "", "not-installed"),
     ],
 )
 def test_item_26_reason(plugin: Plugin, fields: dict[str, Any], policy: str, named: str) -> None:
-    """50, with the reason, where an ADD could only fail: source missing or unfit, policy broken or against it."""
+    """50, with the reason, where an ADD could only fail: source missing or unfit, policy, delegate."""
     if policy:
         plugin.policy.write_text(policy)
     assert named in plugin("STATUS", config(**fields)).error(50)["msg"]

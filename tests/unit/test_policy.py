@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cni import netconf, policy, spec
+from cni import netconf, nodefile, policy, spec
 from cni.errors import CniError
 from cni.policy import Grant, Interface, Policy
 
@@ -153,7 +153,7 @@ def test_below_a_file(file: Path) -> None:
 
 
 def test_too_large(file: Path) -> None:
-    file.write_text(ENTRY + "#" * policy.MAX_BYTES)
+    file.write_text(ENTRY + "#" * nodefile.MAX_BYTES)
     assert "larger than 1048576 bytes" in distrusted(file)
 
 

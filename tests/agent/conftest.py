@@ -1,0 +1,129 @@
+"""A real agent on the lab's node, and the shim that asks it, each with a run folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+
+import cni
+from tests.runner import Answer, Plugin
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lab.wire import Lab, Netns
+
+SHIM = Path(cni.__file__).parent / "shim" / "vmtap"
+"""As the package's build made it."""
+
+
+@dataclass
+class Agent:
+    """One vmtapd: start it, ask it through the shim, kill it, start it again."""
+
+    node: Netns
+    run: Path
+    policy: Path
+    flags: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[str] | None = None
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def start(self) -> Self:
+        """Returns when the agent says that it is ready."""
+        argv = [
+            sys.executable,
+            "-m",
+            "cni.agent",
+            "--run",
+            self.run,
+            "--policy",
+            self.policy,
+            "--metrics",
+            "",
+            *self.flags,
+        ]
+        env = {**os.environ, **self.env}
+        self.process = subprocess.Popen(
+            self.node.argv([str(word) for word in argv]), stderr=subprocess.PIPE, text=True, env=env
+        )
+        self.wait_for("ready")
+        return self
+
+    def wait_for(self, msg: str) -> dict[str, Any]:
+        """The next log line with that msg; fails the test if the agent ends first."""
+        assert self.process
+        assert self.process.stderr
+        for line in self.process.stderr:
+            try:
+                self.log.append(json.loads(line))
+            except ValueError:
+                self.log.append({"msg": line})
+            if self.log[-1]["msg"] == msg:
+                return self.log[-1]
+        raise AssertionError(f"the agent ended without saying {msg!r}: {self.log[-5:]}")
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Signal it and wait for its end; its exit status."""
+        assert self.process
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        _, rest = self.process.communicate(timeout=60)
+        self.log += [
+            json.loads(line) if line.startswith("{") else {"msg": line} for line in rest.splitlines()
+        ]
+        status, self.process = self.process.returncode, None
+        return status
+
+    def shim(self, *, wait: int = 5, name: str = "vmtap") -> Shim:
+        """The plugin as a runtime on this node sees it."""
+        executable = SHIM
+        if name != SHIM.name:
+            executable = self.run / name
+            executable.parent.mkdir(exist_ok=True)
+            executable.unlink(missing_ok=True)
+            executable.symlink_to(SHIM)
+        return Shim(
+            node=self.node,
+            state=self.run,
+            policy=self.policy,
+            executable=str(executable),
+            env={"VMTAP_RUN": str(self.run), "VMTAP_WAIT": str(wait)},
+        )
+
+
+class Shim(Plugin):
+    """Runs the static executable instead of the console script."""
+
+    def argv(self) -> list[str]:
+        """Not in the node's namespace: the agent is there, and it is the one that needs to be."""
+        return [self.executable]
+
+    def run(self, command: str, stdin: bytes, env: dict[str, str]) -> Answer:
+        """The bare executable with exactly that environment."""
+        done = subprocess.run(
+            self.argv(),
+            input=stdin,
+            env={"CNI_COMMAND": command, **env},
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        return Answer(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
+
+
+@pytest.fixture
+def agent(lab: Lab, tmp_path: Path) -> Iterator[Agent]:
+    """An agent, started. Whatever the test did to it, it is ended."""
+    made = Agent(lab.node, tmp_path / "run", tmp_path / "interfaces.yaml")
+    yield made.start()
+    if made.process:
+        made.end()

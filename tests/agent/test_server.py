@@ -1,0 +1,303 @@
+"""The agent as a server: many at once, nobody waits for another's delegate, a clean end, a policy that changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.agent.conftest import Agent
+from tests.runner import config
+
+if TYPE_CHECKING:
+    from lab.wire import Lab
+
+WIRE = {"source": "eth1", "mode": "bridge"}
+
+
+def _delegate(folder: Path, script: str) -> str:
+    """A CNI_PATH with an IPAM plugin `fake` in it."""
+    folder.mkdir()
+    (folder / "fake").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "fake").chmod(0o755)
+    return str(folder)
+
+
+def test_a_hundred_at_once(agent: Agent, lab: Lab) -> None:
+    pods, shim = [lab.pod() for _ in range(20)], agent.shim()
+
+    def life(number: int) -> int:
+        pod, ifname = pods[number % 20], f"net{number // 20}"
+        answer = shim("ADD", config(**WIRE), netns=pod, container=f"c{number}", ifname=ifname).ok()
+        assert answer["interfaces"][0]["name"] == ifname
+        return number
+
+    with ThreadPoolExecutor(20) as pool:
+        assert sorted(pool.map(life, range(100))) == list(range(100))
+        indexes = {link["ifindex"] for pod in pods for name, link in pod.links().items() if name != "lo"}
+        assert len(indexes) == 100
+
+        def end(number: int) -> None:
+            shim(
+                "DEL",
+                config(**WIRE),
+                netns=pods[number % 20],
+                container=f"c{number}",
+                ifname=f"net{number // 20}",
+            ).ok()
+
+        list(pool.map(end, range(100)))
+    assert all(pod.links().keys() == {"lo"} for pod in pods)
+    assert shim.leftovers() == []
+
+
+def test_slow_delegates_delay_only_their_own(agent: Agent, lab: Lab, tmp_path: Path) -> None:
+    """More of them than there are idle threads, and each waits until it is let go on."""
+    slow = _delegate(
+        tmp_path / "bin",
+        f'[ "$CNI_COMMAND" = DEL ] && exit 0; echo > "{tmp_path}/begun"; cat "{tmp_path}/$CNI_CONTAINERID"',
+    )
+    os.mkfifo(tmp_path / "begun")
+    shim, pods, names = (
+        agent.shim(),
+        [lab.pod() for _ in range(13)],
+        [f"slow{number}" for number in range(12)],
+    )
+    for name in names:
+        os.mkfifo(tmp_path / name)
+    begun = os.open(tmp_path / "begun", os.O_RDWR)
+    with ThreadPoolExecutor(12) as pool:
+        slow_config = config(**WIRE, ipam={"type": "fake"})
+        waiting = [
+            pool.submit(shim, "ADD", slow_config, netns=pod, container=name, env={"CNI_PATH": slow})
+            for pod, name in zip(pods, names, strict=False)
+        ]
+        seen = 0
+        while seen < 12:
+            seen += len(os.read(begun, 1))
+        os.close(begun)
+        shim("ADD", config(**WIRE), netns=pods[12], container="quick").ok()
+        shim("DEL", config(**WIRE), netns=pods[12], container="quick").ok()
+        assert not any(each.done() for each in waiting)
+        for name in names:
+            (tmp_path / name).write_text('{"ips": [{"address": "10.1.0.9/24"}]}')
+        for each in waiting:
+            assert each.result().ok()["ips"]
+
+
+def test_sigterm_finishes_what_is_in_flight(agent: Agent, lab: Lab, tmp_path: Path) -> None:
+    slow = _delegate(
+        tmp_path / "bin",
+        f'echo > "{tmp_path}/begun"; sleep 1; echo \'{{"ips":[{{"address":"10.1.0.9/24"}}]}}\'',
+    )
+    pod, shim = lab.pod(), agent.shim()
+    os.mkfifo(tmp_path / "begun")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(
+            shim, "ADD", config(**WIRE, ipam={"type": "fake"}), netns=pod, env={"CNI_PATH": slow}
+        )
+        (tmp_path / "begun").read_bytes()
+        assert agent.end() == 0
+        assert answer.result().ok()["ips"][0]["address"] == "10.1.0.9/24"
+    assert "net1" in pod.links()
+
+
+def test_sigterm_does_not_wait_for_ever(lab: Lab, tmp_path: Path) -> None:
+    agent = Agent(lab.node, tmp_path / "run", tmp_path / "x", flags=("--drain-seconds", "1")).start()
+    slow = _delegate(tmp_path / "bin", f'echo > "{tmp_path}/begun"; sleep 30')
+    os.mkfifo(tmp_path / "begun")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(
+            agent.shim(wait=0),
+            "ADD",
+            config(**WIRE, ipam={"type": "fake"}),
+            netns=lab.pod(),
+            env={"CNI_PATH": slow},
+        )
+        (tmp_path / "begun").read_bytes()
+        assert agent.end() == 0
+        answer.result().error(11)
+
+
+def test_a_policy_is_read_again_and_a_bad_one_is_not_taken(agent: Agent, lab: Lab) -> None:
+    pod, shim = lab.pod(), agent.shim()
+
+    def attach(**fields: str) -> int:
+        answer = shim("ADD", config(**fields), netns=pod)
+        shim("DEL", config(), netns=pod).ok()
+        return 0 if answer.status == 0 else int(answer.document["code"])
+
+    assert attach(**WIRE) == 0
+    agent.policy.write_text("interfaces: [{name: lan, source: {dev: eth1}, modes: [vepa]}]")
+    agent.policy.chmod(0o644)
+    assert attach(**WIRE) == 7
+    assert attach(interface="lan", mode="vepa") == 0
+    agent.policy.write_text("interfaces: [{name: lan, sauce: {dev: eth1}}]")
+    assert attach(interface="lan", mode="vepa") == 0
+    assert agent.wait_for("the policy file is refused; the last good one stays")["error"].count("source")
+    agent.policy.write_text("allowUnlisted: true")
+    assert attach(**WIRE) == 0
+
+
+def test_a_policy_that_was_never_good_closes(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "interfaces.yaml").write_text("interfaces: 7")
+    agent = Agent(lab.node, tmp_path / "run", tmp_path / "interfaces.yaml").start()
+    agent.shim()("ADD", config(**WIRE), netns=lab.pod()).error(7)
+    agent.end()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"x",
+        b"GET / HTTP/1.0\r\n\r\n",
+        struct.pack("=IIII", 0x31746D76, 0, 0xFFFFFFFF, 0),
+        bytes(16),
+        os.urandom(4096),
+    ],
+    ids=["nothing", "one byte", "HTTP", "huge", "zeros", "noise"],
+)
+def test_junk_hurts_nobody(agent: Agent, lab: Lab, sent: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(20)
+        peer.connect(str(agent.run / "agent/cni.sock"))
+        peer.sendall(sent)
+        peer.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionResetError):  # it hung up on what it had not read
+            assert peer.recv(1) == b""
+    pod = lab.pod()
+    agent.shim()("ADD", config(**WIRE), netns=pod).ok()
+
+
+def test_another_user_is_refused(agent: Agent) -> None:
+    """Even where the folder's mode would let him in."""
+    socket_path = agent.run / "agent/cni.sock"
+    assert socket_path.stat().st_mode & 0o777 == 0o600
+    assert socket_path.parent.stat().st_mode & 0o777 == 0o700
+    script = (
+        "import os, socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); os.setresuid(7, 7, 7);"
+        "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(1))"
+    )
+    for path in (agent.run, socket_path.parent, *list(agent.run.parents)[:4]):
+        path.chmod(0o755)
+    socket_path.chmod(0o666)
+    done = subprocess.run(
+        [sys.executable, "-c", script, socket_path], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "b''\n", done.stderr
+    assert "uid 7" in agent.wait_for("refused")["why"]
+
+
+def test_a_second_agent_takes_over_the_socket(agent: Agent, lab: Lab) -> None:
+    """As in a rolling update: the old one ends what it has, new requests go to the new one."""
+    second = Agent(lab.node, agent.run, agent.policy).start()
+    pod = lab.pod()
+    agent.end()
+    agent.shim()("ADD", config(**WIRE), netns=pod).ok()
+    second.end()
+
+
+def test_logs_have_the_attachments_id(agent: Agent, lab: Lab) -> None:
+    agent.shim()("ADD", config(source="nosuch"), netns=lab.pod(), container="c7").error(104)
+    line = agent.wait_for("request")
+    assert (line["command"], line["container"], line["ifname"], line["code"]) == ("ADD", "c7", "net1", 104)
+    assert line["level"] == "warning"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--reconcile-seconds", "0"], "reconcileSeconds"),
+        (["--run", "relative"], "run"),
+        (["--config", "/nonexistent"], "no such file"),
+    ],
+)
+def test_wrong_settings_are_named(flags: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cni.agent", *flags], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (64, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_settings_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_text(json.dumps({"run": str(tmp_path / "elsewhere"), "logLevel": "warning"}))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from cni.agent import config; print(config.load(sys.argv[1:]))",
+            "--config",
+            file,
+            "--run",
+            "/r",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "run='/r'" in done.stdout
+    assert "log_level='warning'" in done.stdout
+    assert "drain_seconds=30" in done.stdout
+
+
+def test_threads_and_fds_stay_few(agent: Agent, lab: Lab) -> None:
+    pod, shim = lab.pod(), agent.shim()
+    assert agent.process
+
+    def counts() -> tuple[int, int]:
+        assert agent.process
+        folder = Path(f"/proc/{agent.process.pid}")
+        return len(list((folder / "task").iterdir())), len(list((folder / "fd").iterdir()))
+
+    for _ in range(20):
+        shim("ADD", config(**WIRE), netns=pod).ok()
+        shim("DEL", config(**WIRE), netns=pod).ok()
+    before = counts()
+    for _ in range(50):
+        shim("ADD", config(**WIRE), netns=pod).ok()
+        shim("DEL", config(**WIRE), netns=pod).ok()
+    after = counts()
+    assert after[0] <= before[0] + 4
+    assert after[1] <= before[1] + 4
+
+
+def test_killed_and_started_again(agent: Agent, lab: Lab) -> None:
+    pod, shim = lab.pod(), agent.shim()
+    shim("ADD", config(**WIRE), netns=pod).ok()
+    agent.end(signal.SIGKILL)
+    agent.start()
+    shim("DEL", config(**WIRE), netns=pod).ok()
+    assert shim.leftovers() == []
+
+
+def test_threads_of_one_process_share_nothing(agent: Agent, lab: Lab) -> None:
+    """ADD and DEL of one key, at once and many times: serialized, and nothing is left."""
+    pod, shim = lab.pod(), agent.shim()
+    begin = threading.Barrier(2)
+
+    def many(command: str) -> None:
+        for _ in range(10):
+            begin.wait(30)
+            shim(command, config(**WIRE), netns=pod)
+
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(many, command) for command in ("ADD", "DEL")]:
+            each.result()
+    shim("DEL", config(**WIRE), netns=pod).ok()
+    assert pod.links().keys() == {"lo"}
+    assert shim.leftovers() == []

@@ -1,0 +1,96 @@
+"""SIGKILL before and after each step of an ADD: DEL alone, or GC alone, ends what was begun, and an ADD works again.
+
+Every system call of the ADD that changes something outside the process is found in a traced run, and then made to
+kill the process as it is entered, one run for each. A kill between two of them is the same as one at the second.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lab.wire import BRIDGE, NIC
+from tests.faults.inject import CHANGES, points
+from tests.runner import config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lab.wire import Netns
+    from tests.faults.baseline import Baseline, Leaser
+    from tests.faults.inject import Injector
+    from tests.runner import Answer
+
+IPAM = {"type": "leaser"}
+CASES: dict[str, dict[str, Any]] = {
+    "macvtap": {"source": NIC, "owner": 107, "ipam": IPAM},
+    "tap on a bridge": {"source": BRIDGE, "device": "tap", "mode": "pepa", "ipam": IPAM, "queues": 2},
+}
+
+
+@pytest.mark.parametrize("clean_up", ["DEL", "GC"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_kill_at_each_step_of_add(
+    *,
+    injector: Injector,
+    handle: Callable[..., Answer],
+    pod: Netns,
+    baseline: Baseline,
+    case: str,
+    clean_up: str,
+) -> None:
+    conf = config(**CASES[case])
+    nobody = conf | {"cni.dev/valid-attachments": []}
+    handle("ADD", conf, netns=pod).ok()  # makes the folders of state
+    handle("DEL", conf, netns=pod).ok()
+    baseline.holds()
+
+    answer, trace = injector("ADD", conf, "-e", f"trace={CHANGES}", netns=pod)
+    answer.ok()
+    handle("DEL", conf, netns=pod).ok()
+    steps = points(trace)
+    assert {"openat", "symlink", "rename", "sendto", "write", "vfork", "mknodat"} <= {p.call for p in steps}
+
+    for step in steps:
+        killed, _ = injector(
+            "ADD",
+            conf,
+            *("-e", f"trace={step.call}"),
+            *("-e", f"inject={step.call}:signal=SIGKILL:when={step.nth}"),
+            netns=pod,
+        )
+        try:
+            assert killed.status == -signal.SIGKILL, "it was not killed"
+            if clean_up == "DEL":
+                handle("DEL", conf, netns=pod).ok()
+            else:
+                handle("GC", nobody).ok()
+            baseline.holds()
+            result = handle("ADD", conf, netns=pod).ok()
+            handle("CHECK", conf | {"prevResult": result}, netns=pod).ok()
+            handle("DEL", conf, netns=pod).ok()
+            baseline.holds()
+        except AssertionError as error:
+            error.add_note(f"killed at {step}")
+            raise
+
+
+def test_an_add_after_a_kill_gives_the_lease_back_first(
+    *,
+    injector: Injector,
+    handle: Callable[..., Answer],
+    pod: Netns,
+    baseline: Baseline,
+    leaser: Leaser,
+) -> None:
+    """Without any DEL between: the lease of the killed one is not kept twice."""
+    conf = config(source=NIC, ipam=IPAM)
+    killed, _ = injector("ADD", conf, "-e", "inject=rename:signal=SIGKILL:when=2", netns=pod)
+    assert killed.status == -signal.SIGKILL
+    assert leaser.leases() == {"c1-net1"}
+    handle("ADD", conf, netns=pod).ok()
+    assert leaser.log() == ["ADD", "DEL", "ADD"]
+    handle("DEL", conf, netns=pod).ok()
+    baseline.holds()
