@@ -74,15 +74,21 @@ def make_parser() -> argparse.ArgumentParser:
         if name != "completion":
             made.add_argument("--json", action="store_true", help="for programs")
         if places:
-            made.add_argument("--run", metavar="FOLDER", help="state and sockets; default: as the agent has it")
-            made.add_argument("--policy", metavar="FILE", help="the node's policy; default: as the agent has it")
+            made.add_argument(
+                "--run", metavar="FOLDER", help="state and sockets; default: as the agent has it"
+            )
+            made.add_argument(
+                "--policy", metavar="FILE", help="the node's policy; default: as the agent has it"
+            )
             made.add_argument("--config", metavar="FILE", help="the agent's file")
         return made
 
     made = command("list", _list, "every attachment, one a line")
     made.add_argument("--wide", action="store_true", help="more columns")
     made = command("show", _show, "everything about some attachments, and their traffic")
-    argument: Any = made.add_argument("what", metavar="ID|POD|IFNAME", help="also a VM, a MAC or a container id")
+    argument: Any = made.add_argument(
+        "what", metavar="ID|POD|IFNAME", help="also a VM, a MAC or a container id"
+    )
     argument.completer = _names
     made = command("tree", _tree, "switch port, NIC, attachment, pod and VM as a tree")
     made.add_argument("--svg", metavar="FILE", help="draw a picture instead, for a ticket; - is stdout")
@@ -95,8 +101,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command("watch", _watch, "what comes and goes, as it happens, until Ctrl-C")
     command("doctor", _doctor, "what is wrong on this node, and what to do about it")
-    made = command("lint", _lint, "check network configs and policy files before a node meets them", places=False)
+    made = command(
+        "lint", _lint, "check network configs and policy files before a node meets them", places=False
+    )
     made.add_argument("files", metavar="FILE", nargs="+", help="JSON is a network config, YAML a policy")
+    made.add_argument("--policy", metavar="FILE", help="would this policy allow them?")
     made = command("completion", _completion, "print the completion script of a shell", places=False)
     made.add_argument("shell", choices=("bash", "zsh", "fish"))
     return parser
@@ -174,14 +183,17 @@ def _doctor(options: argparse.Namespace) -> int:
         _json({"findings": [each.document() for each in found], **count})
         return status
     render.say(render.findings(found, terminal=render.console().is_terminal))
-    print(f"\n{count['error']} errors, {count['warning']} warnings, {count['ok']} ok")
+    print(
+        f"\n{render.count(count['error'], 'error')}, {render.count(count['warning'], 'warning')}, {count['ok']} ok"
+    )
     return status
 
 
 def _lint(options: argparse.Namespace) -> int:
     from cni.ctl import lint  # noqa: PLC0415
 
-    found = [lint.check(path) for path in options.files]
+    rules = lint.read_policy(options.policy) if options.policy else None
+    found = [lint.check(path, rules) for path in options.files]
     if options.json:
         _json({"files": [each.document() for each in found]})
     else:
@@ -194,9 +206,9 @@ def _lint(options: argparse.Namespace) -> int:
 
 
 def _completion(options: argparse.Namespace) -> int:
-    import argcomplete  # noqa: PLC0415
+    from argcomplete.shell_integration import shellcode  # noqa: PLC0415
 
-    print(argcomplete.shellcode([PROGRAM], shell=options.shell))
+    print(shellcode([PROGRAM], shell=options.shell))
     return 0
 
 
@@ -210,7 +222,9 @@ def names(each: Attachment) -> set[str]:
 
 def _begins(each: Attachment, what: str) -> bool:
     """An id cut short, as people copy them."""
-    return len(what) >= 4 and any(text.startswith(what) for text in (each.record.id, each.record.container_id))
+    return len(what) >= 4 and any(
+        text.startswith(what) for text in (each.record.id, each.record.container_id)
+    )
 
 
 def _names(prefix: str, **_: Any) -> list[str]:

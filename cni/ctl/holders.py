@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import stat
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fcntl import ioctl
+from itertools import pairwise
 
 from cni import netns
+from cni.state import boot_id
 from cni.tapdev import TUN, TUNGETIFF
 
 TYPE_CHECKING = False
@@ -39,13 +42,17 @@ _NO_FILES = ("socket:", "pipe:", "anon_inode:")
 
 @dataclass(frozen=True)
 class Holder:
-    """A process. vm: the name that QEMU was given, if it was."""
+    """A process. vm: the name that QEMU was given, if it was. queues: how many fds of the device it has open.
+
+    broker: whether the agent gave them to it; if it has closed them all, the agent still counts it.
+    """
 
     pid: int
     uid: int
     program: str
     vm: str | None
     queues: int
+    broker: bool = False
 
 
 def find(macvtaps: Mapping[Device, str], taps: Mapping[Tap, str]) -> dict[str, list[Holder]]:
@@ -60,6 +67,28 @@ def find(macvtaps: Mapping[Device, str], taps: Mapping[Tap, str]) -> dict[str, l
             for name, queues in Counter(_held(pid, macvtaps, taps)).items():
                 found.setdefault(name, []).append(_holder(pid, queues))
     return found
+
+
+def with_given(path: str, found: list[Holder]) -> tuple[Holder, ...]:
+    """The holders, together with what the agent's broker has noted in the file (cni/agent/holders.py)."""
+    try:
+        with open(path, "rb") as file:
+            boot, given = json.loads(file.read())
+        starts = dict(given) if boot == boot_id() else {}
+    except (OSError, ValueError, TypeError):
+        return tuple(found)
+    by_pid = {holder.pid: holder for holder in found}
+    for pid, start in starts.items():
+        with suppress(OSError):  # it has ended
+            if _start(pid) == start:
+                by_pid[pid] = replace(by_pid.get(pid) or _holder(pid, 0), broker=True)
+    return tuple(by_pid.values())
+
+
+def _start(pid: int) -> int:
+    """When the process began, in clock ticks since boot: proc(5), stat's 22nd field."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19])
 
 
 def _held(pid: int, macvtaps: Mapping[Device, str], taps: Mapping[Tap, str]) -> Iterator[str]:
@@ -117,7 +146,7 @@ def _holder(pid: int, queues: int) -> Holder:
 
 def _vm_name(words: list[str]) -> str | None:
     """-name NAME, or -name guest=NAME,… as libvirt writes it."""
-    for option, value in zip(words, words[1:], strict=False):
+    for option, value in pairwise(words):
         if option in ("-name", "--name"):
             named = [part.removeprefix("guest=") for part in value.split(",") if part.startswith("guest=")]
             return (named or [value.partition(",")[0]])[0]

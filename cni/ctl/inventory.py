@@ -79,9 +79,7 @@ class Attachment:
         words = dict(part.partition("=")[::2] for part in self.record.args.split(";"))
         if "K8S_POD_NAME" not in words:
             return None
-        return Pod(
-            words.get("K8S_POD_NAMESPACE", ""), words["K8S_POD_NAME"], words.get("K8S_POD_UID", "")
-        )
+        return Pod(words.get("K8S_POD_NAMESPACE", ""), words["K8S_POD_NAME"], words.get("K8S_POD_UID", ""))
 
     @property
     def sandbox(self) -> str:
@@ -301,7 +299,10 @@ def _attachments(host: Rtnl, run: str, records: Iterable[tuple[Record, datetime]
                 )
             )
     held = holders.find(macvtaps, taps)
-    return [_judged(each, tuple(held.get(each.record.id, ()))) for each in made]
+    return [
+        _judged(each, holders.with_given(f"{run}/holders/{each.record.id}", held.get(each.record.id, [])))
+        for each in made
+    ]
 
 
 def _judged(each: Attachment, found: tuple[Holder, ...]) -> Attachment:
@@ -311,7 +312,7 @@ def _judged(each: Attachment, found: tuple[Holder, ...]) -> Attachment:
             status = "down"
         elif each.record.device == "macvtap" and not each.link.flags & IFF_LOWER_UP:
             status = "no carrier"  # a tap has one exactly while it is held
-        elif found:
+        elif any(holder.queues for holder in found):
             status = "in use"
     return Attachment(**{**vars(each), "status": status, "holders": found})
 
@@ -388,9 +389,13 @@ def _source(
 
 def _nics(link: Link, by_index: Mapping[int, Link]) -> tuple[str, ...]:
     """What link sends by, all the way down; the ports that lead to attachments are left out."""
-    ports = [each for each in by_index.values() if each.master == link.index and not each.alias.startswith("vmtap/")]
-    if not ports and link.kind in ("vlan", "macvlan") and link.lower in by_index:
-        ports = [by_index[link.lower]]
+    ports = [
+        each
+        for each in by_index.values()
+        if each.master == link.index and not each.alias.startswith("vmtap/")
+    ]
+    if not ports and link.kind in ("vlan", "macvlan"):
+        ports = [each for each in by_index.values() if each.index == link.lower]
     if not ports:
         return () if link.kind == "bridge" else (link.name,)
     return tuple(dict.fromkeys(nic for port in ports for nic in _nics(port, by_index)))

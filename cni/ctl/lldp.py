@@ -75,7 +75,11 @@ def listen(nics: Iterable[str], seconds: float) -> dict[str, Neighbour]:
             opened = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
             opened.bind((nic, _ETH_P_LLDP))
             request = struct.pack(
-                "=iHH8s", socket.if_nametoindex(nic), _PACKET_MR_MULTICAST, len(_NEAREST_BRIDGE), _NEAREST_BRIDGE
+                "=iHH8s",
+                socket.if_nametoindex(nic),
+                _PACKET_MR_MULTICAST,
+                len(_NEAREST_BRIDGE),
+                _NEAREST_BRIDGE,
             )
             opened.setsockopt(_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, request)
             sockets[opened.fileno()] = nic, opened

@@ -77,10 +77,14 @@ def draw(node: Node) -> str:
     x = _MARGIN
     for title, boxes in columns.items():
         parts.append(f'<text class="c" x="{x}" y="{_TOP - 18}">{_xml(title.upper())}</text>')
-        parts += (_edge(other, box, (other if title == "pod" else box).colour) for box in boxes for other in box.to)
+        parts += (
+            _edge(other, box, (other if title == "pod" else box).colour) for box in boxes for other in box.to
+        )
         x += _WIDTHS[title] + _GAP
     parts += (_rect(box) for boxes in columns.values() for box in boxes)
-    parts += _legend({each.status for each in node.attachments} | {each.state for each in node.sources}, height)
+    parts += _legend(
+        {each.status for each in node.attachments} | {each.state for each in node.sources}, height
+    )
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -104,7 +104,9 @@ def details(each: Attachment) -> RenderableType:
     row("queues", record.queues)
     for holder in each.holders:
         vm = f', VM "{holder.vm}"' if holder.vm else ""
-        row("held by", f"{holder.program}, pid {holder.pid}, uid {holder.uid}, {_count(holder.queues, 'queue')}{vm}")
+        given = ", by the agent" if holder.broker else ""
+        queues = count(holder.queues, "queue")
+        row("held by", f"{holder.program}, pid {holder.pid}, uid {holder.uid}, {queues}{given}{vm}")
     row("to guest", _traffic(each.to_guest))
     row("from guest", _traffic(each.from_guest))
     row("netns", f"{record.netns} (net:[{record.netns_id[1]}], nsid {record.nsid})")
@@ -145,7 +147,9 @@ def findings(found: Iterable[Finding], *, terminal: bool) -> RenderableType:
         said = Text(each.message)
         if each.next_step:
             said.append(f"\n→ {each.next_step}", style="bold" if terminal else "")
-        grid.add_row(Text(sign if terminal else each.severity, style=style), Text(each.check, style="dim"), said)
+        grid.add_row(
+            Text(sign if terminal else each.severity, style=style), Text(each.check, style="dim"), said
+        )
     return grid
 
 
@@ -171,7 +175,7 @@ def _add(branch: Tree, found: Iterable[Attachment]) -> None:
             pod.add(
                 Text.assemble(
                     (vm, "bold"),
-                    f"{holder.program}  pid {holder.pid}  uid {holder.uid}  {_count(holder.queues, 'queue')}",
+                    f"{holder.program}  pid {holder.pid}  uid {holder.uid}  {count(holder.queues, 'queue')}",
                 )
             )
 
@@ -215,7 +219,8 @@ def _since(each: Attachment) -> str:
     return each.since.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _count(number: int, word: str) -> str:
+def count(number: int, word: str) -> str:
+    """ "1 queue", "2 queues"."""
     return f"{number} {word}{'' if number == 1 else 's'}"
 
 
@@ -223,7 +228,7 @@ def _traffic(counted: Traffic | None) -> str | None:
     if counted is None:
         return None
     dropped = f", {counted.dropped} dropped" if counted.dropped else ""
-    return f"{_count(counted.packets, 'packet')}, {_size(counted.bytes)}{dropped}"
+    return f"{count(counted.packets, 'packet')}, {_size(counted.bytes)}{dropped}"
 
 
 def _size(count: float) -> str:
