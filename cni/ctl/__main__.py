@@ -117,8 +117,7 @@ def _list(options: argparse.Namespace) -> int:
     node = inventory.take(_settings(options))
     if options.json:
         return _json({key: node.document()[key] for key in ("node", "time", "attachments", "unreadable")})
-    terminal = render.console().is_terminal
-    render.say(render.attachments(node.attachments, wide=options.wide, terminal=terminal))
+    render.say(render.attachments(node.attachments, render.console(), wide=options.wide))
     if node.unreadable:
         print(f"{PROGRAM}: unreadable: {', '.join(node.unreadable)}; see doctor", file=sys.stderr)
     return 0

@@ -69,6 +69,25 @@ def find(macvtaps: Mapping[Device, str], taps: Mapping[Tap, str]) -> dict[str, l
     return found
 
 
+def may_hold(pid: int) -> bool:
+    """Whether the process has the device of any tap or macvtap open."""
+    macvtap = _macvtap_major()
+    with suppress(OSError):
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                status = os.stat(f"/proc/{pid}/fd/{number}")
+                major, minor = os.major(status.st_rdev), os.minor(status.st_rdev)
+                if stat.S_ISCHR(status.st_mode) and ((major, minor) == TUN or major == macvtap):
+                    return True
+    return False
+
+
+def _macvtap_major() -> int | None:
+    with open("/proc/devices", encoding="ascii") as file:
+        numbers = [int(line.split()[0]) for line in file if line.split()[1:] == ["macvtap"]]
+    return numbers[0] if numbers else None
+
+
 def with_given(path: str, found: list[Holder]) -> tuple[Holder, ...]:
     """The holders, together with what the agent's broker has noted in the file (cni/agent/holders.py)."""
     try:

@@ -35,6 +35,9 @@ STATUS = {
 }
 SOURCE = {"up": "green", "no carrier": "yellow", "down": "yellow", "missing": "red"}
 SEVERITY = {"ok": ("✔", "green"), "warning": ("▲", "yellow"), "error": ("✘", "red")}
+_WIDE = ("NETWORK", "MTU", "QUEUES", "SINCE", "ID")
+_LEAST = ("HELD BY", "ADDRESS", "SOURCE", "DEVICE")
+"""Columns that a narrow terminal has to do without, the least wanted first."""
 _UNWRAPPED = 100_000
 
 
@@ -54,31 +57,42 @@ def say(shown: RenderableType) -> None:
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
-def attachments(found: Sequence[Attachment], *, wide: bool, terminal: bool) -> RenderableType:
-    """One line each."""
+def attachments(found: Sequence[Attachment], out: Console, *, wide: bool) -> RenderableType:
+    """One line each. Where the terminal is too narrow, columns are left out; --wide leaves none out."""
     if not found:
         return Text("nothing is attached on this node", style="dim")
-    table = _table(terminal)
-    for title in ("pod", "ifname", "device", "source", "mac", "address", "status", "held by"):
-        table.add_column(title.upper(), no_wrap=title not in ("pod", "address"), overflow="fold")
-    if wide:
-        for title in ("network", "mtu", "queues", "since", "id"):
-            table.add_column(title.upper(), no_wrap=True)
-    for each in found:
-        record = each.record
-        more = (record.network, str(record.mtu), str(record.queues), _since(each), record.id) if wide else ()
-        table.add_row(
-            each.sandbox,
-            record.ifname,
-            f"{record.device} {record.mode}" if record.mode else record.device,
-            record.source or "-",
-            record.mac,
-            " ".join(each.addresses) or "-",
-            _status(each, terminal),
-            _held(each) or "-",
-            *more,
-        )
+    rows = [_row(each, terminal=out.is_terminal) for each in found]
+    columns = [title for title in rows[0] if wide or title not in _WIDE]
+    for title in () if wide else _LEAST:
+        room = sum(max(len(title), *(len(row[title]) for row in rows)) + 2 for title in columns)
+        if room <= out.width:
+            break
+        columns.remove(title)
+    table = _table(out.is_terminal)
+    for title in columns:
+        table.add_column(title, no_wrap=title != "POD", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[title] for title in columns))
     return table
+
+
+def _row(each: Attachment, *, terminal: bool) -> dict[str, Text]:
+    record = each.record
+    return {
+        "POD": Text(each.sandbox),
+        "IFNAME": Text(record.ifname),
+        "DEVICE": Text(" ".join(filter(None, (record.device, record.mode)))),
+        "SOURCE": Text(record.source or "-"),
+        "MAC": Text(record.mac),
+        "ADDRESS": Text(" ".join(each.addresses) or "-"),
+        "STATUS": _status(each, terminal),
+        "HELD BY": Text(", ".join(f"{holder.program} {holder.pid}" for holder in each.holders) or "-"),
+        "NETWORK": Text(record.network),
+        "MTU": Text(str(record.mtu)),
+        "QUEUES": Text(str(record.queues)),
+        "SINCE": Text(_since(each)),
+        "ID": Text(record.id),
+    }
 
 
 def details(each: Attachment) -> RenderableType:
@@ -205,10 +219,6 @@ def speed(megabits: int) -> str:
 def _status(each: Attachment, terminal: bool) -> Text:
     sign = "● " if terminal else ""
     return Text(f"{sign}{each.status}", style=STATUS[each.status])
-
-
-def _held(each: Attachment) -> str:
-    return ", ".join(f"{holder.program} {holder.pid}" for holder in each.holders)
 
 
 def _named(source: str | None, interface: str | None) -> str | None:

@@ -2,11 +2,12 @@
 
 - inotify(7) on the records, and on who was given fds by the agent's broker;
 - rtnetlink's news of links, in every namespace that the node's knows: a link that goes with its pod, a NIC that
-  loses its carrier, a VM's driver that comes up (it sets the macvtap's offloads);
+  loses its carrier, a tap that is opened;
+- the kernel's news of programs that start (execs.py): a launcher that has opened a macvtap and becomes QEMU;
 - a pidfd for every process that holds an attachment: readable when it ends.
 
-A process that opens a macvtap by itself and does nothing with it tells nobody; it is seen at the next event.
-Must not change anything.
+A process that opens a macvtap long after it has started (hot-plug without the agent) tells nobody; it is seen at
+the next event. Must not change anything.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import struct
 import sys
 import time
 from collections import deque
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
 from rich.console import Group
@@ -31,6 +32,7 @@ from rich.text import Text
 
 from cni import netns
 from cni.ctl import inventory, render
+from cni.ctl.execs import Execs
 from cni.rtnl import NETLINK_ROUTE, SOL_NETLINK
 from cni.state import IFINDEX_BASE
 
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from datetime import datetime
     from typing import Any
+
+    from rich.console import Console
 
     from cni.ctl.inventory import Attachment, Node
     from cni.ctl.settings import Settings
@@ -102,7 +106,7 @@ def run(settings: Settings, *, as_json: bool) -> int:
             news.follow(holder.pid for each in known.values() for holder in each.holders)
             lines.extend(event.line() for event in events if event.what != "present")
             if live:
-                live.update(_screen(node, lines), refresh=True)
+                live.update(_screen(console, node, lines), refresh=True)
             else:
                 for event in events:
                     print(json.dumps(event.document(), ensure_ascii=False) if as_json else event.line())
@@ -141,7 +145,7 @@ def _visible(each: Attachment) -> object:
     return each.status, {holder.pid for holder in each.holders}, each.record.ifindex
 
 
-def _screen(node: Node, lines: Iterable[str]) -> Group:
+def _screen(out: Console, node: Node, lines: Iterable[str]) -> Group:
     used = sum(each.status == "in use" for each in node.attachments)
     title = Text.assemble(
         "node ",
@@ -149,7 +153,7 @@ def _screen(node: Node, lines: Iterable[str]) -> Group:
         f"  {len(node.attachments)} attached, {used} in use, {node.time:%H:%M:%S}",
         ("  Ctrl-C ends", "dim"),
     )
-    table = render.attachments(node.attachments, wide=False, terminal=True)
+    table = render.attachments(node.attachments, out, wide=False)
     return Group(title, table, *(Text(line, style="dim", no_wrap=True) for line in lines))
 
 
@@ -178,6 +182,10 @@ class _News:
         self._stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(waker.fileno()))
         for number in (signal.SIGINT, signal.SIGTERM):
             self._stack.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+        self._execs: Execs | None = None
+        with suppress(OSError):  # not in the first network namespace, or the kernel cannot
+            self._execs = self._stack.enter_context(closing(Execs()))
+            self._poll.register(self._execs, select.POLLIN)
         for fd in (self._inotify, self._links.fileno(), self._woken.fileno()):
             self._poll.register(fd, select.POLLIN)
         return self
@@ -214,6 +222,8 @@ class _News:
                 return False
             relevant = self._inotify in ready and self._files()
             relevant |= self._links.fileno() in ready and self._messages()
+            if self._execs and self._execs.fileno() in ready:
+                relevant |= self._execs.relevant()
             for pid in [pid for pid, fd in self._pids.items() if fd in ready]:
                 relevant = True
                 fd = self._pids.pop(pid)
