@@ -69,7 +69,7 @@ def main() -> int:
 
 def _delegate_seconds(env: dict[str, str]) -> float:
     """How long an IPAM delegate may take. Runtimes have deadlines of their own: ours has to end before theirs."""
-    text = env.get("VMTAP_DELEGATE_SECONDS", "60")
+    text = env.get("VMTAP_DELEGATE_SECONDS") or "60"
     if not (text.isascii() and text.isdecimal() and int(text)):
         raise CniError(
             INVALID_ENVIRONMENT, f"VMTAP_DELEGATE_SECONDS {text!r} must be a number of seconds from 1"

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from lab.wire import Netns
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "deploy/examples"
-WAIT = 3
-"""Seconds after which a ping counts as unanswered."""
+PING = "ping -c 3 -W 3"
+"""One answer to three requests, up to three seconds after the last, is enough: the machine may be busy."""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GUESTS = ("a", "b")
 COLUMNS = {
@@ -356,8 +356,8 @@ def _ask(
     for name, guest in guests.items():
         other, own = (attachments[who][network] for who in (_other(name), name))
         addresses = {"guest": str(other.address.ip), "peer": own.gateway}
-        replies = {who: guest.ask(f"ping -c 1 -W {WAIT} {address}") for who, address in addresses.items()}
-        everybody = guest.ask(f"ping -c {WAIT} -W {WAIT} {own.address.network.broadcast_address}")
+        replies = {who: guest.ask(f"{PING} {address}") for who, address in addresses.items()}
+        everybody = guest.ask(f"{PING} {own.address.network.broadcast_address}")
         pings[name] = (addresses, replies, everybody)
 
     def answers() -> Seen:

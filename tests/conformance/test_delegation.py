@@ -122,7 +122,7 @@ def _session(stat: Path) -> str:
     return "" if state == "Z" else session
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "nan", "a"])
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "nan", "a", "٣"])
 def test_item_27_deadline(plugin: Plugin, text: str) -> None:
     """VMTAP_DELEGATE_SECONDS that is no number of seconds is error 4."""
     error = plugin("STATUS", config(source=NIC), env={"VMTAP_DELEGATE_SECONDS": text}).error(4)

@@ -28,6 +28,7 @@ lease="leases/$CNI_CONTAINERID-$CNI_IFNAME"
 behave=$(cat behave 2> /dev/null)
 case "$CNI_COMMAND" in
 ADD)
+    [ "$behave" != late ] || read -r line < gate
     touch "$lease"
     case "$behave" in
     hang) touch hanging; exec sleep 100 ;;
