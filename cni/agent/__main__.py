@@ -88,8 +88,13 @@ def _run(settings: Config) -> int:
     agent = Agent(settings)
     with suppress(CniError):  # it is logged, and every ADD says so
         agent.policies()
-    listener = _inherited() or server.listen(f"{folder}/cni.sock")
-    serving = server.Server(listener, agent.answer, lambda why: log(WARNING, "refused", why=why))
+    lent = _inherited()
+    serving = server.Server(
+        lent or server.listen(f"{folder}/cni.sock"),
+        agent.answer,
+        lambda why: log(WARNING, "refused", why=why),
+        lent=lent is not None,
+    )
     serving.start()
     _notify("READY=1")
     log(INFO, "ready", socket=f"{folder}/cni.sock")
@@ -106,6 +111,7 @@ def _inherited() -> socket.socket | None:
     """systemd's socket (sd_listen_fds(3)): the first, if it was meant for us."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not int(os.environ.get("LISTEN_FDS", "0")):
         return None
+    os.set_inheritable(3, False)  # not for the delegates
     return socket.socket(fileno=3)
 
 
