@@ -21,14 +21,14 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_
 
 
 @contextmanager
-def held(file: str, name: str) -> Iterator[None]:
+def held(file: str, name: str, *, wait: bool = True) -> Iterator[None]:
     """Inside the block no other holder of (file, name) runs. Waits for it; every holder's work is bounded.
 
-    Raises OSError if the file cannot be opened.
+    Raises OSError if the file cannot be opened; BlockingIOError if there is a holder and wait is false.
     """
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _range(name))
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _range(name))
         yield
     finally:
         os.close(fd)

@@ -106,16 +106,18 @@ def qemu_command(
 class Guest:
     """A started guest; close() kills it if it still runs.
 
-    netns: the pod's; launch_options: further options of vmtap-launch; words: further kernel command line.
+    netns: the pod's; None: the one that the launcher runs in. under: the command that runs the launcher, if it is not
+    to run as we do; launch_options: its further options; words: further kernel command line.
     Several guests boot at once if they are all made before ready() is asked of the first.
     """
 
     def __init__(
         self,
         image: Image,
-        netns: str | os.PathLike[str],
+        netns: str | os.PathLike[str] | None,
         nics: Sequence[Nic],
         *,
+        under: Sequence[str | os.PathLike[str]] = (),
         env: Mapping[str, str] | None = None,
         launch_options: Sequence[str] = (),
         words: Sequence[str] = (),
@@ -129,7 +131,8 @@ class Guest:
         self._ready: Future[None] = Future()
         self._waiting: dict[str, Future[Answer]] = {}
         qemu = qemu_command(image, nics, words=words, processors=processors)
-        argv = [LAUNCHER, "--netns", netns, *launch_options, "--", *qemu]
+        where = ["--netns", netns] if netns else []
+        argv = [*under, LAUNCHER, *where, *launch_options, "--", *qemu]
         self.process = subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,

@@ -8,6 +8,7 @@ listens for it, as the next pod would.
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import socket
 import stat
@@ -202,8 +203,8 @@ def _ready(metrics: str) -> Iterator[Finding]:
     try:
         connection.request("GET", "/readyz")
         answer = connection.getresponse()
-        said = answer.read(4096).decode(errors="replace").strip()
-    except (OSError, http.client.HTTPException) as error:
+        reasons = json.loads(answer.read(1 << 16))["reasons"]
+    except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
         yield Finding(
             "agent",
             "warning",
@@ -211,10 +212,10 @@ def _ready(metrics: str) -> Iterator[Finding]:
             "look at its log; or set metrics in its file to where it can listen",
         )
     else:
-        if answer.status == 200:
-            yield Finding("agent", "ok", "it says that it is ready")
-        else:
-            yield Finding("agent", "error", f"it is not ready: {said or answer.reason}", "look at its log")
+        for what, why in reasons.items():
+            yield Finding("agent", "error", f"it is not ready: {what}: {why}", "look at its log")
+        if not reasons:
+            yield Finding("agent", "ok", f"it is ready, by http://{metrics}/readyz")
     finally:
         connection.close()
 

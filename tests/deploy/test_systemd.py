@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.agent import inpod
 from tests.agent.conftest import SHIM, Shim
 from tests.runner import BIN, config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lab.wire import Lab
+    from lab.wire import Lab, Netns
 
 UNITS = Path(__file__).parents[2] / "deploy/systemd"
 SERVICE = (UNITS / "vmtapd.service").read_text()
@@ -84,10 +85,30 @@ def use(host: Host, clients: Path) -> list[str]:
         added = plugin("ADD", conf, **key)
         answers = [added]
         if added.status == 0:
+            refused += launch(host, pod)
             answers.append(plugin("CHECK", {**conf, "prevResult": added.document}, **key))
         answers.append(plugin("DEL", conf, **key))
         refused += [answer.stderr for answer in answers if answer.status]
     return refused
+
+
+def launch(host: Host, pod: Netns) -> list[str]:
+    """Ask the broker, as an unprivileged launcher in that pod; what was refused."""
+    code = (
+        "import sys; from cni.launcher import broker; "
+        "broker.ask(sys.argv[1], ifnames=[], queues=None, shared=False, open=True)"
+    )
+    program = [sys.executable, "-c", code, f"{inpod.MOUNTED}/broker.sock"]
+    done = subprocess.run(
+        inpod.argv(pod.path, host.run / "launcher", program),
+        env={**os.environ, "PYTHONPATH": str(inpod.ROOT)},
+        cwd=inpod.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return [done.stderr] if done.returncode else []
 
 
 def test_the_bounding_set_is_enough(host: Host, reference_plugins: Path) -> None:
@@ -154,7 +175,7 @@ class Host:
     def agent(self, capabilities: list[str]) -> Iterator[subprocess.Popen[str]]:
         """It has said READY=1; killed at the end, if it has not ended by then."""
         bounds = ",".join(["-all", *(f"+{name.lower()}" for name in capabilities)])
-        agent = [
+        agent: list[str | os.PathLike[str]] = [
             sys.executable,
             "-m",
             "cni.agent",
@@ -185,10 +206,10 @@ class Host:
         """The agent says that next; fails the test if it ends instead."""
         ended = os.pidfd_open(process.pid)
         try:
-            ready, _, _ = select.select([self.notified, ended], [], [], 60)
+            ready, _, _ = select.select([self.notified.fileno(), ended], [], [], 60)
         finally:
             os.close(ended)
-        if self.notified not in ready:
+        if self.notified.fileno() not in ready:
             process.kill()
             pytest.fail(f"the agent did not say {word!r}: {process.communicate()[1]}")
         assert self.notified.recv(100) == word
