@@ -26,11 +26,24 @@ def held(file: str, name: str, *, wait: bool = True) -> Iterator[None]:
 
     Raises OSError if the file cannot be opened; BlockingIOError if there is a holder and wait is false.
     """
-    start = int.from_bytes(blake2s(name.encode(), digest_size=8).digest()) >> 2
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        how = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
-        fcntl.fcntl(fd, how, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0))
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _range(name))
         yield
     finally:
         os.close(fd)
+
+
+def is_held(file: str, name: str) -> bool:
+    """Whether somebody is at work on it at this moment. Raises OSError if the file cannot be opened."""
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        found: bytes = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _range(name))
+    finally:
+        os.close(fd)
+    return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
+
+
+def _range(name: str) -> bytes:
+    start = int.from_bytes(blake2s(name.encode(), digest_size=8).digest()) >> 2
+    return _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)

@@ -202,19 +202,12 @@ class Store:
         path = self._path(id)
         try:
             with open(path, "rb") as file:
-                document = json.loads(file.read())
-            # An older or newer version of us may have written it: what one does not know has a default.
-            record = Record(
-                **{field.name: document[field.name] for field in fields(Record) if field.name in document}
-            )
-            record = _frozen(record)
-            if record.id != id:
-                raise ValueError("its name is another attachment's")
+                record = decode(id, file.read())
         except FileNotFoundError:
             return None
         except OSError as error:
             raise CniError(IO_FAILURE, f"cannot read {path}", str(error)) from None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except ValueError:
             with suppress(OSError):
                 os.rename(path, self._path(id, "bad"))
             return None
@@ -342,11 +335,21 @@ def _candidates(id: str) -> Iterator[int]:
         yield IFINDEX_BASE + int.from_bytes(digest[at : at + 4]) % IFINDEX_SPAN
 
 
-def _frozen(record: Record) -> Record:
-    """JSON knows lists only."""
-    for name in ("netns_id", "ips", "routes"):
-        object.__setattr__(record, name, tuple(getattr(record, name)))
-    return record
+def decode(id: str, data: bytes) -> Record:
+    """The record in a file of that id. Raises ValueError if it cannot be understood."""
+    try:
+        document = json.loads(data)
+        # An older or newer version of us may have written it: what one does not know has a default.
+        record = Record(
+            **{field.name: document[field.name] for field in fields(Record) if field.name in document}
+        )
+        for name in ("netns_id", "ips", "routes"):  # JSON knows lists only
+            object.__setattr__(record, name, tuple(getattr(record, name)))
+        if record.id == id:
+            return record
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it is no record: {error!r}") from None
+    raise ValueError("its name is another attachment's")
 
 
 class _io:  # noqa: N801 - used as a statement

@@ -143,8 +143,8 @@ def _run(settings: Config) -> int:
     )
     reconciler.start()
     path = f"{folder}/cni.sock"
-    listener = _inherited() or server.listen(path)
-    serving = server.Server(listener, agent.answer, agent.refused)
+    lent = _inherited()
+    serving = server.Server(lent or server.listen(path), agent.answer, agent.refused, lent=lent is not None)
     broker = Broker(settings.run, registry)
     broker.start()
     serving.start()
@@ -192,6 +192,7 @@ def _inherited() -> socket.socket | None:
     """systemd's socket (sd_listen_fds(3)): the first, if it was meant for us."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not int(os.environ.get("LISTEN_FDS", "0")):
         return None
+    os.set_inheritable(3, False)  # not for the delegates
     return socket.socket(fileno=3)
 
 

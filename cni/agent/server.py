@@ -54,8 +54,12 @@ class Server:
         listener: socket.socket,
         answer: Callable[[Asked], tuple[Response, bytes]],
         refused: Callable[[str], None],
+        *,
+        lent: bool = False,
     ) -> None:
+        """lent: the socket is systemd's, which listens on when we are gone."""
         self._listener = listener
+        self._lent = lent
         self._answer = answer
         self._refused = refused
         self._lock = threading.Lock()
@@ -73,7 +77,11 @@ class Server:
         with self._lock:
             self._stopping = True
             threads = list(self._threads)
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes every accept()
+            waiting = self._waiting
+        if self._lent:
+            self._wake(waiting)
+        else:
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes every accept()
         end = threading.TIMEOUT_MAX if seconds < 0 else seconds
         import time  # noqa: PLC0415
 
@@ -82,6 +90,14 @@ class Server:
             thread.join(max(0.0, until - time.monotonic()))
         self._listener.close()
         return not any(thread.is_alive() for thread in threads)
+
+    def _wake(self, waiting: int) -> None:
+        """End each accept() by a connection that says nothing: shutdown() would end the socket for systemd, too."""
+        for _ in range(waiting):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as nobody:
+                nobody.setblocking(False)
+                with suppress(OSError):  # so many requests wait that every thread gets one
+                    nobody.connect(self._listener.getsockname())
 
     def _spawn(self) -> None:
         thread = threading.Thread(target=self._serve, name="cni", daemon=True)
