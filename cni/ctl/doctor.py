@@ -90,7 +90,13 @@ def examine(settings: Settings) -> list[Finding]:
         )
     found += _agent(settings)
     found += _state(settings)
-    node = inventory.take(settings)
+    try:
+        node = inventory.take(settings)
+    except CniError as error:
+        found.append(
+            Finding("attachments", "error", str(error), "mend what is said above of user and kernel")
+        )
+        return found
     for source in node.sources:
         found += _source(node, source)
     found += _attachments(node)

@@ -47,12 +47,12 @@ def known() -> dict[str, Neighbour]:
         done = subprocess.run(
             [program, "-f", "json0", "show", "neighbors"], capture_output=True, timeout=5, check=True
         )
-        return dict(_of_lldpcli(json.loads(done.stdout)))
+        return dict(of_lldpcli(json.loads(done.stdout)))
     except (OSError, subprocess.SubprocessError, ValueError, LookupError):
         return {}
 
 
-def _of_lldpcli(document: Any) -> Iterator[tuple[str, Neighbour]]:
+def of_lldpcli(document: Any) -> Iterator[tuple[str, Neighbour]]:
     """Its json0: every element is a list, whether or not there can be several."""
     for interface in document["lldp"][0].get("interface", ()):
         chassis, port = interface["chassis"][0], interface["port"][0]

@@ -132,6 +132,8 @@ def test_a_restart_loses_no_request(host: Host) -> None:
         first.send_signal(signal.SIGTERM)
         host.hear(first, b"STOPPING=1")
         assert first.wait(30) == 0
+    with socket.socket(socket.AF_UNIX) as somebody:
+        somebody.connect(host.socket.getsockname())  # refused, if the agent had shut it down
     asked = subprocess.Popen(
         host.plugin.argv(),
         stdin=subprocess.PIPE,
