@@ -107,7 +107,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
         host = stack.enter_context(Rtnl())
         plan = plans.decide(host, call.conf, grant, call.container_id, call.ifname)
         call.store.prepare()
-        stack.enter_context(call.store.locked(call.id, call.waits))
+        stack.enter_context(call.store.locked(call.id, waits=call.waits))
         with netns.entered(call.netns):
             pod = stack.enter_context(Rtnl())
         if pod.link(name=call.ifname):
@@ -117,7 +117,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             )
         # A record without a link is that of an ADD that was killed: it ends before its addresses are asked for.
         if stale := call.store.load(call.id):
-            _raise(_end(host, call, stale, _delegate_of(call, stale)))
+            _raise(_end(host, call, stale))
         record = None
         delegated = False
         try:
@@ -141,9 +141,10 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                 call.store.save(record)
             answer = _answer(call, record, leased)  # may fail: on what prevResult or the delegate says
             _make(host, pod, call, plan, record)
+            call.store.seal(record)
         except BaseException as error:
             if record:
-                undone = _end(host, call, record, _delegate_of(call, record) if delegated else None)
+                undone = _end(host, call, record, delegated=delegated)
             else:
                 undone = _attempt(call.store.forget_id, call.id)
             if undone and isinstance(error, CniError):
@@ -165,7 +166,7 @@ def delete(call: Call) -> None:
         host = stack.enter_context(Rtnl())
         try:
             call.store.prepare()
-            stack.enter_context(call.store.locked(call.id, call.waits))
+            stack.enter_context(call.store.locked(call.id, waits=call.waits))
         except (CniError, OSError):  # a full or read-only file system must not keep a link alive
             pass
         record = None
@@ -174,7 +175,7 @@ def delete(call: Call) -> None:
         except CniError as error:
             failed.append(error)
         if record:
-            failed += _end(host, call, record, _delegate_of(call, record))
+            failed += _end(host, call, record)
         else:
             failed += _attempt(_remove_unrecorded, host, call)
             if delegate := call.delegate():
@@ -192,7 +193,7 @@ def collect(call: Call) -> None:
     failed: list[CniError] = []
     if (valid := call.conf.valid_attachments) is not None:
         with Rtnl() as host:
-            for id in sorted({*call.store.recorded(), *call.store.reserved()}):
+            for id in sorted({*call.store.recorded(), *(id for _, id in call.store.reserved())}):
                 failed += _attempt(_collect, host, call, valid, id)
     if delegate := call.delegate():
         failed += _attempt(delegate.run, "GC")
@@ -208,12 +209,12 @@ def _collect(host: Rtnl, call: Call, valid: tuple[tuple[str, str], ...], id: str
     seen = call.store.load(id)
     if seen and stays(seen):  # without its lock: an ADD of another network may take its time
         return
-    with call.store.locked(id, call.waits):
+    with call.store.locked(id, waits=call.waits):
         record = call.store.load(id)
         if record is None:  # an ADD was killed before it wrote one
             call.store.forget_id(id)
         elif not stays(record):
-            _raise(_end(host, call, record, _delegate_of(call, record)))
+            _raise(_end(host, call, record))
 
 
 def status(call: Call, grant: Grant) -> None:
@@ -256,6 +257,7 @@ def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
         node=call.store.node(ifindex) if wants_node else None,
         config=dict(conf.raw) if conf.ipam else None,
         args=call.env.get("CNI_ARGS", ""),
+        cni_path=call.env.get("CNI_PATH", "") if conf.ipam else "",
     )
 
 
@@ -364,43 +366,53 @@ def _answer(call: Call, record: Record, leased: result.Result) -> dict[str, Any]
     return result.extend(call.conf.prev_result, own, call.conf.cni_version)
 
 
-def _delegate_of(call: Call, record: Record) -> Delegate | None:
-    """The delegate that has to be told of record's end: the call's own, or the one it was added with."""
-    if record.id == call.id and (delegate := call.delegate()):
-        return delegate
+def delegate_of(
+    record: Record, env: Mapping[str, str], seconds: float, waits: Callable[[], None] = nothing
+) -> Delegate | None:
+    """The delegate that record was added with, or None. env: what the delegate sees besides the attachment."""
     if not record.config:
         return None
     import json  # noqa: PLC0415 - only here
 
     env = {
-        **call.env,
+        **env,
         "CNI_CONTAINERID": record.container_id,
         "CNI_IFNAME": record.ifname,
         "CNI_NETNS": record.netns if os.path.exists(record.netns) else "",
         "CNI_ARGS": record.args,
+        "CNI_PATH": env.get("CNI_PATH") or record.cni_path,
     }
     return Delegate(
-        str(record.config["ipam"]["type"]),
-        json.dumps(record.config).encode(),
-        env,
-        call.delegate_seconds,
-        call.waits,
+        str(record.config["ipam"]["type"]), json.dumps(record.config).encode(), env, seconds, waits
     )
 
 
-def _end(host: Rtnl, call: Call, record: Record, delegate: Delegate | None) -> list[CniError]:
-    """Take back everything that record speaks of; the record last, and only if nothing else is left."""
-    failed = _attempt(_remove_links, host, call, record)
+def end(
+    host: Rtnl, store: Store, record: Record, delegate: Delegate | None, delete_link: DeleteLink
+) -> list[CniError]:
+    """Take back everything that record speaks of; the record last, and only if nothing else is left.
+
+    Wants the attachment's lock to be held. The errors, [] if all of it is gone.
+    """
+    failed = _attempt(_remove_links, host, record, delete_link)
     if record.node:
-        failed += _attempt(call.store.remove_node, record.ifindex)
+        failed += _attempt(store.remove_node, record.ifindex)
     if delegate:
         failed += _attempt(delegate.run, "DEL")
     if not failed:
-        failed += _attempt(call.store.forget, record)
+        failed += _attempt(store.forget, record)
     return failed
 
 
-def _remove_links(host: Rtnl, call: Call, record: Record) -> None:
+def _end(host: Rtnl, call: Call, record: Record, *, delegated: bool = True) -> list[CniError]:
+    """end() as part of a call: the call's own delegate hears of it, or the one that record was added with."""
+    delegate = (call.delegate() if record.id == call.id else None) or delegate_of(
+        record, call.env, call.delegate_seconds, call.waits
+    )
+    return end(host, call.store, record, delegate if delegated else None, call.unlink)
+
+
+def _remove_links(host: Rtnl, record: Record, delete_link: DeleteLink) -> None:
     """Delete the link that record speaks of if it is there and provably ours."""
     try:
         link = host.link(index=record.ifindex, nsid=record.nsid)
@@ -410,9 +422,9 @@ def _remove_links(host: Rtnl, call: Call, record: Record) -> None:
         link = None
     # Marked as ours, under whatever name it has now; or killed before it was marked.
     if link and (link.alias == record.alias or (not link.alias and link.name == record.ifname)):
-        call.unlink(host, link.index, record.nsid)
+        delete_link(host, link.index, record.nsid)
     if record.device == "tap" and record.source:
-        _remove_port(host, call, record.ifindex, record.alias)
+        remove_port(host, record.ifindex, record.alias, delete_link)
 
 
 def _remove_unrecorded(host: Rtnl, call: Call) -> None:
@@ -424,15 +436,15 @@ def _remove_unrecorded(host: Rtnl, call: Call) -> None:
     if link and link.alias == alias(call.conf.name, call.container_id, call.ifname):
         call.unlink(host, link.index, nsid)
         if link.kind == "tun":
-            _remove_port(host, call, link.index, link.alias)
+            remove_port(host, link.index, link.alias, call.unlink)
 
 
-def _remove_port(host: Rtnl, call: Call, ifindex: int, mark: str) -> None:
+def remove_port(host: Rtnl, ifindex: int, mark: str, delete_link: DeleteLink) -> None:
     """The veth pair of a tap on a bridge: one end takes the other with it."""
     name = f"vth{ifindex:08x}"
     port = host.link(name=name)
     if port and port.kind == "veth" and port.alias in (mark, ""):
-        call.unlink(host, port.index, None)
+        delete_link(host, port.index, None)
 
 
 def _attempt(step: Any, *args: object) -> list[CniError]:

@@ -25,20 +25,36 @@ def nothing() -> None:
 
 
 @contextmanager
-def held(file: str, name: str, waits: Callable[[], None] = nothing) -> Iterator[None]:
+def held(file: str, name: str, *, wait: bool = True, waits: Callable[[], None] = nothing) -> Iterator[None]:
     """Inside the block no other holder of (file, name) runs. Waits for it; every holder's work is bounded.
 
-    waits is called before it does, if it has to. Raises OSError if the file cannot be opened.
+    waits is called before it does, if it has to. Raises OSError if the file cannot be opened; BlockingIOError if
+    there is a holder and wait is false.
     """
-    start = int.from_bytes(blake2s(name.encode(), digest_size=8).digest()) >> 2
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
-        except (BlockingIOError, PermissionError):  # POSIX lets it be either
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _range(name))
+        except (BlockingIOError, PermissionError) as error:  # POSIX lets it be either
+            if not wait:
+                raise BlockingIOError(error.errno, f"{name} is locked") from error
             waits()
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, wanted)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _range(name))
         yield
     finally:
         os.close(fd)
+
+
+def is_held(file: str, name: str) -> bool:
+    """Whether somebody is at work on it at this moment. Raises OSError if the file cannot be opened."""
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        found: bytes = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _range(name))
+    finally:
+        os.close(fd)
+    return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
+
+
+def _range(name: str) -> bytes:
+    start = int.from_bytes(blake2s(name.encode(), digest_size=8).digest()) >> 2
+    return _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)

@@ -27,8 +27,11 @@ def read(path: str, rules: dict[str, Any]) -> dict[str, Any] | None:
     CniError 7 if it is wrong, or somebody else than root could have written it.
     """
     text = _read(path)
-    if text is None:
-        return None
+    return None if text is None else parse(path, text, rules)
+
+
+def parse(path: str, text: bytes, rules: dict[str, Any]) -> dict[str, Any]:
+    """The document in the text, which path is to be blamed for. CniError 7 if it is wrong."""
     document = _decode(path, text)
     document = {} if document is None else document
     try:

@@ -17,6 +17,8 @@ from cni.netconf import canonical
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from cni.netconf import NetConf
 
 MODES = ("bridge", "vepa", "pepa")
@@ -158,10 +160,13 @@ def load(path: str | os.PathLike[str]) -> Policy | None:
     CniError 7 if it is wrong, or somebody else than root could have written it.
     """
     path = os.fspath(path)
+    document = nodefile.read(path, schema.load("policy"))
+    return None if document is None else of(path, document)
+
+
+def of(path: str, document: dict[str, Any]) -> Policy:
+    """The policy that a document, valid by the schema, says; path is to be blamed. CniError 7 if it is wrong."""
     rules = schema.load("policy")
-    document = nodefile.read(path, rules)
-    if document is None:
-        return None
     entry_defaults = schema.defaults(rules["properties"]["interfaces"]["items"])
     interfaces: list[Interface] = []
     for number, each in enumerate(document.get("interfaces") or ()):

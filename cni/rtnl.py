@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NETLINK_ROUTE = 0
 SOL_NETLINK = 270
+NETLINK_ADD_MEMBERSHIP = 1
 NETLINK_CAP_ACK = 10
 NETLINK_EXT_ACK = 11
 
@@ -44,7 +45,9 @@ RTM_DELLINK = 17
 RTM_GETLINK = 18
 RTM_SETLINK = 19
 RTM_NEWNSID = 88
+RTM_DELNSID = 89
 RTM_GETNSID = 90
+RTNLGRP_NSID = 28
 NETNSA_NSID = 1
 NETNSA_FD = 3
 
@@ -186,7 +189,7 @@ class Rtnl:
                 elif kind == RTM_NEWLINK:
                     outcomes[at] = _link(body)
                 elif kind == RTM_NEWNSID:
-                    outcomes[at] = struct.unpack("=i", _attrs(body[4:])[NETNSA_NSID])[0]
+                    outcomes[at] = _nsid(body)
         return outcomes
 
     def do(self, *messages: tuple[int, int, bytes]) -> None:
@@ -213,32 +216,24 @@ class Rtnl:
             raise outcome
         return outcome if isinstance(outcome, Link) else None
 
-    def links(self) -> list[Link]:
-        """Every link of this namespace: for errors that name a culprit, never on the way of a request.
+    def links(self, *, nsid: int | None = None) -> list[Link]:
+        """Every link here or in the namespace nsid: for errors and the reconciler, never on the way of a request.
 
-        Raises OSError EAGAIN if links kept changing under the dump (NLM_F_DUMP_INTR).
+        Raises OSError: EAGAIN if links kept changing under the dump, EINVAL if no namespace has the id.
         """
-        for _ in range(_DUMP_TRIES):
-            self._sequence += 1
-            body = _IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0)
-            header = _HEADER.pack(16 + len(body), RTM_GETLINK, NLM_F_REQUEST | NLM_F_DUMP, self._sequence, 0)
-            self._send(header + body)
-            found: list[Link] = []
-            interrupted = done = False
-            while not done:
-                for kind, nlm, sequence, payload in self._receive():
-                    if sequence != self._sequence:
-                        continue
-                    interrupted |= bool(nlm & NLM_F_DUMP_INTR)
-                    if kind == NLMSG_DONE:
-                        done = True
-                    elif kind == NLMSG_ERROR and (error := _error(nlm, payload)):
-                        raise error
-                    elif kind == RTM_NEWLINK:
-                        found.append(_link(payload))
-            if not interrupted:
-                return found
-        raise OSError(errno.EAGAIN, "the list of links kept changing while it was read")
+        where = b"" if nsid is None else s32(IFLA_TARGET_NETNSID, nsid)
+        return [_link(body) for body in self._dump(RTM_GETLINK, _IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0) + where)]
+
+    def nsids(self) -> list[int]:
+        """The ids by which this namespace knows others."""
+        return [_nsid(body) for body in self._dump(RTM_GETNSID, bytes(4))]
+
+    def known_nsid(self, netns: int) -> int | None:
+        """The id that this namespace knows the namespace of fd netns by, if it has given it one."""
+        (outcome,) = self.talk((RTM_GETNSID, 0, bytes(4) + u32(NETNSA_FD, netns)))
+        if isinstance(outcome, OSError):
+            raise outcome
+        return outcome if isinstance(outcome, int) and outcome >= 0 else None
 
     def nsid(self, netns: int) -> int:
         """The id that this namespace knows the namespace of fd netns by; given one now if it has none."""
@@ -251,6 +246,32 @@ class Rtnl:
             raise outcome
         assert isinstance(outcome, int)  # noqa: S101 - the kernel answers RTM_GETNSID with RTM_NEWNSID
         return outcome
+
+    def _dump(self, kind: int, body: bytes) -> list[bytes]:
+        """The bodies of an answer of many messages; asked for again when it was interrupted (NLM_F_DUMP_INTR)."""
+        for _ in range(_DUMP_TRIES):
+            self._sequence += 1
+            header = _HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, self._sequence, 0)
+            self._send(header + body)
+            found: list[bytes] = []
+            interrupted = done = False
+            while not done:
+                for answer, nlm, sequence, payload in self._receive():
+                    if sequence != self._sequence:
+                        continue
+                    interrupted |= bool(nlm & NLM_F_DUMP_INTR)
+                    if answer == NLMSG_DONE:
+                        done = True
+                        (status,) = struct.unpack_from("=i", payload)
+                        if status < 0:
+                            raise OSError(-status, os.strerror(-status))
+                    elif answer != NLMSG_ERROR:
+                        found.append(payload)
+                    elif error := _error(nlm, payload):
+                        raise error
+            if not interrupted:
+                return found
+        raise OSError(errno.EAGAIN, "what was listed kept changing while it was read")
 
     def _send(self, data: bytes) -> None:
         """Send one datagram. ENOBUFS means that the kernel has not seen it: tried again, a few times."""
@@ -266,12 +287,23 @@ class Rtnl:
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         """One datagram's messages: (type, flags, sequence, body)."""
-        data = self._socket.recv(1 << 16)
-        at = 0
-        while at + 16 <= len(data):
-            length, kind, nlm, sequence, _ = _HEADER.unpack_from(data, at)
-            yield kind, nlm, sequence, data[at + 16 : at + length]
-            at += (length + 3) & ~3
+        return _messages(self._socket.recv(1 << 16))
+
+
+def nsid_events(data: bytes) -> Iterator[tuple[int, int]]:
+    """What one datagram of the group RTNLGRP_NSID says: (RTM_NEWNSID or RTM_DELNSID, the id)."""
+    for kind, _, _, body in _messages(data):
+        if kind in (RTM_NEWNSID, RTM_DELNSID):
+            yield kind, _nsid(body)
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """(type, flags, sequence, body) of each message."""
+    at = 0
+    while at + 16 <= len(data):
+        length, kind, nlm, sequence, _ = _HEADER.unpack_from(data, at)
+        yield kind, nlm, sequence, data[at + 16 : at + length]
+        at += max(16, (length + 3) & ~3)
 
 
 def _attrs(data: bytes) -> dict[int, bytes]:
@@ -293,6 +325,11 @@ def _error(nlm: int, body: bytes) -> OSError | None:
     if nlm & NLM_F_ACK_TLVS:
         said = _attrs(body[20:]).get(NLMSGERR_ATTR_MSG, b"").rstrip(b"\0")
     return OSError(-number, said.decode(errors="replace") or os.strerror(-number))
+
+
+def _nsid(body: bytes) -> int:
+    (number,) = struct.unpack("=i", _attrs(body[4:])[NETNSA_NSID])
+    return int(number)
 
 
 def _link(body: bytes) -> Link:

@@ -4,9 +4,10 @@ A record is written before the kernel is asked for anything, so that whatever is
 reconciler can find what is left. DEL works without it. Must not touch the network.
 
     FOLDER/lock                 cni/lock.py
-    FOLDER/attachments/ID.json  a Record; ID names network, container and ifname
+    FOLDER/attachments/ID.json  a Record; ID names network, container and ifname; read-only once its ADD is through
     FOLDER/ifindex/N            a symbolic link to ID: interface index N is that attachment's, on this host
     FOLDER/dev/tapN             device nodes that ADD was asked to make (cni/tapdev.py)
+    FOLDER/holders/ID           the processes that hold its fds (cni/agent/holders.py)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from contextlib import AbstractContextManager
     from typing import Any
 
@@ -35,6 +36,10 @@ IFINDEX_SPAN = 0x60000000
 _CANDIDATES = 8
 _BUFFER = 1 << 16
 """Given, so that nobody looks whether a file is a terminal."""
+_SEALED = 0o400
+"""The mode of a record whose ADD came to its end."""
+_SWEEP = "sweep"
+"""Stands where an id stands; no id is without a dash."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Record:
     """The network config, kept where a delegate has to be told of the end."""
     args: str = ""
     """CNI_ARGS, kept for the same reason."""
+    cni_path: str = ""
+    """CNI_PATH, too: where ADD found the delegate."""
 
     @property
     def id(self) -> str:
@@ -99,6 +106,14 @@ def alias(network: str, container_id: str, ifname: str) -> str:
     return plain if len(plain.encode()) < 256 else f"vmtap/{identifier(network, container_id, ifname)}"
 
 
+def parse_alias(mark: str) -> tuple[str, str, str] | None:
+    """(network, container id, ifname) of an alias(); None if it is a digest, or none of ours."""
+    ours, *parts = mark.split("/")
+    if ours != "vmtap" or len(parts) != 3 or not all(parts):
+        return None
+    return parts[0], parts[1], parts[2]
+
+
 @cache
 def boot_id() -> str:
     """Another one after each boot (proc(5)), which no process outlives."""
@@ -114,6 +129,7 @@ class Store:
         self._attachments = f"{self.folder}/attachments"
         self._ifindex = f"{self.folder}/ifindex"
         self._dev = f"{self.folder}/dev"
+        self.holders = f"{self.folder}/holders"
 
     def node(self, ifindex: int) -> str:
         """Where the device node of a macvtap is made for a launcher that opens by path."""
@@ -141,11 +157,26 @@ class Store:
             if status.st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
 
-    def locked(self, id: str, waits: Callable[[], None] = lock.nothing) -> AbstractContextManager[None]:
-        """The attachment's lock; waits is called if somebody else has it. Wants prepare() first."""
-        return lock.held(f"{self.folder}/lock", id, waits)
+    def unwritable(self) -> str | None:
+        """Why a record could not be written now; None if it could."""
+        try:
+            self.prepare()
+            with _io(self._attachments):
+                os.close(os.open(self._attachments, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        except CniError as error:
+            return str(error)
+        return None
 
-    def save(self, record: Record) -> None:
+    def locked(
+        self, id: str, *, wait: bool = True, waits: Callable[[], None] = lock.nothing
+    ) -> AbstractContextManager[None]:
+        """The attachment's lock; waits is called if somebody else has it. Wants prepare() first.
+
+        BlockingIOError: it is held, and wait is false.
+        """
+        return lock.held(f"{self.folder}/lock", id, wait=wait, waits=waits)
+
+    def save(self, record: Record, *, sealed: bool = False) -> None:
         """Write it whole or not at all."""
         path, written = self._path(record.id), self._path(record.id, "new")
         with _io(path):
@@ -154,6 +185,8 @@ class Store:
                     written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
                 )
                 with open(fd, "wb", buffering=_BUFFER) as file:
+                    if sealed:
+                        os.fchmod(fd, _SEALED)
                     # Not json.dump, which would be Python and not C.
                     file.write(json.dumps(vars(record), separators=(",", ":")).encode())
                 os.rename(written, path)
@@ -161,21 +194,36 @@ class Store:
                 _unlink(written)
                 raise
 
+    def seal(self, record: Record) -> None:
+        """Note that its ADD came to its end. The mode says so: one system call, and no second writing."""
+        path = self._path(record.id)
+        with _io(path):
+            os.chmod(path, _SEALED)
+
+    def sealed(self, id: str) -> bool:
+        """Whether the ADD of that record came to its end. One that is neither sealed nor locked was killed."""
+        path = self._path(id)
+        with _io(path):
+            return stat.S_IMODE(os.stat(path).st_mode) == _SEALED
+
+    def written_ns(self, id: str) -> int | None:
+        """When the record was last written, by the file system's clock; None if there is none."""
+        path = self._path(id)
+        with _io(path), suppress(FileNotFoundError):
+            return os.stat(path).st_mtime_ns
+        return None
+
     def load(self, id: str) -> Record | None:
         """The record, or None. One that cannot be understood is set aside, as NAME.bad, for a person to look at."""
         path = self._path(id)
         try:
             with open(path, "rb", buffering=0) as file:
-                document = json.loads(file.read())
-            record = Record(**{name: document[name] for name in _FIELDS})
-            record = _frozen(record)
-            if record.id != id:
-                raise ValueError("its name is another attachment's")
+                record = decode(id, file.read())
         except FileNotFoundError:
             return None
         except OSError as error:
             raise CniError(IO_FAILURE, f"cannot read {path}", str(error)) from None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except ValueError:
             with suppress(OSError):
                 os.rename(path, self._path(id, "bad"))
             return None
@@ -199,28 +247,40 @@ class Store:
     def forget(self, record: Record) -> None:
         """Remove the record and give its ifindex back. Nothing to do is fine."""
         self.forget_id(record.id)
-        self._release(record.ifindex, record.id)
+        self.release(record.ifindex, record.id)
 
     def forget_id(self, id: str) -> None:
         """The same where no record could be read."""
         with _io(self.folder):
             for suffix in ("json", "new"):
                 _unlink(self._path(id, suffix))
+            _unlink(f"{self.holders}/{id}")
             for number in _candidates(id):
-                self._release(number, id)
+                self.release(number, id)
 
     def reserve_ifindex(self, id: str) -> int:
         """An interface index that no other attachment on this host has, or had reserved, until forget()."""
         with _io(self._ifindex):
             for number in _candidates(id):
-                path = f"{self._ifindex}/{number}"
-                try:
-                    os.symlink(id, path)
+                if self._hold(number, id):
                     return number
-                except FileExistsError:
-                    if os.readlink(path) == id:
-                        return number
         raise CniError(TRY_AGAIN_LATER, "no free interface index was found; try again")
+
+    def adopt(self, record: Record) -> bool:
+        """Keep a record of a link that was found without one, if its index is one that we would have given it."""
+        with _io(self._ifindex):
+            if record.ifindex not in _candidates(record.id) or not self._hold(record.ifindex, record.id):
+                return False
+        self.save(record, sealed=True)
+        return True
+
+    def reserved_by(self, number: int) -> str | None:
+        """The id that holds that ifindex, or None."""
+        with _io(self._ifindex):
+            try:
+                return os.readlink(f"{self._ifindex}/{number}")
+            except FileNotFoundError:
+                return None
 
     def remove_node(self, ifindex: int) -> None:
         """Remove the device node that ADD made for the attachment of that index. Nothing to do is fine."""
@@ -229,19 +289,48 @@ class Store:
             _unlink(path)
             _unlink(f"{path}.new")
 
-    def reserved(self) -> Iterator[str]:
-        """The ids that hold an ifindex, with or without a record."""
+    def sweep_nodes(self, keep: Collection[int] = ()) -> list[int]:
+        """Remove the device nodes whose index nobody holds, but for those to keep; the indexes of the removed ones."""
+        swept = []
+        with _io(self._dev):
+            for name in os.listdir(self._dev) if os.path.isdir(self._dev) else []:
+                number = name.removeprefix("tap").removesuffix(".new")
+                # While the sweep holds the index, no ADD can be making the node.
+                if number.isdecimal() and int(number) not in keep and self._hold(int(number), _SWEEP):
+                    self.release(int(number), _SWEEP)
+                    swept.append(int(number))
+        return swept
+
+    def reserved(self) -> Iterator[tuple[int, str]]:
+        """The interface indexes that are held, each with the id that holds it, with or without a record."""
         with _io(self._ifindex):
             for name in os.listdir(self._ifindex) if os.path.isdir(self._ifindex) else []:
-                with suppress(FileNotFoundError):
-                    yield os.readlink(f"{self._ifindex}/{name}")
+                with suppress(FileNotFoundError, ValueError):
+                    yield int(name), os.readlink(f"{self._ifindex}/{name}")
 
-    def _release(self, number: int, id: str) -> None:
+    def unfinished(self) -> list[str]:
+        """The ids of records whose writing was begun."""
+        with _io(self._attachments):
+            names = os.listdir(self._attachments) if os.path.isdir(self._attachments) else []
+        return [name.removesuffix(".new") for name in names if name.endswith(".new")]
+
+    def release(self, number: int, id: str) -> None:
+        """Give an interface index back if that id holds it."""
         path = f"{self._ifindex}/{number}"
-        with suppress(FileNotFoundError):
+        with _io(path), suppress(FileNotFoundError):
             if os.readlink(path) == id:
                 self.remove_node(number)  # before what says whose it is
                 os.unlink(path)
+
+    def _hold(self, number: int, id: str) -> bool:
+        path = f"{self._ifindex}/{number}"
+        try:
+            os.symlink(id, path)
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                return os.readlink(path) == id
+            return False
+        return True
 
 
 def in_netns(folder: str | os.PathLike[str], netns_id: tuple[int, int]) -> list[Record]:
@@ -262,11 +351,19 @@ def _candidates(id: str) -> Iterator[int]:
         yield IFINDEX_BASE + int.from_bytes(digest[at : at + 4]) % IFINDEX_SPAN
 
 
-def _frozen(record: Record) -> Record:
-    """JSON knows lists only."""
-    for name in ("netns_id", "ips", "routes"):
-        object.__setattr__(record, name, tuple(getattr(record, name)))
-    return record
+def decode(id: str, data: bytes) -> Record:
+    """The record in a file of that id. Raises ValueError if it cannot be understood."""
+    try:
+        document = json.loads(data)
+        # An older or newer version of us may have written it: what one does not know has a default.
+        record = Record(**{name: document[name] for name in _FIELDS if name in document})
+        for name in ("netns_id", "ips", "routes"):  # JSON knows lists only
+            object.__setattr__(record, name, tuple(getattr(record, name)))
+        if record.id == id:
+            return record
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it is no record: {error!r}") from None
+    raise ValueError("its name is another attachment's")
 
 
 class _io:  # noqa: N801 - used as a statement

@@ -107,18 +107,19 @@ def qemu_command(
 class Guest:
     """A started guest; close() kills it if it still runs.
 
-    netns: the pod's; launch_options: further options of vmtap-launch; words: further kernel command line;
-    user_network: no launcher but QEMU's own network, for comparison, on the first NIC; netns is then where its
-    connections come from.
+    netns: the pod's; None: the one that the launcher runs in. under: the command that runs the launcher, if it is not
+    to run as we do; launch_options: its further options; words: further kernel command line; user_network: no
+    launcher but QEMU's own network, for comparison, on the first NIC; netns is then where its connections come from.
     Several guests boot at once if they are all made before ready() is asked of the first.
     """
 
     def __init__(
         self,
         image: Image,
-        netns: str | os.PathLike[str],
+        netns: str | os.PathLike[str] | None,
         nics: Sequence[Nic],
         *,
+        under: Sequence[str | os.PathLike[str]] = (),
         env: Mapping[str, str] | None = None,
         launch_options: Sequence[str] = (),
         words: Sequence[str] = (),
@@ -133,19 +134,12 @@ class Guest:
         self._ready: Future[None] = Future()
         self._waiting: dict[str, Future[Answer]] = {}
         qemu = qemu_command(image, nics, words=words, processors=processors)
-        argv: list[str | os.PathLike[str]] = [LAUNCHER, "--netns", netns, *launch_options, "--", *qemu]
+        where = ["--netns", netns] if netns else []
+        argv: list[str | os.PathLike[str]] = [*under, LAUNCHER, *where, *launch_options, "--", *qemu]
         if user_network:
             device = f"virtio-net-pci,netdev=user,mac={nics[0].mac}"
-            argv = [
-                "nsenter",
-                f"--net={os.fspath(netns)}",
-                "--",
-                *qemu,
-                "-netdev",
-                "user,id=user",
-                "-device",
-                device,
-            ]
+            inside = ["nsenter", f"--net={os.fspath(netns)}", "--"] if netns else []
+            argv = [*inside, *qemu, "-netdev", "user,id=user", "-device", device]
         self.process = subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,

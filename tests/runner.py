@@ -111,7 +111,7 @@ class Plugin:
 
     def leftovers(self) -> list[str]:
         """Files of state that speak of an attachment: [] at the baseline."""
-        folders = ("attachments", "ifindex", "dev")
+        folders = ("attachments", "ifindex", "dev", "holders")
         return sorted(str(path) for folder in folders for path in (self.state / folder).glob("*"))
 
 

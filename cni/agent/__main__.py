@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -12,13 +13,16 @@ from contextlib import suppress
 from logging import ERROR, INFO, WARNING
 
 from cni import attachment, plugin
-from cni.agent import config, server
+from cni.agent import config, health, metrics, node, server
 from cni.agent import log as logs
+from cni.agent.broker import Broker
 from cni.agent.log import log
 from cni.agent.policies import Policies
+from cni.agent.reconcile import Reconciler
 from cni.agent.unlink import Unlinker
 from cni.agent.wire import Asked
 from cni.errors import CniError
+from cni.lock import nothing
 from cni.state import Store
 
 TYPE_CHECKING = False
@@ -27,17 +31,41 @@ if TYPE_CHECKING:
 
     from cni.agent.config import Config
     from cni.agent.server import Reply
+    from cni.plugin import Response
+
+
+_COMMANDS = ("ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION")
+
+
+def _to_nobody(response: Response, stderr: bytes) -> None:
+    """For a request that nobody waits for."""
 
 
 class Agent:
     """Everything that a request needs and that outlives it."""
 
-    def __init__(self, settings: Config) -> None:
+    def __init__(self, settings: Config, registry: metrics.Registry) -> None:
         self.settings = settings
         self.policies = Policies(settings.policy)
         self.unlink: attachment.DeleteLink = Unlinker()
+        self._operations = registry.counter(
+            "vmtap_operations_total",
+            "CNI requests by what was answered; code 0 is success.",
+            "command",
+            "code",
+        )
+        self._seconds = registry.histogram(
+            "vmtap_operation_duration_seconds", "How long CNI requests took, delegates included.", "command"
+        )
+        self._in_flight = registry.gauge("vmtap_operations_in_flight", "CNI requests being carried out now.")
+        self._refused = registry.counter(
+            "vmtap_connections_refused_total",
+            "Connections to the CNI socket that carried no request of ours.",
+        )
 
-    def answer(self, asked: Asked, reply: Reply, waits: Callable[[], None]) -> None:
+    def answer(
+        self, asked: Asked, reply: Reply = _to_nobody, waits: Callable[[], None] = nothing
+    ) -> Response:
         """Carry out one request of the shim; waits: see plugin.Request."""
         begin = time.monotonic()
         request = plugin.Request(
@@ -52,9 +80,13 @@ class Agent:
             delete_link=self.unlink,
             waits=waits,
         )
+        self._in_flight.inc()
         response = plugin.handle(request)
+        self._in_flight.inc(by=-1)
+        seconds = time.monotonic() - begin
+        self._count(asked.env.get("CNI_COMMAND", ""), response.error, seconds)
         stderr = b""
-        fields: dict[str, object] = {"ms": round((time.monotonic() - begin) * 1000, 2)}
+        fields: dict[str, object] = {"ms": round(seconds * 1000, 2)}
         if response.error:
             stderr = f"{asked.called_as}: {response.error}\n".encode()
             fields |= {"code": response.error.code, "error": str(response.error)}
@@ -67,6 +99,23 @@ class Agent:
             ifname=asked.env.get("CNI_IFNAME"),
             **fields,
         )
+        return response
+
+    def refused(self, why: str) -> None:
+        """Take note of a connection that carried no request."""
+        self._refused.inc()
+        log(WARNING, "refused", why=why)
+
+    def _count(self, command: str, error: CniError | None, seconds: float) -> None:
+        known = command if command in _COMMANDS else "other"
+        self._operations.inc(known, str(error.code if error else 0))
+        self._seconds.observe(seconds, known)
+
+    def policy_error(self) -> str | None:
+        """What is wrong with the policy file as it is now."""
+        with suppress(CniError):
+            self.policies()
+        return str(self.policies.error) if self.policies.error else None
 
 
 def main() -> int:
@@ -86,32 +135,79 @@ def main() -> int:
 
 
 def _run(settings: Config) -> int:
-    Store(settings.run).prepare()
+    store = Store(settings.run)
+    store.prepare()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each VM's pidfd, and queues on their way
     folder = f"{settings.run}/agent"
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    agent = Agent(settings)
-    with suppress(CniError):  # it is logged, and every ADD says so
-        agent.policies()
-    listener = _inherited() or server.listen(f"{folder}/cni.sock")
-    serving = server.Server(listener, agent.answer, lambda why: log(WARNING, "refused", why=why))
+    registry = metrics.Registry()
+    agent = Agent(settings, registry)
+    node.declare(registry, store, agent.policies, lambda: agent.policy_error() is None)
+    agent.policy_error()  # it is logged, and every ADD says so
+    reconciler = Reconciler(
+        store,
+        agent.answer,
+        agent.policies,
+        registry,
+        seconds=settings.reconcile_seconds,
+        delegate_seconds=settings.delegate_seconds,
+        delete_link=agent.unlink,
+    )
+    reconciler.start()
+    path = f"{folder}/cni.sock"
+    lent = _inherited()
+    serving = server.Server(lent or server.listen(path), agent.answer, agent.refused, lent=lent is not None)
+    broker = Broker(settings.run, registry)
+    broker.start()
     gc.collect()
     gc.freeze()  # what is there now stays: no collection need look at it again
     serving.start()
+    told = _health(settings.metrics, path, store, agent, registry)
     _notify("READY=1")
-    log(INFO, "ready", socket=f"{folder}/cni.sock")
+    log(INFO, "ready", socket=path)
     number = signal.sigwait((signal.SIGTERM, signal.SIGINT))
     _notify("STOPPING=1")
     log(INFO, "ending", signal=signal.Signals(number).name)
+    broker.stop()
     done = serving.stop(settings.drain_seconds)
     if not done:
         log(WARNING, "requests were still in flight; the reconciler will heal what they leave")
+    reconciler.stop()
+    if told:
+        told.stop()
     return 0
+
+
+def _health(
+    address: str, path: str, store: Store, agent: Agent, registry: metrics.Registry
+) -> health.Health | None:
+    """Serve health and metrics at address, if there is one. That a port is taken must not keep pods from starting."""
+    if not address:
+        return None
+
+    def text() -> bytes:
+        return registry.render(
+            lambda name, error: log(WARNING, "a metric is left out", metric=name, error=str(error))
+        )
+
+    live = {"socket": lambda: health.served(path)}
+    ready = {**live, "state": store.unwritable, "policy": agent.policy_error}
+    try:
+        told = health.Health(address, live=live, ready=ready, metrics=text, content_type=metrics.CONTENT_TYPE)
+    except CniError as error:
+        log(ERROR, "health and metrics are not served", error=str(error))
+        return None
+    told.start()
+    log(INFO, "health and metrics", address=address, port=told.port)
+    return told
 
 
 def _inherited() -> socket.socket | None:
     """systemd's socket (sd_listen_fds(3)): the first, if it was meant for us."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not int(os.environ.get("LISTEN_FDS", "0")):
         return None
+    os.set_inheritable(3, False)  # not for the delegates
     return socket.socket(fileno=3)
 
 

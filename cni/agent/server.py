@@ -77,11 +77,17 @@ class Server:
     def __init__(
         self,
         listener: socket.socket,
-        answer: Callable[[Asked, Reply, Callable[[], None]], None],
+        answer: Callable[[Asked, Reply, Callable[[], None]], object],
         refused: Callable[[str], None],
+        *,
+        lent: bool = False,
     ) -> None:
-        """answer gets what was asked, how to reply, and what to call before it waits for somebody else."""
+        """answer gets what was asked, how to reply, and what to call before it waits for somebody else.
+
+        lent: the socket is systemd's, which listens on when we are gone.
+        """
         self._listener = listener
+        self._lent = lent
         self._answer = answer
         self._refused = refused
         self._lock = threading.Lock()
@@ -99,7 +105,10 @@ class Server:
         with self._lock:
             self._stopping = True
             threads = list(self._threads)
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        if self._lent:
+            self._wake()
+        else:
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         for _ in threads:
             self._called.put(None)
         until = time.monotonic() + (threading.TIMEOUT_MAX if seconds < 0 else seconds)
@@ -107,6 +116,13 @@ class Server:
             thread.join(max(0.0, until - time.monotonic()))
         self._listener.close()
         return not any(thread.is_alive() for thread in threads)
+
+    def _wake(self) -> None:
+        """End accept() by a connection that says nothing: shutdown() would end the socket for systemd, too."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as nobody:
+            nobody.setblocking(False)
+            with suppress(OSError):  # so many requests wait that one of them will do
+                nobody.connect(self._listener.getsockname())
 
     def _successor(self) -> None:
         """Let an idle thread take the next request, or a new one."""
@@ -133,6 +149,8 @@ class Server:
         """Serve until another thread has been called to do so; False when it is all over."""
         turn = Turn(self._successor)
         while not turn.left:
+            if self._stopping:
+                return False
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:

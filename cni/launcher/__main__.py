@@ -1,6 +1,8 @@
 """The command vmtap-launch: arguments, the order of a start, errors as one line and an exit code.
 
-    options, root?, QEMU?, attachments → queues, vhost, seed → no privilege → exec, or fork and supervise
+    options, root or broker?, QEMU?, attachments → queues, vhost, seed → no privilege → exec, or fork and supervise
+
+The queues come from the node agent where its socket is there (broker.py), and are opened here where it is not.
 
 docs/launcher.md has the exit codes. Imports what every start needs; the rest only when it is asked for.
 """
@@ -16,16 +18,21 @@ import sys
 from cni import netns, spec, state, tapdev
 from cni.errors import CniError
 from cni.launcher import NO_VHOST, NOT_PERMITTED, QEMU_NOT_EXECUTABLE, QEMU_NOT_FOUND, privilege, qemu
+from cni.launcher.privilege import User
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import NoReturn
 
+    from cni.launcher.broker import Described
     from cni.state import Record
 
+    Attachments = Sequence[tuple[Described, int]]
+    Take = Callable[[str], list[int]]
+
 PROGRAM = "vmtap-launch"
-DEFAULT_USER = privilege.User(107, 107)
+DEFAULT_USER = User(107, 107)
 """The user that KubeVirt runs QEMU as."""
 VHOST = "/dev/vhost-net"
 DEADLINE = 30.0
@@ -74,14 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def launch(argv: Sequence[str], env: Mapping[str, str]) -> int:
     """One start. Returns after --print and --supervise only. Raises CniError."""
     options, users = parse(argv)
-    if os.geteuid() != 0:
+    user, broker = _user(options.user), _broker(options, env)
+    if os.geteuid() != 0 and broker is None:
         raise CniError(
             NOT_PERMITTED,
-            f"must start as root, not as uid {os.geteuid()}: it becomes {options.user} by itself",
+            f"must start as root, not as uid {os.geteuid()}, or with the node agent's broker: is it mounted here?",
         )
     path = find(users[0], env)
     _fill_stdio()
-    attachments, pod = _attachments(options, env)
+    attachments, take = _from_broker(broker, options) if broker else _local(options, env)
     vhost = vhost_wanted(options.vhost)
     command = qemu.command(users, attachments, vhost=vhost, seeded=options.seed, supervised=options.supervise)
     if options.print:
@@ -90,7 +98,7 @@ def launch(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
     fds = []
     for record, queues in attachments:
-        fds += tapdev.open_queues(pod, record, queues)
+        fds += take(record.ifname)
         fds += [os.open(VHOST, os.O_RDWR | os.O_CLOEXEC) for _ in range(queues if vhost else 0)]
     if options.seed:
         from cni.launcher import seed  # noqa: PLC0415 - pycdlib costs more than all the rest
@@ -103,14 +111,12 @@ def launch(argv: Sequence[str], env: Mapping[str, str]) -> int:
         try:
             os.execve(path, command, privilege.environment(env))  # noqa: S606
         except OSError as error:
-            raise CniError(
-                QEMU_NOT_EXECUTABLE, f"{path} cannot be run as {options.user}", str(error)
-            ) from error
+            raise CniError(QEMU_NOT_EXECUTABLE, f"{path} cannot be run as {user}", str(error)) from error
 
     if options.supervise:
-        return _supervise(become_qemu, fds, options)
+        return _supervise(become_qemu, fds, user, options.deadline)
     privilege.place(fds)
-    privilege.drop(options.user)
+    privilege.drop(user)
     return become_qemu()
 
 
@@ -129,6 +135,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         wrong = "--deadline is for --supervise: without it the launcher becomes QEMU and has no say"
     elif options.supervise and {"-daemonize", "--daemonize"} & set(users):
         wrong = "QEMU's -daemonize runs away from --supervise; leave one of them out"
+    elif options.netns and (options.broker or options.shared):
+        wrong = "--broker and --shared are for the namespace that this runs in; leave --netns out"
     if wrong:
         raise CniError(spec.INVALID_ENVIRONMENT, wrong)
     return options, users
@@ -206,13 +214,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--netns", metavar="PATH", help="the pod's network namespace; default: the one that this runs in")
+    add(
+        "--broker",
+        metavar="PATH",
+        help="the node agent's socket; default: $VMTAP_BROKER or /run/vmtap/launcher/broker.sock, if it is there",
+    )
+    add("--shared", action="store_true", help="take the queues even if another launcher of the pod has some")
     add("--ifname", metavar="NAME", action="append", default=[], help="only this attachment; may be repeated")
     add(
         "--user",
         metavar="USER[:GROUP]",
         type=privilege.parse_user,
-        default=DEFAULT_USER,
-        help="default: %(default)s",
+        help=f"for root; default: {DEFAULT_USER}",
     )
     add(
         "--queues",
@@ -254,29 +267,73 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _attachments(options: argparse.Namespace, env: Mapping[str, str]) -> tuple[list[tuple[Record, int]], int]:
-    """Each with its number of queues; and the namespace that they are in."""
+def _user(asked: User | None) -> User:
+    """Whom QEMU runs as. Raises CniError if that cannot be."""
+    if os.geteuid() == 0:
+        return asked or DEFAULT_USER
+    own = User(os.geteuid(), os.getegid())
+    if asked not in (None, own):
+        raise CniError(
+            NOT_PERMITTED, f"--user {asked}: only root becomes another user, this is {own}; leave it out"
+        )
+    return own
+
+
+def _broker(options: argparse.Namespace, env: Mapping[str, str]) -> str | None:
+    """The socket to ask; None where the attachments are to be opened here."""
+    if options.netns:
+        return None
+    usual = env.get("VMTAP_BROKER") or f"{_state(env)}/launcher/broker.sock"
+    path: str | None = options.broker or (usual if os.path.exists(usual) else None)
+    if options.shared and path is None:
+        raise CniError(spec.INVALID_ENVIRONMENT, f"--shared is for the node agent, and {usual} is not there")
+    return path
+
+
+def _from_broker(path: str, options: argparse.Namespace) -> tuple[Attachments, Take]:
+    from cni.launcher import broker  # noqa: PLC0415 - socket and json are of no use to the others
+
+    given = broker.ask(
+        path,
+        ifnames=options.ifname,
+        queues=options.queues,
+        shared=options.shared,
+        open=not options.print,
+    )
+    fds = {attachment.ifname: opened for attachment, opened in given}
+    return [(attachment, options.queues or attachment.queues) for attachment, _ in given], fds.__getitem__
+
+
+def _local(options: argparse.Namespace, env: Mapping[str, str]) -> tuple[Attachments, Take]:
     pod = (
         netns.open_path(options.netns, name="--netns", own_allowed=True)
         if options.netns
         else os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     )
-    there = state.in_netns(env.get("VMTAP_STATE") or "/run/vmtap", netns.identity(pod))
+    there = state.in_netns(_state(env), netns.identity(pod))
     records = select(there, options.ifname, options.netns or "this network namespace")
-    return [(tapdev.tuned(pod, record), queue_count(record, options.queues)) for record in records], pod
+    tuned = [tapdev.tuned(pod, record) for record in records]
+    queues = {record.ifname: (record, queue_count(record, options.queues)) for record in tuned}
+    return list(queues.values()), lambda ifname: tapdev.open_queues(pod, *queues[ifname])
 
 
-def _supervise(become_qemu: Callable[[], NoReturn], fds: Sequence[int], options: argparse.Namespace) -> int:
+def _state(env: Mapping[str, str]) -> str:
+    return env.get("VMTAP_STATE") or "/run/vmtap"
+
+
+def _supervise(
+    become_qemu: Callable[[], NoReturn], fds: Sequence[int], user: User, deadline: float | None
+) -> int:
     from cni.launcher import supervise  # noqa: PLC0415 - socket and select are of no use to the others
 
     ours, qemus = supervise.monitor()
     [ours] = privilege.place([*fds, qemus], [ours])
-    privilege.drop(options.user)
+    privilege.drop(user)
     status, at_once = supervise.run(
         become_qemu,
         ours,
         close=range(qemu.FIRST_FD, ours),
-        deadline=DEADLINE if options.deadline is None else options.deadline,
+        deadline=DEADLINE if deadline is None else deadline,
     )
     if at_once and status not in (0, EXIT[QEMU_NOT_EXECUTABLE]):
         _fail(

@@ -13,6 +13,10 @@ Everything that needs privilege is open before the first step. Then, in this ord
  7. no_new_privs: a set-uid file does not give anything back.
  8. /proc/self/status is read back and must say all of that.
 
+Who is not root stays who it is, and its fds come from the node agent. Supplementary groups and bounding set stay
+too, since changing them takes capabilities that it has not: steps 3 and 4 are left out, and 8 does not ask for them.
+Under no_new_privs nothing gives back what the bounding set would allow.
+
 The environment shrinks at exec: `environment` says what QEMU gets. Must not run beside other threads: each
 thread has capabilities of its own.
 """
@@ -102,18 +106,20 @@ def place(for_qemu: Sequence[int], ours: Sequence[int] = ()) -> list[int]:
 
 
 def drop(user: User) -> None:
-    """Steps 2 to 8. There is no way back. Raises CniError NOT_PERMITTED."""
+    """Steps 2 to 8; user is the caller's own if that is not root. No way back. Raises CniError NOT_PERMITTED."""
+    root = os.geteuid() == 0
     try:
         os.umask(0o077)
-        os.setgroups([])
-        for capability in _bounding_set():
-            prctl(PR_CAPBSET_DROP, capability)
+        if root:
+            os.setgroups([])
+            for capability in _bounding_set():
+                prctl(PR_CAPBSET_DROP, capability)
         os.setresgid(user.gid, user.gid, user.gid)
         os.setresuid(user.uid, user.uid, user.uid)
         _clear_capabilities()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         with open("/proc/self/status") as status:
-            kept = excess(status, user)
+            kept = excess(status, user, was_root=root)
     except OSError as error:
         raise CniError(
             NOT_PERMITTED,
@@ -126,15 +132,16 @@ def drop(user: User) -> None:
         )
 
 
-def excess(status: Iterable[str], user: User) -> list[str]:
+def excess(status: Iterable[str], user: User, *, was_root: bool = True) -> list[str]:
     """The lines of /proc/PID/status that are missing or not those of a process without privileges."""
     wanted = {
         "Uid": [str(user.uid)] * 4,
         "Gid": [str(user.gid)] * 4,
-        "Groups": [],
-        **{key: ["0" * 16] for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")},
+        **{key: ["0" * 16] for key in ("CapInh", "CapPrm", "CapEff", "CapAmb")},
         "NoNewPrivs": ["1"],
     }
+    if was_root:
+        wanted |= {"Groups": [], "CapBnd": ["0" * 16]}
     found = {key: value.split() for key, _, value in (line.partition(":") for line in status)}
     return [
         f"{key}: {' '.join(found.get(key, ['?']))}"

@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cni.state import Record
+    from cni.launcher.broker import Described
 
 FIRST_FD = 3
 """QEMU's fds begin after stdin, stdout and stderr."""
@@ -23,7 +23,7 @@ FIRST_FD = 3
 
 def command(
     users: Sequence[str],
-    attachments: Sequence[tuple[Record, int]],
+    attachments: Sequence[tuple[Described, int]],
     *,
     vhost: bool = False,
     seeded: bool = False,
@@ -43,7 +43,7 @@ def command(
     return arguments
 
 
-def network(name: str, record: Record, fds: Sequence[int], vhost_fds: Sequence[int]) -> list[str]:
+def network(name: str, record: Described, fds: Sequence[int], vhost_fds: Sequence[int]) -> list[str]:
     """A back end and a card. One fd for each queue; as many vhost fds, or none."""
     backend: dict[str, object] = {"id": name, "fds": ":".join(map(str, fds))}
     if vhost_fds:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
-    from cni.state import Record
+    from cni.launcher.broker import Described
 
 _ROUTE_KEYS = {"priority": "metric", "mtu": "mtu", "table": "table"}
 """Keys of a CNI route (1.1.0) and cloud-init's names for them."""
 
 
-def make(records: Sequence[Record]) -> int:
+def make(records: Sequence[Described]) -> int:
     """The image in a sealed memfd, open for reading only and close-on-exec.
 
     For reading only, because QEMU looks in an fd set for an fd of the very access mode that it wants.
@@ -42,7 +42,7 @@ def make(records: Sequence[Record]) -> int:
         os.close(writable)
 
 
-def files(records: Iterable[Record]) -> dict[str, bytes]:
+def files(records: Iterable[Described]) -> dict[str, bytes]:
     """NoCloud's three files. The id follows the network: cloud-init applies it to a new instance only."""
     network = json.dumps(network_config(records), indent=1).encode()
     instance = {"instance-id": f"vmtap-{hashlib.sha256(network).hexdigest()[:16]}"}
@@ -72,7 +72,7 @@ def iso(contents: Mapping[str, bytes]) -> bytes:
     return written.getvalue()
 
 
-def network_config(records: Iterable[Record]) -> dict[str, Any]:
+def network_config(records: Iterable[Described]) -> dict[str, Any]:
     """cloud-init's network config, version 2: one entry for each attachment, found by its MAC.
 
     The card takes the attachment's ifname, since some of cloud-init's back ends know a card by no other name.
@@ -82,7 +82,7 @@ def network_config(records: Iterable[Record]) -> dict[str, Any]:
     return {"version": 2, "ethernets": {record.ifname: _ethernet(record) for record in records}}
 
 
-def _ethernet(record: Record) -> dict[str, Any]:
+def _ethernet(record: Described) -> dict[str, Any]:
     card: dict[str, Any] = {
         "match": {"macaddress": record.mac},
         "set-name": record.ifname,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 SHIM = Path(cni.__file__).parent / "shim" / "vmtap"
 """As the package's build made it."""
+_PATIENCE = 30.0
+"""Seconds: for what takes milliseconds."""
 
 
 @dataclass
@@ -59,17 +64,35 @@ class Agent:
         return self
 
     def wait_for(self, msg: str) -> dict[str, Any]:
-        """The next log line with that msg; fails the test if the agent ends first."""
+        """The next log line with that msg; fails the test if the agent ends first, or is too slow (and is killed)."""
         assert self.process
         assert self.process.stderr
-        for line in self.process.stderr:
-            try:
-                self.log.append(json.loads(line))
-            except ValueError:
-                self.log.append({"msg": line})
-            if self.log[-1]["msg"] == msg:
-                return self.log[-1]
+        watchdog = threading.Timer(_PATIENCE, self.process.kill)
+        watchdog.start()
+        try:
+            for line in self.process.stderr:
+                try:
+                    self.log.append(json.loads(line))
+                except ValueError:
+                    self.log.append({"msg": line})
+                if self.log[-1]["msg"] == msg:
+                    return self.log[-1]
+        finally:
+            watchdog.cancel()
         raise AssertionError(f"the agent ended without saying {msg!r}: {self.log[-5:]}")
+
+    def get(self, path: str, method: str = "GET") -> tuple[int, str, str]:
+        """(status, content type, body) of its HTTP server; for an agent with a flag --metrics 127.0.0.1:0."""
+        port = next(line["port"] for line in reversed(self.log) if line["msg"] == "health and metrics")
+
+        def ask() -> tuple[int, str, str]:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
+            with closing(connection):
+                connection.request(method, path)
+                answer = connection.getresponse()
+                return answer.status, answer.headers["Content-Type"], answer.read().decode()
+
+        return self.node.call(ask)
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Signal it and wait for its end; its exit status."""

@@ -89,7 +89,8 @@ class Baseline:
         deadline = time.monotonic() + _PATIENCE
         while (now := self._now()) != self.before and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert now == self.before
+        differs = {key: (self.before[key], now[key]) for key in now if now[key] != self.before[key]}
+        assert not differs, f"before and now: {differs}"
 
     def _now(self) -> dict[str, Any]:
         state = self.plugin.state

@@ -80,17 +80,24 @@ class Injector:
         netns: Any = None,
         container: str = "c1",
     ) -> tuple[Answer, str]:
-        """One execution with strace's options, and what strace wrote. Status -N: killed by signal N."""
-        job: dict[str, Any] = {name: str(self._folder / name) for name in ("stdin", "stdout", "stderr")}
+        """One execution with strace's options, and what strace wrote. Status -N: killed by signal N.
+
+        Comes back when all that it started has ended.
+        """
+        job: dict[str, Any] = {name: str(self._folder / name) for name in ("stdin", "stdout")}
         for path in job.values():
             Path(path).write_text("")
         Path(job["stdin"]).write_text(json.dumps(config))
+        # Its stderr is a delegate's, too: its end is the end of a delegate that outlives a killed plugin.
+        reading, writing = os.pipe()
+        job["stderr"] = f"/proc/{os.getpid()}/fd/{writing}"
         log = self._folder / "trace"
         log.write_text("")
         job["env"] = self._plugin.environment(command, netns, container)
         assert self._warm.stdin and self._warm.stdout
         print(json.dumps(job), file=self._warm.stdin, flush=True)
         pid = int(self._warm.stdout.readline())
+        os.close(writing)
         strace = subprocess.Popen(
             ["strace", "-o", str(log), "-p", str(pid), *options], stderr=subprocess.PIPE, text=True
         )
@@ -102,5 +109,6 @@ class Injector:
             rest = said.read()
         strace.wait(timeout=30)
         assert "attached" in attached, attached + rest
-        stderr = Path(job["stderr"]).read_text(errors="replace")
+        with open(reading, "rb") as file:
+            stderr = file.read().decode(errors="replace")
         return Answer(status, Path(job["stdout"]).read_bytes(), stderr), log.read_text(errors="replace")

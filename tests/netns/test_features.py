@@ -117,15 +117,17 @@ def test_flags(lab: Lab, attach: Callable[..., Attached]) -> None:
 
 
 def test_allmulti_brings_groups_that_nobody_joined(lab: Lab, attach: Callable[..., Attached]) -> None:
-    group = "33:33:ff:00:00:01"
+    groups = [f"33:33:ff:00:00:{at:02x}" for at in range(16)]
     hears = attach(lab.pod(), container="c1", source=NIC)
     deaf = attach(lab.pod(), container="c2", source=NIC, allmulti=False)
     with packet_socket(lab.peer, "eth0") as peer:
-        peer.send(Frame(group, PEER_MAC, "group").pack())
+        for group in groups:
+            peer.send(Frame(group, PEER_MAC, group).pack())
         peer.send(Frame(BROADCAST, PEER_MAC, "marker").pack())
         got = collect({"hears": hears.fd, "deaf": deaf.fd}, until="marker")
-    assert [frame.token for frame in got["hears"]] == ["group"]
-    assert got["deaf"] == []
+    assert [frame.token for frame in got["hears"]] == groups
+    # The filter is a hash of 256 values: a stray group may share one with a group that the pod's kernel is in.
+    assert len(got["deaf"]) < len(groups) / 2
 
 
 def test_bcqueuelen(lab: Lab, attach: Callable[..., Attached]) -> None:

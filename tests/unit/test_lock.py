@@ -8,6 +8,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+import pytest
+
 from cni import lock
 
 if TYPE_CHECKING:
@@ -51,6 +53,17 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
         with lock.held(file, "a"):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_one_who_does_not_wait_is_told(tmp_path: Path) -> None:
+    file = str(tmp_path / "lock")
+    with lock.held(file, "a", wait=False):
+        with lock.held(file, "b", wait=False):
+            pass
+        with pytest.raises(BlockingIOError), lock.held(file, "a", wait=False):
+            raise AssertionError("two holders")
+    with lock.held(file, "a", wait=False):
+        pass
 
 
 def test_the_file_is_private(tmp_path: Path) -> None:

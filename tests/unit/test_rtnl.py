@@ -95,3 +95,22 @@ def test_another_namespace_has_one_id(lab: Lab) -> None:
         inside = socket.link(name="lo", nsid=nsid)
         assert inside is not None
         assert inside.index == 1
+
+
+def test_ids_and_links_of_another_namespace(lab: Lab) -> None:
+    pod = lab.pod()
+    pod.ip("link add d0 type bridge")
+    node, other = netns.open_path(str(lab.node.path)), netns.open_path(str(pod.path))
+    try:
+        with netns.entered(node), Rtnl() as host:
+            assert host.known_nsid(other) is None  # to ask gives none
+            given = host.nsid(other)
+            assert host.known_nsid(other) == given
+            assert given in host.nsids()
+            assert {link.name for link in host.links(nsid=given)} == {"lo", "d0"}
+            with pytest.raises(OSError) as refused:
+                host.links(nsid=max(host.nsids()) + 1)
+            assert refused.value.errno == errno.EINVAL
+    finally:
+        os.close(node)
+        os.close(other)

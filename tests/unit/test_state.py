@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from dataclasses import replace
@@ -120,13 +121,65 @@ def test_another_boots_record_is_purged(store: Store) -> None:
 def test_an_index_is_given_once_and_again_after_its_end(store: Store) -> None:
     first = store.reserve_ifindex("one")
     assert store.reserve_ifindex("one") == first >= IFINDEX_BASE
+    assert list(store.reserved()) == [(first, "one")]
     os.unlink(Path(store.folder) / "ifindex" / str(first))
     os.symlink("somebody else", Path(store.folder) / "ifindex" / str(first))
     second = store.reserve_ifindex("one")
     assert second != first
-    assert sorted(store.reserved()) == ["one", "somebody else"]
+    assert sorted(store.reserved()) == sorted([(first, "somebody else"), (second, "one")])
     store.forget_id("one")
-    assert list(store.reserved()) == ["somebody else"]
+    assert list(store.reserved()) == [(first, "somebody else")]
+
+
+def test_a_record_is_sealed_when_its_add_is_through(store: Store) -> None:
+    store.save(RECORD)
+    assert not store.sealed(RECORD.id)
+    store.seal(RECORD)
+    assert store.sealed(RECORD.id)
+    store.save(RECORD)  # another ADD of the same key
+    assert not store.sealed(RECORD.id)
+
+
+def test_a_record_of_another_version_is_understood(store: Store) -> None:
+    path = Path(store.folder) / "attachments" / f"{RECORD.id}.json"
+    older = {name: value for name, value in vars(RECORD).items() if name != "cni_path"}
+    path.write_text(json.dumps({**older, "of a later version": 1}))
+    assert store.load(RECORD.id) == RECORD
+
+
+def test_adoption_wants_an_index_of_ours(store: Store) -> None:
+    number = store.reserve_ifindex(RECORD.id)
+    store.forget_id(RECORD.id)
+    assert not store.adopt(replace(RECORD, ifindex=number + 1))
+    assert _files(store) == []
+    assert store.adopt(replace(RECORD, ifindex=number))
+    assert store.sealed(RECORD.id)
+    assert list(store.reserved()) == [(number, RECORD.id)]
+
+
+def test_adoption_leaves_another_attachments_index(store: Store) -> None:
+    number = store.reserve_ifindex(RECORD.id)
+    store.release(number, RECORD.id)
+    os.symlink("another", Path(store.folder) / "ifindex" / str(number))
+    assert not store.adopt(replace(RECORD, ifindex=number))
+    assert store.load(RECORD.id) is None
+
+
+def test_the_sweep_takes_only_nodes_without_an_index(store: Store) -> None:
+    kept = store.reserve_ifindex(RECORD.id)
+    dev = Path(store.folder) / "dev"
+    for name in (f"tap{kept}", "tap77", "tap78.new", "tap79", "else"):
+        (dev / name).touch()
+    os.symlink("sweep", Path(store.folder) / "ifindex" / "77")  # one that was killed
+    assert sorted(store.sweep_nodes(keep=[79])) == [77, 78]
+    assert sorted(path.name for path in dev.iterdir()) == sorted(["else", f"tap{kept}", "tap79"])
+    assert list(store.reserved()) == [(kept, RECORD.id)]
+
+
+def test_a_writing_that_was_killed_is_found(store: Store) -> None:
+    assert store.unfinished() == []
+    (Path(store.folder) / "attachments" / "some-id.new").touch()
+    assert store.unfinished() == ["some-id"]
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ GENEROUS = (
 
 
 def test_the_program_has_its_fds_and_no_privilege() -> None:
-    given_fd = os.open("/etc/services", os.O_RDONLY)
+    given_fd = os.open("/etc/passwd", os.O_RDONLY)
     try:
         with subprocess.Popen(
             [*GENEROUS, sys.executable, "-c", DROP],
@@ -146,6 +146,26 @@ def test_the_program_has_its_fds_and_no_privilege() -> None:
     assert set(fds) == {0, 1, 2, 3, 4}
     assert (fds[3], fds[4]) == (Path("/etc/group"), Path("/etc/passwd"))
     assert privilege.excess(status.splitlines(), User(107, 108)) == []
+
+
+DROP_AS_USER = """
+import os
+from cni.launcher import privilege
+os.setresgid(108, 108, 0)
+os.setresuid(107, 107, 0)  # and every capability stays, by the securebits
+privilege.drop(privilege.User(107, 108))
+os.execve("/bin/cat", ["cat", "/proc/self/status"], {})
+"""
+
+
+def test_who_is_not_root_loses_what_can_be_lost() -> None:
+    """Saved ids of root's, ambient and all other capabilities; not groups and bounding set, which take CAP_*."""
+    said = subprocess.run(
+        [*GENEROUS, sys.executable, "-c", DROP_AS_USER], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert privilege.excess(said, User(107, 108), was_root=False) == []
+    kept = [line.partition(":")[0] for line in privilege.excess(said, User(107, 108))]
+    assert kept == ["Groups", "CapBnd"]
 
 
 def test_place_moves_fds_whose_numbers_cross() -> None:

@@ -1,0 +1,364 @@
+"""The fd broker: a socket that pods may see, where a launcher gets the open fds of its own pod's attachments.
+
+Whoever connects is known by the network namespace of its process and by nothing else (agent/peer.py): no
+name, token or path that it sends is believed, so it can ask for what is its pod's, or for nothing. One line of
+JSON each way and a connection for each request; cni/launcher/broker.py is the other end:
+
+    agent      {"broker": 1}                   when it knows who it is, and that there is something to get
+    launcher   {"ifnames": ["net1"], "queues": 2, "shared": false, "open": true}       each may be absent
+    agent      {"attachments": [{"ifname": "net1", …, "opened": 2}]} and the fds in that order; or
+               {"error": {"code": 106, "msg": "…", "details": ""}}, in the place of either line
+
+Nothing that a launcher does or leaves undone holds up another pod's: it has _SECONDS in all, a thread of its own, and
+PER_POD connections at a time. Must not attach, detach or change a link.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from logging import ERROR, INFO, WARNING
+
+from cni import netns, tapdev
+from cni.agent import peer, server
+from cni.agent.holders import Holders
+from cni.agent.log import log
+from cni.errors import CniError, refused
+from cni.spec import (
+    DECODING_FAILURE,
+    INTERNAL,
+    INVALID_ENVIRONMENT,
+    INVALID_NETNS,
+    NO_ATTACHMENT,
+    TRY_AGAIN_LATER,
+)
+from cni.state import IFINDEX_BASE, Store
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from cni.agent.metrics import Registry
+    from cni.agent.peer import Peer
+    from cni.state import Record
+
+REQUEST_LIMIT = 64 << 10
+GREETING = b'{"broker":1}\n'
+_SECONDS = 5.0
+"""From accept to the end of the answer. The launcher needs some milliseconds."""
+PER_POD = 16
+"""Connections of one network namespace at a time: more than a pod starts VMs."""
+_ALL = 512
+_SCM_MAX_FD = 253  # linux/net/scm.h: fds in one message
+_LOGGED = 20
+"""Refusals that are logged in a _WINDOW: a pod must not be able to fill the node's disk."""
+_WINDOW = 10.0
+_DESCRIPTION = ("network", "ifname", "device", "mode", "mac", "mtu", "queues", "ips", "routes", "dns")
+"""What a pod may know of a record. Not the config: it may have secrets, of a delegate for one."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A launcher's request. No ifnames: all attachments; no queues: as many as each has."""
+
+    ifnames: tuple[str, ...] = ()
+    queues: int | None = None
+    shared: bool = False
+    open: bool = True
+
+
+class Broker:
+    """Serves FOLDER/launcher/broker.sock from start() to stop()."""
+
+    def __init__(self, folder: str, registry: Registry) -> None:
+        self.path = f"{folder}/launcher/broker.sock"
+        self._store = Store(folder)
+        self._holders = Holders(self._store)
+        self._own = netns.own_identity()
+        self._lock = threading.Lock()
+        self._busy: Counter[tuple[int, int]] = Counter()
+        self._threads: set[threading.Thread] = set()
+        self._stopping = threading.Event()
+        self._window, self._refusals = 0.0, 0
+        self._given = registry.counter("vmtap_broker_fds_total", "File descriptors given to launchers.")
+        self._refused = registry.counter(
+            "vmtap_broker_refusals_total", "Launchers that the broker refused.", "code"
+        )
+
+    def start(self) -> None:
+        """Raises OSError. The folder is for a pod's mount, so there is nothing in it but the socket."""
+        self._holders.start()
+        folder = os.path.dirname(self.path)
+        os.makedirs(folder, exist_ok=True)
+        os.chmod(folder, 0o755)  # noqa: S103 - pods run as any user, and makedirs obeys the umask
+        self._listener = server.listen(self.path, mode=0o666)
+        self._acceptor = threading.Thread(target=self._accept, name="broker", daemon=True)
+        self._acceptor.start()
+
+    def stop(self) -> None:
+        """Take no more requests; those in flight end by their deadline. The socket stays."""
+        self._stopping.set()
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        self._acceptor.join()
+        self._listener.close()
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join(_SECONDS)
+        self._holders.stop()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:
+                if self._stopping.is_set():
+                    return
+                log(ERROR, "the broker cannot accept", error=str(error))  # no fds, no memory: wait for some
+                self._stopping.wait(0.1)
+                continue
+            try:
+                self._admit(connection)
+            except Exception as error:  # no launcher may end the broker for the others
+                connection.close()
+                log(ERROR, "the broker failed", error=repr(error))
+
+    def _admit(self, connection: socket.socket) -> None:
+        """Nothing here waits for the launcher."""
+        connection.settimeout(_SECONDS)
+        try:
+            who = peer.identify(connection)
+        except CniError as error:
+            with connection:
+                self._refuse(connection, error, None)
+            return
+        with ExitStack() as undo:
+            undo.enter_context(connection)
+            undo.enter_context(who)
+            with self._lock:
+                here, everywhere = self._busy[who.netns_id], len(self._threads)
+                full = here >= PER_POD or everywhere >= _ALL
+                if not full:
+                    thread = threading.Thread(
+                        target=self._serve, args=(connection, who), name="broker request", daemon=True
+                    )
+                    self._busy[who.netns_id] += 1
+                    self._threads.add(thread)
+            if full:
+                why = f"{here} requests of this pod, {everywhere} in all, are being served; try again"
+                self._refuse(connection, CniError(TRY_AGAIN_LATER, why), who)
+                return
+            undo.callback(self._leave, thread, who)
+            thread.start()
+            undo.pop_all()
+
+    def _serve(self, connection: socket.socket, who: Peer) -> None:
+        try:
+            with connection, who:
+                try:
+                    self._exchange(connection, who)
+                except CniError as error:
+                    self._refuse(connection, error, who)
+                except OSError as error:  # too slow, or gone
+                    self._refuse(connection, refused(error, "the request was not finished"), who)
+                except Exception as error:
+                    log(ERROR, "the broker failed", pid=who.process.pid, error=repr(error))
+                    self._refuse(connection, CniError(INTERNAL, f"a fault of the agent's: {error!r}"), who)
+        finally:
+            self._leave(threading.current_thread(), who)
+
+    def _leave(self, thread: threading.Thread, who: Peer) -> None:
+        with self._lock:
+            self._threads.discard(thread)
+            self._busy[who.netns_id] -= 1
+            if not self._busy[who.netns_id]:
+                del self._busy[who.netns_id]
+
+    def _exchange(self, connection: socket.socket, who: Peer) -> None:
+        if who.netns_id == self._own:
+            raise CniError(
+                INVALID_NETNS, "the broker is for pods; on the host, run vmtap-launch as root with --netns"
+            )
+        if not (records := self._attachments(who)):
+            raise CniError(
+                NO_ATTACHMENT, "no attachment in this network namespace: give the pod a network of vmtap's"
+            )
+        until = time.monotonic() + _SECONDS
+        asked = parse(_question(connection, who, until))
+        chosen = [(tapdev.tuned(who.netns, record), queues) for record, queues in choose(records, asked)]
+        if not asked.open:
+            _send(connection, chosen, [], until)
+            return
+        with ExitStack() as fds, ExitStack() as undo:
+            for record, _ in chosen:
+                if self._holders.add(record.id, record.ifname, who.process, shared=asked.shared):
+                    undo.callback(self._holders.remove, record.id, who.process)
+            opened = []
+            for record, queues in chosen:
+                for fd in tapdev.open_queues(who.netns, record, queues):
+                    fds.callback(os.close, fd)
+                    opened.append(fd)
+            _send(connection, chosen, opened, until, undo.pop_all)
+        self._given.inc(by=len(opened))
+        log(
+            INFO,
+            "fds given to a launcher",
+            pid=who.process.pid,
+            uid=who.uid,
+            shared=asked.shared,
+            attachments={record.id: queues for record, queues in chosen},
+        )
+
+    def _attachments(self, who: Peer) -> list[Record]:
+        """The namespace's, by ifname: of its links, those that a record speaks of.
+
+        From the links to the records and not the other way: it costs as much as the pod has links, however many
+        attachments the node has; and a record whose namespace is dead, and whose number this one has now, has no link.
+        """
+        with netns.entered(who.netns):
+            links = socket.if_nameindex()
+        found = []
+        for index, name in links:
+            id = self._store.reserved_by(index) if index >= IFINDEX_BASE else None
+            record = self._store.load(id) if id else None
+            if record and (record.netns_id, record.ifindex, record.ifname) == (who.netns_id, index, name):
+                found.append(record)
+        return sorted(found, key=lambda record: record.ifname)
+
+    def _refuse(self, connection: socket.socket, error: CniError, who: Peer | None) -> None:
+        """Answer if that needs no waiting, count, and log."""
+        self._refused.inc(str(error.code))
+        document = {"error": {"code": error.code, "msg": error.msg, "details": error.details}}
+        with suppress(OSError):
+            connection.settimeout(0)
+            connection.sendall(_line(document))
+        now = time.monotonic()
+        with self._lock:
+            if now - self._window > _WINDOW:
+                self._window, unlogged, self._refusals = now, max(0, self._refusals - _LOGGED), 0
+            else:
+                unlogged = 0
+            self._refusals += 1
+            if self._refusals > _LOGGED:
+                return
+        fields: dict[str, object] = {"unlogged": unlogged} if unlogged else {}
+        if who:
+            fields |= {"pid": who.process.pid, "uid": who.uid, "netns": who.netns_id[1]}
+        log(WARNING, "launcher refused", code=error.code, error=str(error), **fields)
+
+
+def parse(line: bytes) -> Asked:
+    """Raises CniError 6 if it is not a request."""
+    try:
+        document: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CniError(DECODING_FAILURE, "the request is not JSON", str(error)) from None
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "ifnames": (_names, "a list of different names"),
+        "queues": (lambda value: type(value) is int and value >= 1, "a whole number from 1 up"),
+        "shared": (lambda value: type(value) is bool, "true or false"),
+        "open": (lambda value: type(value) is bool, "true or false"),
+    }
+    if type(document) is not dict:
+        raise CniError(DECODING_FAILURE, "the request is not a JSON object")
+    for key, value in document.items():
+        if key not in rules:
+            raise CniError(
+                DECODING_FAILURE, f"{key!r} is not a field of a request; there is {', '.join(rules)}"
+            )
+        holds, wanted = rules[key]
+        if not holds(value):
+            raise CniError(DECODING_FAILURE, f"{key} must be {wanted}")
+    return Asked(**document | {"ifnames": tuple(document.get("ifnames", ()))})
+
+
+def choose(records: list[Record], asked: Asked) -> list[tuple[Record, int]]:
+    """What is asked for, in the order asked for, each with its number of queues. Raises CniError."""
+    there = {record.ifname: record for record in records}
+    if missing := [name for name in asked.ifnames if name not in there]:
+        raise CniError(
+            NO_ATTACHMENT,
+            f"no attachment {', '.join(missing)} in this network namespace; there is {', '.join(there)}",
+        )
+    chosen = []
+    for name in asked.ifnames or there:
+        record = there[name]
+        if asked.queues is not None and asked.queues > record.queues:
+            raise CniError(
+                INVALID_ENVIRONMENT,
+                f'queues {asked.queues}: {name} has {record.queues}, by "queues" of its network config',
+            )
+        chosen.append((record, asked.queues or record.queues))
+    if sum(queues for _, queues in chosen) > _SCM_MAX_FD:
+        raise CniError(INVALID_ENVIRONMENT, f"more than {_SCM_MAX_FD} queues at once: ask for fewer")
+    return chosen
+
+
+def _question(connection: socket.socket, who: Peer, until: float) -> bytes:
+    """Greet, and read the line that the very same process sends then. Raises CniError, OSError."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    connection.setblocking(False)
+    try:
+        connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        pass
+    else:
+        raise CniError(
+            DECODING_FAILURE, "the launcher must wait for the greeting before it speaks, or hung up"
+        )
+    connection.sendall(GREETING)
+    said = b""
+    while not said.endswith(b"\n"):
+        _hurry(connection, until)
+        # No room for fds: the kernel closes what is sent along.
+        data, credentials, _, _ = connection.recvmsg(
+            REQUEST_LIMIT + 1 - len(said), socket.CMSG_SPACE(peer.UCRED.size)
+        )
+        if not data:
+            raise CniError(DECODING_FAILURE, "the request ended before its line did")
+        if not who.proven(credentials):
+            raise CniError(INVALID_NETNS, "the process that connected must ask itself")
+        said += data
+        if len(said) > REQUEST_LIMIT:
+            raise CniError(DECODING_FAILURE, f"the request is longer than {REQUEST_LIMIT} bytes")
+    return said
+
+
+def _send(
+    connection: socket.socket,
+    chosen: list[tuple[Record, int]],
+    fds: list[int],
+    until: float,
+    given: Callable[[], object] = lambda: None,
+) -> None:
+    """The answer; given is called when the fds are on their way, from where nothing calls them back."""
+    described = [
+        {key: getattr(record, key) for key in _DESCRIPTION} | {"opened": queues if fds else 0}
+        for record, queues in chosen
+    ]
+    data = _line({"attachments": described})
+    _hurry(connection, until)
+    sent = socket.send_fds(connection, [data], fds)
+    given()
+    while sent < len(data):
+        _hurry(connection, until)
+        sent += connection.send(data[sent:])
+
+
+def _line(document: object) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def _hurry(connection: socket.socket, until: float) -> None:
+    connection.settimeout(max(0.001, until - time.monotonic()))
+
+
+def _names(value: Any) -> bool:
+    return type(value) is list and all(type(name) is str for name in value) and len(set(value)) == len(value)

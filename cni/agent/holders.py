@@ -1,0 +1,151 @@
+"""Which processes hold which attachment's fds, across restarts of the agent.
+
+FOLDER/holders/ID is there as long as one of its processes lives, and no longer than the attachment's record
+(state.Store.forget_id removes both). The file is the truth; a pidfd for each process only says when to write it
+anew. A process holds what it was given until it ends: whether it has closed the fds, nobody can know.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import threading
+from contextlib import contextmanager, suppress
+from logging import INFO, WARNING
+
+from cni import lock
+from cni.agent.log import log
+from cni.agent.peer import Process, ended
+from cni.errors import CniError, refused
+from cni.spec import DEVICE_BUSY
+from cni.state import Store, boot_id
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+class Holders:
+    """Safe for threads, and beside an agent that takes over or is taken over from."""
+
+    def __init__(self, store: Store) -> None:
+        self._folder = store.holders
+        self._file = f"{store.folder}/lock"
+        self._lock = threading.Lock()
+        self._watched: dict[int, tuple[str, Process]] = {}
+        self._epoll = select.epoll()
+        self._woken, self._waker = socket.socketpair()
+        self._thread = threading.Thread(target=self._watch, name="holders", daemon=True)
+
+    def start(self) -> None:
+        """Take over what an agent before us wrote, and watch. Raises OSError."""
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        for id in os.listdir(self._folder):
+            if id.endswith(".new"):  # an agent was killed while it wrote
+                os.unlink(f"{self._folder}/{id}")
+                continue
+            with self._alone():
+                holders = self._read(id)
+                self._write(id, holders)
+                for process in holders:
+                    self._follow(id, process)
+        self._epoll.register(self._woken, select.EPOLLIN)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop watching; the files stay for the next agent."""
+        self._waker.close()
+        self._thread.join()
+        for fd in self._watched:
+            os.close(fd)
+        self._watched.clear()
+        self._epoll.close()
+        self._woken.close()
+
+    def add(self, id: str, ifname: str, process: Process, *, shared: bool) -> bool:
+        """Note that the process holds the attachment; whether that is new.
+
+        Raises CniError DEVICE_BUSY if a process does already (itself included: more fds would be more queues),
+        unless shared; 5 if it cannot be written down.
+        """
+        with self._alone():
+            holders = self._read(id)
+            if holders and not shared:
+                log(INFO, "attachment held", attachment=id, holders=[holder.pid for holder in holders])
+                raise CniError(
+                    DEVICE_BUSY,
+                    f"{ifname} is held by a process that lives; end it, or ask for a shared one (--shared): the "
+                    "frames are then shared out between the holders",
+                )
+            if process in holders:
+                return False
+            try:
+                self._write(id, [*holders, process])
+            except OSError as error:
+                raise refused(error, f"it cannot be noted under {self._folder} who holds {ifname}") from error
+            self._follow(id, process)
+            return True
+
+    def remove(self, id: str, process: Process) -> None:
+        """Take add() back."""
+        with self._alone():
+            for fd in [fd for fd, watched in self._watched.items() if watched == (id, process)]:
+                self._forget(fd)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._lock, lock.held(self._file, "holders"):
+            yield
+
+    def _watch(self) -> None:
+        while True:
+            for fd, _ in self._epoll.poll():
+                if fd == self._woken.fileno():
+                    return
+                with self._alone():
+                    if fd in self._watched and ended(
+                        fd
+                    ):  # else remove() was quicker, and the number is another's
+                        self._forget(fd)
+
+    def _follow(self, id: str, process: Process) -> None:
+        fd = process.pidfd()
+        if fd is None:  # it has ended since
+            self._write(id, self._read(id))
+            return
+        self._watched[fd] = (id, process)
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _forget(self, fd: int) -> None:
+        id, process = self._watched.pop(fd)
+        self._epoll.unregister(fd)
+        os.close(fd)
+        try:
+            self._write(id, [holder for holder in self._read(id) if holder != process])
+        except OSError as error:  # who reads it next sees that the process has ended
+            log(WARNING, "a holder's end cannot be noted", attachment=id, error=str(error))
+
+    def _read(self, id: str) -> list[Process]:
+        """Those that live."""
+        try:
+            with open(f"{self._folder}/{id}", "rb") as file:
+                boot, entries = json.loads(file.read())
+            holders = [Process(*entry) for entry in entries]
+        except FileNotFoundError:
+            return []
+        except (ValueError, TypeError) as error:
+            log(WARNING, "what is noted of holders cannot be read", attachment=id, error=str(error))
+            return []
+        return [holder for holder in holders if boot == boot_id() and holder.alive()]
+
+    def _write(self, id: str, holders: Iterable[Process]) -> None:
+        path = f"{self._folder}/{id}"
+        if not (entries := [(holder.pid, holder.start) for holder in holders]):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        with open(f"{path}.new", "w", encoding="ascii") as file:
+            json.dump([boot_id(), entries], file)
+        os.rename(f"{path}.new", path)

@@ -1,0 +1,272 @@
+# PYTHON_ARGCOMPLETE_OK
+"""The command vmtapctl: arguments, dispatch, errors as one line and an exit code.
+
+docs/vmtapctl.md has the exit codes and the JSON. A command imports what it needs when it runs: a shell that asks
+for completions waits for this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+
+from cni import spec
+from cni.ctl import settings
+from cni.errors import CniError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, NoReturn
+
+    from cni.ctl.inventory import Attachment
+    from cni.ctl.settings import Settings
+
+PROGRAM = "vmtapctl"
+WARNINGS = 1
+ERRORS = 2
+EXIT = {
+    spec.INVALID_ENVIRONMENT: os.EX_USAGE,
+    spec.NO_ATTACHMENT: os.EX_NOINPUT,
+    spec.IO_FAILURE: os.EX_IOERR,
+}
+"""sysexits.h, as vmtap-launch has them. Any other error is EX_SOFTWARE."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a command without a traceback
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`
+    parser = make_parser()
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete  # noqa: PLC0415
+
+        argcomplete.autocomplete(parser, always_complete_options=False)
+    options = parser.parse_args(argv)
+    try:
+        status: int = options.command(options)
+        sys.stdout.flush()
+    except CniError as error:
+        return _fail(str(error), EXIT.get(error.code, os.EX_SOFTWARE))
+    except PermissionError as error:
+        return _fail(f"{error}: run it as root", os.EX_NOPERM)
+    except OSError as error:
+        return _fail(f"the system says no: {error}", os.EX_OSERR)
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and options; docs and completions are made from it."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="What vmtap has attached on this node, to what, for whom, and what is wrong. Changes nothing.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, function: Any, text: str, *, places: bool = True) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(command=function)
+        if name != "completion":
+            made.add_argument("--json", action="store_true", help="for programs")
+        if places:
+            made.add_argument(
+                "--run", metavar="FOLDER", help="state and sockets; default: as the agent has it"
+            )
+            made.add_argument(
+                "--policy", metavar="FILE", help="the node's policy; default: as the agent has it"
+            )
+            made.add_argument("--config", metavar="FILE", help="the agent's file")
+        return made
+
+    made = command("list", _list, "every attachment, one a line")
+    made.add_argument("--wide", action="store_true", help="more columns")
+    made = command("show", _show, "everything about some attachments, and their traffic")
+    argument: Any = made.add_argument(
+        "what", metavar="ID|POD|IFNAME", help="also a VM, a MAC or a container id"
+    )
+    argument.completer = _names
+    made = command("tree", _tree, "switch port, NIC, attachment, pod and VM as a tree")
+    made.add_argument("--svg", metavar="FILE", help="draw a picture instead, for a ticket; - is stdout")
+    made.add_argument(
+        "--lldp",
+        metavar="SECONDS",
+        type=_seconds,
+        default=0.0,
+        help="wait that long for switches to say who they are; lldpd is asked anyway, where it runs",
+    )
+    command("watch", _watch, "what comes and goes, as it happens, until Ctrl-C")
+    command("doctor", _doctor, "what is wrong on this node, and what to do about it")
+    made = command(
+        "lint", _lint, "check network configs and policy files before a node meets them", places=False
+    )
+    made.add_argument("files", metavar="FILE", nargs="+", help="JSON is a network config, YAML a policy")
+    made.add_argument("--policy", metavar="FILE", help="would this policy allow them?")
+    made = command("completion", _completion, "print the completion script of a shell", places=False)
+    made.add_argument("shell", choices=("bash", "zsh", "fish"))
+    return parser
+
+
+def _list(options: argparse.Namespace) -> int:
+    from cni.ctl import inventory, render  # noqa: PLC0415
+
+    node = inventory.take(_settings(options))
+    if options.json:
+        return _json({key: node.document()[key] for key in ("node", "time", "attachments", "unreadable")})
+    render.say(render.attachments(node.attachments, render.console(), wide=options.wide))
+    if node.unreadable:
+        print(f"{PROGRAM}: unreadable: {', '.join(node.unreadable)}; see doctor", file=sys.stderr)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from cni.ctl import inventory, render  # noqa: PLC0415
+
+    node = inventory.take(_settings(options))
+    found = [each for each in node.attachments if options.what in names(each)]
+    if not found:
+        found = [each for each in node.attachments if _begins(each, options.what)]
+    if not found:
+        known = sorted({each.sandbox for each in node.attachments})
+        there = f"there is {', '.join(known)}" if known else "nothing is attached on this node"
+        raise CniError(spec.NO_ATTACHMENT, f"no attachment is or belongs to {options.what!r}; {there}")
+    if options.json:
+        return _json({"attachments": [each.document() for each in found]})
+    for number, each in enumerate(found):
+        if number:
+            print()
+        render.say(render.details(each))
+    return 0
+
+
+def _tree(options: argparse.Namespace) -> int:
+    from cni.ctl import inventory, lldp, picture, render  # noqa: PLC0415
+
+    found = _settings(options)
+    neighbours = lldp.known()
+    if options.lldp:
+        nics = {nic for source in inventory.take(found).sources for nic in source.nics} - neighbours.keys()
+        neighbours |= lldp.listen(sorted(nics), options.lldp)
+    node = inventory.take(found, neighbours)
+    if options.json:
+        _json(node.document())
+    if options.svg:
+        drawn = picture.draw(node)
+        if options.svg == "-":
+            sys.stdout.write(drawn)
+        else:
+            with open(options.svg, "w", encoding="utf-8") as file:
+                file.write(drawn)
+    elif not options.json:
+        render.say(render.tree(node))
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from cni.ctl import watch  # noqa: PLC0415
+
+    return watch.run(_settings(options), as_json=options.json)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from cni.ctl import doctor, render  # noqa: PLC0415
+
+    found = doctor.examine(_settings(options, complain=False))
+    count = {severity: sum(each.severity == severity for each in found) for severity in render.SEVERITY}
+    status = ERRORS if count["error"] else WARNINGS if count["warning"] else 0
+    if options.json:
+        _json({"findings": [each.document() for each in found], **count})
+        return status
+    render.say(render.findings(found, terminal=render.console().is_terminal))
+    print(
+        f"\n{render.count(count['error'], 'error')}, {render.count(count['warning'], 'warning')}, {count['ok']} ok"
+    )
+    return status
+
+
+def _lint(options: argparse.Namespace) -> int:
+    from cni.ctl import lint  # noqa: PLC0415
+
+    rules = lint.read_policy(options.policy) if options.policy else None
+    found = [lint.check(path, rules) for path in options.files]
+    if options.json:
+        _json({"files": [each.document() for each in found]})
+    else:
+        for each in found:
+            for fault in each.faults:
+                print(f"{each.file}: {fault}")
+            if not each.faults:
+                print(f"{each.file}: a good {each.kind}")
+    return ERRORS if any(each.faults for each in found) else 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from argcomplete.shell_integration import shellcode  # noqa: PLC0415
+
+    print(shellcode([PROGRAM], shell=options.shell))
+    return 0
+
+
+def names(each: Attachment) -> set[str]:
+    """What `show` knows an attachment by."""
+    record = each.record
+    found = {record.id, record.ifname, record.mac, record.container_id, record.network, each.sandbox}
+    found |= {each.pod.name} if each.pod else set()
+    return found | ({each.vm} if each.vm else set())
+
+
+def _begins(each: Attachment, what: str) -> bool:
+    """An id cut short, as people copy them."""
+    return len(what) >= 4 and any(
+        text.startswith(what) for text in (each.record.id, each.record.container_id)
+    )
+
+
+def _names(prefix: str, **_: Any) -> list[str]:
+    """For the shell; as nothing can be said there, nothing is."""
+    from cni.ctl import inventory  # noqa: PLC0415
+
+    try:
+        records, _bad = inventory.read_records(settings.load(run=None, policy=None, file=None).run)
+    except CniError:
+        return []
+    found = {name for record, since in records for name in names(inventory.Attachment(record, since, "old"))}
+    return sorted(name for name in found if name.startswith(prefix))
+
+
+def _settings(options: argparse.Namespace, *, complain: bool = True) -> Settings:
+    found = settings.load(run=options.run, policy=options.policy, file=options.config)
+    if found.fault and complain:
+        print(f"{PROGRAM}: {found.fault}; going by its defaults", file=sys.stderr)
+    return found
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 600:
+        raise argparse.ArgumentTypeError("must be from 1 to 600")
+    return value
+
+
+def _json(document: dict[str, Any]) -> int:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(os.EX_USAGE, f"{PROGRAM}: {message}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

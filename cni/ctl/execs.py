@@ -1,0 +1,73 @@
+"""News of programs that start, from the kernel (linux/cn_proc.h): which of them begins with a VM's device in hand?
+
+Nothing else says that a macvtap was opened. A launcher opens the device and becomes QEMU, so it is looked at when
+a process has executed a program. The kernel tells it in the first network namespace only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+
+from cni.ctl import holders
+
+_NETLINK_CONNECTOR = 11
+_CN_IDX_PROC = _CN_VAL_PROC = 1
+_PROC_CN_MCAST_LISTEN = 1
+_PROC_EVENT_EXEC = 2
+_NLMSG_DONE = 3
+_SO_ATTACH_FILTER = 26
+_WHAT = 16 + 20  # nlmsghdr, cn_msg; then struct proc_event: what, cpu, timestamp_ns, process_pid
+_PID = _WHAT + 16
+_CN_MSG = struct.Struct("=IIIIHHI")
+
+
+class Execs:
+    """Readable (fileno) when a program has started. Raises OSError where the kernel does not tell."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETLINK_CONNECTOR
+        )
+        try:
+            # Forks and exits are told, too: classic BPF, which loads big-endian, keeps them from waking us.
+            wanted = int.from_bytes(struct.pack("=I", _PROC_EVENT_EXEC))
+            program = b"".join(
+                struct.pack("=HBBI", *instruction)
+                for instruction in (
+                    (0x20, 0, 0, _WHAT),
+                    (0x15, 0, 1, wanted),
+                    (0x06, 0, 0, 0xFFFFFFFF),
+                    (0x06, 0, 0, 0),
+                )
+            )
+            held = ctypes.create_string_buffer(program, len(program))
+            self._socket.setsockopt(
+                socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(held))
+            )
+            self._socket.bind((0, _CN_IDX_PROC))
+            body = _CN_MSG.pack(_CN_IDX_PROC, _CN_VAL_PROC, 0, 0, 4, 0, _PROC_CN_MCAST_LISTEN)
+            self._socket.send(struct.pack("=IHHII", 16 + len(body), _NLMSG_DONE, 0, 0, os.getpid()) + body)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def relevant(self) -> bool:
+        """Whether one of those that have started since has the device of a tap or macvtap open."""
+        found = False
+        while True:
+            try:
+                data = self._socket.recv(4096)
+            except BlockingIOError:
+                return found
+            except OSError:  # ENOBUFS: more than we could take in
+                return True
+            found = found or holders.may_hold(struct.unpack_from("=i", data, _PID)[0])

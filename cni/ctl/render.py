@@ -1,0 +1,249 @@
+"""What a person sees: tables and trees with colour at a terminal, plain aligned lines elsewhere (and NO_COLOR).
+
+Must not look anything up: it is given what to show.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rich import box
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import TextIO
+
+    from rich.console import RenderableType
+
+    from cni.ctl.doctor import Finding
+    from cni.ctl.inventory import Attachment, Node, Source, Traffic
+
+STATUS = {
+    "in use": "green",
+    "idle": "cyan",
+    "in progress": "blue",
+    "no carrier": "yellow",
+    "down": "yellow",
+    "gone": "red",
+    "old": "red",
+}
+SOURCE = {"up": "green", "no carrier": "yellow", "down": "yellow", "missing": "red"}
+SEVERITY = {"ok": ("✔", "green"), "warning": ("▲", "yellow"), "error": ("✘", "red")}
+_WIDE = ("NETWORK", "MTU", "QUEUES", "SINCE", "ID")
+_LEAST = ("HELD BY", "ADDRESS", "SOURCE", "DEVICE")
+"""Columns that a narrow terminal has to do without, the least wanted first."""
+_UNWRAPPED = 100_000
+
+
+def console(file: TextIO | None = None) -> Console:
+    """For stdout. Not at a terminal, a line is a line, however long: somebody greps it."""
+    made = Console(file=file or sys.stdout, highlight=False, emoji=False, markup=False)
+    if not made.is_terminal:
+        made.width = _UNWRAPPED
+    return made
+
+
+def say(shown: RenderableType) -> None:
+    """Print it on stdout, without the blanks that tables end their lines with."""
+    out = console()
+    with out.capture() as captured:
+        out.print(shown)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
+def attachments(found: Sequence[Attachment], out: Console, *, wide: bool) -> RenderableType:
+    """One line each. Where the terminal is too narrow, columns are left out; --wide leaves none out."""
+    if not found:
+        return Text("nothing is attached on this node", style="dim")
+    rows = [_row(each, terminal=out.is_terminal) for each in found]
+    columns = [title for title in rows[0] if wide or title not in _WIDE]
+    for title in () if wide else _LEAST:
+        room = sum(max(len(title), *(len(row[title]) for row in rows)) + 2 for title in columns)
+        if room <= out.width:
+            break
+        columns.remove(title)
+    table = _table(out.is_terminal)
+    for title in columns:
+        table.add_column(title, no_wrap=title != "POD", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[title] for title in columns))
+    return table
+
+
+def _row(each: Attachment, *, terminal: bool) -> dict[str, Text]:
+    record = each.record
+    return {
+        "POD": Text(each.sandbox),
+        "IFNAME": Text(record.ifname),
+        "DEVICE": Text(" ".join(filter(None, (record.device, record.mode)))),
+        "SOURCE": Text(record.source or "-"),
+        "MAC": Text(record.mac),
+        "ADDRESS": Text(" ".join(each.addresses) or "-"),
+        "STATUS": _status(each, terminal),
+        "HELD BY": Text(", ".join(f"{holder.program} {holder.pid}" for holder in each.holders) or "-"),
+        "NETWORK": Text(record.network),
+        "MTU": Text(str(record.mtu)),
+        "QUEUES": Text(str(record.queues)),
+        "SINCE": Text(_since(each)),
+        "ID": Text(record.id),
+    }
+
+
+def details(each: Attachment) -> RenderableType:
+    """Everything about one."""
+    record, pod = each.record, each.pod
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+
+    def row(name: str, value: object) -> None:
+        if value not in (None, "", ()):
+            grid.add_row(name, value if isinstance(value, Text) else str(value))
+
+    row("status", _status(each, terminal=True))
+    row("pod", f"{pod.namespace}/{pod.name}" if pod else None)
+    row("container", record.container_id)
+    row("network", record.network)
+    row("device", " ".join(filter(None, (record.device, record.mode))))
+    row("source", _named(record.source, record.interface))
+    row("MAC", record.mac)
+    row("addresses", " ".join(each.addresses))
+    row("MTU", record.mtu)
+    row("queues", record.queues)
+    for holder in each.holders:
+        vm = f', VM "{holder.vm}"' if holder.vm else ""
+        given = ", by the agent" if holder.broker else ""
+        queues = count(holder.queues, "queue")
+        row("held by", f"{holder.program}, pid {holder.pid}, uid {holder.uid}, {queues}{given}{vm}")
+    row("to guest", _traffic(each.to_guest))
+    row("from guest", _traffic(each.from_guest))
+    row("netns", f"{record.netns} (net:[{record.netns_id[1]}], nsid {record.nsid})")
+    row("ifindex", record.ifindex)
+    row("char device", "{}:{}".format(*each.device) if each.device else None)
+    row("device node", record.node)
+    row("since", _since(each))
+    row("id", record.id)
+    title = Text.assemble((record.ifname, "bold"), " of ", (each.sandbox, "bold"))
+    return Group(title, Padding(grid, (0, 0, 0, 2)))
+
+
+def tree(node: Node) -> RenderableType:
+    """Switch port → NIC → attachment → pod → process."""
+    root = Tree(Text.assemble("node ", (node.name, "bold")), guide_style="dim")
+    for source in node.sources:
+        parent = root
+        if source.neighbours:
+            ports = ", ".join(f"{each.system} port {each.port}" for each in source.neighbours)
+            parent = root.add(Text.assemble("switch ", (ports, "bold")))
+        branch = parent.add(_source(node, source))
+        _add(branch, node.on(source.name))
+    if plain := node.on(None):
+        _add(root.add(Text("no source: taps of their pods alone", style="dim")), plain)
+    if len(node.sources) == 0 and not plain:
+        root.add(Text("nothing is attached, and the policy names nothing", style="dim"))
+    return root
+
+
+def findings(found: Iterable[Finding], *, terminal: bool) -> RenderableType:
+    """Each with its next step under it."""
+    grid = Table.grid(padding=(0, 1))
+    for _ in range(3):
+        grid.add_column(overflow="fold")
+    grid.columns[1].no_wrap = True
+    for each in found:
+        sign, style = SEVERITY[each.severity]
+        said = Text(each.message)
+        if each.next_step:
+            said.append(f"\n→ {each.next_step}", style="bold" if terminal else "")
+        grid.add_row(
+            Text(sign if terminal else each.severity, style=style), Text(each.check, style="dim"), said
+        )
+    return grid
+
+
+def _table(terminal: bool) -> Table:
+    if not terminal:
+        return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold dim", padding=(0, 1, 0, 0))
+
+
+def _add(branch: Tree, found: Iterable[Attachment]) -> None:
+    for each in found:
+        record = each.record
+        name = Text.assemble(
+            (record.ifname, "bold"),
+            f"  {' '.join(filter(None, (record.device, record.mode)))}  {record.mac}",
+            "".join(f"  {address}" for address in each.addresses),
+            "  ",
+            _status(each, terminal=True),
+        )
+        pod = branch.add(name).add(Text.assemble("pod " if each.pod else "sandbox ", (each.sandbox, "")))
+        for holder in each.holders:
+            vm = f"VM {holder.vm or each.vm}  " if holder.vm or each.vm else ""
+            pod.add(
+                Text.assemble(
+                    (vm, "bold"),
+                    f"{holder.program}  pid {holder.pid}  uid {holder.uid}  {count(holder.queues, 'queue')}",
+                )
+            )
+
+
+def _source(node: Node, source: Source) -> Text:
+    line = Text.assemble((source.name, "bold"), "  ", (source.state, SOURCE[source.state]))
+    if source.link:
+        kind = source.link.kind or source.driver
+        line.append(f"  {kind}" if kind else "")
+        line.append(f"  {speed(source.speed)}" if source.speed else "")
+        line.append(f"  mtu {source.link.mtu}")
+        if source.nics and source.nics != (source.name,):
+            line.append(f"  over {', '.join(source.nics)}")
+        if source.master:
+            line.append(f"  port of {source.master}", style="red")
+    for entry in source.entries:
+        room = f" {node.count(entry)} of {entry.capacity}" if entry.capacity else ""
+        line.append(f"  [{entry.name}{room}]", style="magenta")
+    return line
+
+
+def speed(megabits: int) -> str:
+    """10000 → "10 Gb/s"."""
+    return f"{megabits / 1000:g} Gb/s" if megabits >= 1000 else f"{megabits} Mb/s"
+
+
+def _status(each: Attachment, terminal: bool) -> Text:
+    sign = "● " if terminal else ""
+    return Text(f"{sign}{each.status}", style=STATUS[each.status])
+
+
+def _named(source: str | None, interface: str | None) -> str | None:
+    return f"{source} (interface {interface} of the policy)" if source and interface else source
+
+
+def _since(each: Attachment) -> str:
+    return each.since.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def count(number: int, word: str) -> str:
+    """ "1 queue", "2 queues"."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def _traffic(counted: Traffic | None) -> str | None:
+    if counted is None:
+        return None
+    dropped = f", {counted.dropped} dropped" if counted.dropped else ""
+    return f"{count(counted.packets, 'packet')}, {_size(counted.bytes)}{dropped}"
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

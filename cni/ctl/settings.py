@@ -1,0 +1,35 @@
+"""Where this node keeps what the commands look at: flags, then the plugin's variables, then the agent's file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from cni import schema
+from cni.agent import config
+from cni.errors import CniError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """fault: what is wrong with the agent's file; its defaults stand in for it then."""
+
+    run: str
+    policy: str
+    metrics: str
+    fault: CniError | None = None
+
+
+def load(*, run: str | None, policy: str | None, file: str | None) -> Settings:
+    """Never fails on a bad agent's file: that is when somebody comes to look."""
+    fault = None
+    try:
+        agent = vars(config.load(["--config", file] if file else []))
+    except CniError as error:
+        agent, fault = schema.defaults(schema.load("agent")), error
+    return Settings(
+        run=run or os.environ.get("VMTAP_STATE") or agent["run"],
+        policy=policy or os.environ.get("VMTAP_POLICY") or agent["policy"],
+        metrics=agent["metrics"],
+        fault=fault,
+    )

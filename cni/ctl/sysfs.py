@@ -1,0 +1,58 @@
+"""The sysfs of one network namespace, mounted for ourselves: /sys shows that of whoever mounted it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+
+from cni import mount, netns
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Sysfs:
+    """Attributes of network devices; what is not there is None."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def text(self, path: str) -> str | None:
+        """The attribute, below class/net."""
+        try:
+            fd = os.open(f"class/net/{path}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._fd)
+        except OSError:
+            return None
+        try:
+            return os.read(fd, 4096).decode(errors="replace").strip()
+        except OSError:  # EINVAL: the speed of a device that is down
+            return None
+        finally:
+            os.close(fd)
+
+    def number(self, path: str) -> int | None:
+        """The attribute as a number."""
+        text = self.text(path)
+        return int(text) if text and text.removeprefix("-").isdecimal() else None
+
+    def target(self, path: str) -> str | None:
+        """The last part of where a symbolic link leads."""
+        try:
+            return os.path.basename(os.readlink(f"class/net/{path}", dir_fd=self._fd))
+        except OSError:
+            return None
+
+
+@contextmanager
+def of(pod_netns: int | None = None) -> Iterator[Sysfs]:
+    """The sysfs of that namespace, or of the calling thread's. Raises CniError."""
+    if pod_netns is None:
+        fd = mount.detached(b"sysfs")
+    else:
+        with netns.entered(pod_netns):
+            fd = mount.detached(b"sysfs")
+    try:
+        yield Sysfs(fd)
+    finally:
+        os.close(fd)

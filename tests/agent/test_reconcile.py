@@ -1,0 +1,486 @@
+"""The reconciler: whatever is killed or removed when, every attachment in use stays and everything else goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cni import netns
+from cni.rtnl import Rtnl
+from cni.state import IFINDEX_BASE, Record, Store, identifier
+from lab.wire import BRIDGE, NIC
+from tests.agent.conftest import Agent
+from tests.runner import config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from lab.wire import Lab
+    from tests.agent.conftest import Shim
+
+WIRE: dict[str, Any] = {"source": NIC, "mode": "bridge"}
+PORT: dict[str, Any] = {"source": BRIDGE, "device": "tap", "mode": "pepa"}
+LEASER = """#!/bin/sh
+cd "{folder}" || exit 1
+cat > /dev/null
+echo "$CNI_COMMAND $CNI_CONTAINERID" >> log
+case "$CNI_COMMAND" in
+ADD)
+    touch "lease-$CNI_CONTAINERID-$CNI_IFNAME"
+    if [ -p gate ]; then echo come > come; read -r line < gate; fi
+    echo '{{"cniVersion":"1.1.0","ips":[{{"address":"10.6.0.5/24"}}]}}' ;;
+DEL)
+    if [ -e broken ]; then echo '{{"code":100,"msg":"the leases are locked"}}'; exit 1; fi
+    rm -f "lease-$CNI_CONTAINERID-$CNI_IFNAME" ;;
+esac
+"""
+
+
+@dataclass
+class Node:
+    """The agent, and what of it must be as it was in the end."""
+
+    agent: Agent
+    lab: Lab
+    leases: Path
+    heard: int = 0
+    """How many lines of the agent's log this test has looked at."""
+
+    def hears(self, msg: str) -> dict[str, Any]:
+        """The next line with that msg; the agent may have said it before it was ready."""
+        while self.heard < len(self.agent.log):
+            self.heard += 1
+            if self.agent.log[self.heard - 1]["msg"] == msg:
+                return self.agent.log[self.heard - 1]
+        line = self.agent.wait_for(msg)
+        self.heard = len(self.agent.log)
+        return line
+
+    def kill(self) -> None:
+        self.agent.end(signal.SIGKILL)
+        self.heard = len(self.agent.log)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.agent.run)
+
+    def records(self) -> list[Record]:
+        return list(self.store.records())
+
+    def shim(self) -> Shim:
+        made = self.agent.shim(wait=0)
+        return made.__class__(**{**vars(made), "cni_path": str(self.leases)})
+
+    def reconciled(self) -> None:
+        """The agent has looked at everything once more."""
+        self.hears("reconciled")
+
+    def left(self) -> list[str]:
+        """What speaks of an attachment: state, pending requests, leases, ports of the bridge."""
+        run = self.agent.run
+        folders = (run / "attachments", run / "ifindex", run / "dev", run / "pending")
+        files = [path for folder in folders for path in folder.glob("*")]
+        ports = [name for name in self.lab.node.links() if name.startswith("vth")]
+        return [*map(str, [*files, *self.leases.glob("lease-*")]), *ports]
+
+
+@pytest.fixture
+def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
+    """A node whose agent looks at intervals only when a test says so: what heals here is told by an event."""
+    leases = tmp_path / "leases"
+    leases.mkdir()
+    (leases / "leaser").write_text(LEASER.format(folder=leases))
+    (leases / "leaser").chmod(0o755)
+    agent = Agent(
+        lab.node,
+        tmp_path / "run",
+        tmp_path / "interfaces.yaml",
+        flags=("--log-level", "debug", "--reconcile-seconds", "86400", "--metrics", "127.0.0.1:0"),
+    )
+    agent.start()
+    made = Node(agent, lab, leases)
+    made.reconciled()
+    yield made
+    if agent.process:
+        agent.end()
+
+
+def _often(node: Node) -> None:
+    """Start the agent again, looking every second."""
+    node.kill()
+    node.agent.flags = (*node.agent.flags, "--reconcile-seconds", "1")
+    node.agent.start()
+
+
+@pytest.mark.parametrize("fields", [WIRE, PORT, {"device": "tap"}], ids=["macvtap", "port", "plain tap"])
+def test_a_namespace_that_goes_takes_its_attachments_along(node: Node, fields: dict[str, Any]) -> None:
+    pod, other = node.lab.pod(), node.lab.pod()
+    conf = config(**fields, ipam={"type": "leaser"})
+    node.shim()("ADD", conf, netns=pod, container="c1").ok()
+    node.shim()("ADD", conf, netns=other, container="c2").ok()
+    pod.close()
+    assert node.hears("attachment ended")["container"] == "c1"
+    assert [record.container_id for record in node.records()] == ["c2"]
+    assert [path.name for path in node.leases.glob("lease-*")] == ["lease-c2-net1"]
+    node.shim()("DEL", conf, netns=other, container="c2").ok()
+    assert node.left() == []
+
+
+def test_a_reference_delegate_is_told(node: Node, reference_plugins: Path, tmp_path: Path) -> None:
+    pod = node.lab.pod()
+    ranges = [[{"subnet": "10.1.0.0/30"}]]  # one address to give
+    conf = config(**WIRE, ipam={"type": "host-local", "dataDir": str(tmp_path / "data"), "ranges": ranges})
+    shim = node.shim()
+    shim = shim.__class__(**{**vars(shim), "cni_path": str(reference_plugins)})
+    first = shim("ADD", conf, netns=pod, container="c1").ok()
+    shim("ADD", conf, netns=node.lab.pod(), container="c2").error(999)  # host-local's own
+    pod.close()
+    node.hears("attachment ended")
+    second = shim("ADD", conf, netns=node.lab.pod(), container="c2").ok()
+    assert second["ips"][0]["address"] == first["ips"][0]["address"]
+
+
+def test_a_namespace_that_went_while_the_agent_was_away(node: Node) -> None:
+    conf = config(**WIRE, ipam={"type": "leaser"})
+    gone, stays = node.lab.pod(), node.lab.pod()
+    node.shim()("ADD", conf, netns=gone, container="gone").ok()
+    node.shim()("ADD", conf, netns=stays, container="stays").ok()
+    node.kill()
+    gone.close()
+    node.agent.start()
+    assert node.hears("attachment ended")["why"] == "its namespace is gone"
+    assert [record.container_id for record in node.records()] == ["stays"]
+    assert (node.leases / "log").read_text().split("\n")[:-1] == ["ADD gone", "ADD stays", "DEL gone"]
+
+
+def test_an_id_that_is_used_again_misleads_nobody(node: Node) -> None:
+    old, new = node.lab.pod(), node.lab.pod()
+    node.shim()("ADD", config(**WIRE), netns=old, container="old").ok()
+    (record,) = node.records()
+    node.kill()
+    old.close()
+
+    def give() -> int:
+        """An id for the new namespace, once the old one's is free."""
+        fd = netns.open_path(str(new.path))
+        try:
+            with Rtnl() as host:
+                deadline = time.monotonic() + 10
+                while record.nsid in host.nsids():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                return host.nsid(fd)
+        finally:
+            os.close(fd)
+
+    assert node.lab.node.call(give) == record.nsid
+    node.agent.start()
+    node.shim()("ADD", config(**WIRE), netns=new, container="new").ok()
+    node.hears("attachment ended")
+    assert [record.container_id for record in node.records()] == ["new"]
+    assert "net1" in new.links()
+
+
+def test_a_link_that_is_lost_is_for_the_runtime_to_end(node: Node) -> None:
+    conf = config(**WIRE, ipam={"type": "leaser"})
+    pod = node.lab.pod()
+    node.shim()("ADD", conf, netns=pod).ok()
+    pod.ip("link delete net1")
+    node.kill()
+    node.agent.start()
+    node.reconciled()
+    assert len(node.records()) == 1
+    assert "vmtap_reconcile_lost 1" in node.agent.get("/metrics")[2].splitlines()
+    node.shim()("DEL", conf, netns=pod).ok()
+    assert node.left() == []
+
+
+def test_an_add_in_flight_is_left_alone(node: Node) -> None:
+    _often(node)
+    os.mkfifo(node.leases / "gate")
+    os.mkfifo(node.leases / "come")
+    pod, conf = node.lab.pod(), config(**WIRE, ipam={"type": "leaser"})
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(node.shim(), "ADD", conf, netns=pod)
+        assert (node.leases / "come").read_text() == "come\n"
+        for _ in range(2):  # the first may have begun before the ADD did
+            node.reconciled()
+        (node.leases / "gate").write_text("go\n")
+        adding.result(30).ok()
+    node.reconciled()
+    node.reconciled()
+    assert "net1" in pod.links()
+    assert (node.leases / "log").read_text() == "ADD c1\n"
+
+
+def test_an_add_that_was_killed_with_the_agent_is_ended(node: Node) -> None:
+    os.mkfifo(node.leases / "gate")
+    os.mkfifo(node.leases / "come")
+    pod, conf = node.lab.pod(), config(**WIRE, ipam={"type": "leaser"})
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(node.shim(), "ADD", conf, netns=pod)
+        assert (node.leases / "come").read_text() == "come\n"
+        assert node.agent.process
+        node.agent.process.kill()
+        adding.result(30).error(11)
+    (node.leases / "gate").write_text("go\n")  # the delegate outlives the agent, and holds its stderr
+    node.kill()
+    (node.leases / "gate").unlink()
+    node.agent.start()
+    assert node.hears("attachment ended")["why"] == "its ADD was killed"
+    assert node.left() == []
+    assert "net1" not in pod.links()
+    node.shim()("ADD", conf, netns=pod).ok()
+
+
+def test_a_delegate_that_fails_is_asked_again(node: Node) -> None:
+    _often(node)
+    pod = node.lab.pod()
+    node.shim()("ADD", config(**WIRE, ipam={"type": "leaser"}), netns=pod).ok()
+    (node.leases / "broken").touch()
+    pod.close()
+    assert "the leases are locked" in node.hears("reconciling failed; it is tried again")["error"]
+    assert len(node.records()) == 1
+    (node.leases / "broken").unlink()
+    node.hears("attachment ended")
+    assert node.left() == []
+
+
+class TestWithoutARecord:
+    """The state folder was lost, or a file of it."""
+
+    def _lose(self, node: Node, how: Callable[[Path], None]) -> None:
+        node.kill()
+        how(node.agent.run)
+        node.agent.start()
+
+    @pytest.mark.parametrize("named", [True, False])
+    def test_a_macvtap_is_adopted(self, node: Node, *, named: bool) -> None:
+        pod = node.lab.pod()
+        if named:
+            policy = {"interfaces": [{"name": "dataplane", "source": {"dev": NIC}, "type": "ethernet"}]}
+            node.agent.policy.write_text(json.dumps(policy))
+            conf = config(interface="dataplane", mode="pepa", owner=107)
+        else:
+            conf = config(**WIRE)
+        node.shim()("ADD", conf, netns=pod).ok()
+        (before,) = node.records()
+
+        def wipe(run: Path) -> None:
+            shutil.rmtree(run / "attachments")
+            shutil.rmtree(run / "ifindex")
+
+        self._lose(node, wipe)
+        node.hears("link without a record adopted")
+        (after,) = node.records()
+        assert after == before
+        assert node.store.sealed(after.id)
+        node.shim()("DEL", conf, netns=pod).ok()
+        assert node.left() == []
+
+    def test_a_torn_record_is_made_again(self, node: Node) -> None:
+        pod = node.lab.pod()
+        node.shim()("ADD", config(**WIRE), netns=pod).ok()
+        (before,) = node.records()
+        file = node.agent.run / "attachments" / f"{before.id}.json"
+
+        def tear(_: Path) -> None:
+            file.unlink()
+            file.write_text('{"network": "wi')
+
+        self._lose(node, tear)
+        node.hears("reconciled")
+        node.agent.end()  # which of the first two runs sees what is open: the record is set aside in one of them
+        node.agent.start()
+        node.hears("reconciled")
+        node.agent.end()
+        assert node.records() == [before]
+        assert file.with_suffix(".bad").exists()
+
+    @pytest.mark.parametrize("fields", [PORT, {"device": "tap"}], ids=["port", "plain tap"])
+    def test_a_tap_is_left_to_del(self, node: Node, fields: dict[str, Any]) -> None:
+        pod = node.lab.pod()
+        node.shim()("ADD", config(**fields), netns=pod).ok()
+        self._lose(node, lambda run: shutil.rmtree(run / "attachments"))
+        node.hears("link without a record left alone: DEL removes it, by its alias")
+        node.agent.end()
+        node.agent.start()
+        node.reconciled()
+        assert "net1" in pod.links()
+        assert [name for name in node.left() if "vth" in name or "ifindex" in name]
+        node.shim()("DEL", config(**fields), netns=pod).ok()
+        assert node.left() == []
+        assert "net1" not in pod.links()
+
+    def test_an_alias_alone_is_no_proof(self, node: Node) -> None:
+        """Whoever is root in a pod may write one."""
+        pod = node.lab.pod()
+        node.shim()("ADD", config(**WIRE), netns=pod).ok()
+        index = IFINDEX_BASE + 5
+        node.lab.node.ip(
+            f"link add link {NIC} name forged index {index} netns {pod.path} type macvtap mode bridge"
+        )
+        pod.ip("link set forged alias vmtap/wire/c9/net1")
+        node.agent.end()
+        node.agent.start()
+        line = node.hears("link without a record left alone: DEL removes it, by its alias")
+        assert line["ifindex"] == index
+        assert [record.container_id for record in node.records()] == ["c1"]
+        assert {"net1", "forged"} <= pod.links().keys()
+        assert "vmtap_reconcile_unrecorded 1" in node.agent.get("/metrics")[2].splitlines()
+
+
+def test_leftovers_of_kills_are_removed_and_nothing_else(node: Node) -> None:
+    pod = node.lab.pod()
+    node.shim()("ADD", config(**WIRE, owner=107), netns=pod, container="c1").ok()
+    node.shim()("ADD", config(**PORT), netns=pod, container="c2", ifname="net2").ok()
+    used = node.left()
+    node.kill()
+    run, id = node.agent.run, identifier("wire", "killed", "net1")
+    number = node.store.reserve_ifindex(id)
+    (run / "attachments" / f"{id}.new").write_text("{")
+    (run / "dev/tap77").touch()
+    (run / "dev" / f"tap{number}.new").touch()
+    orphan = IFINDEX_BASE + 9
+    node.lab.node.ip(
+        f"link add vth{orphan:08x} type veth peer name vtp{orphan:08x} netns {pod.path}",
+        f"link set vth{orphan:08x} alias vmtap/wire/killed/net9",
+        "link add vth0000000a type veth peer name foreign",
+    )
+    node.agent.start()
+    for _ in range(3):
+        node.hears("leftover removed")
+    node.agent.end()
+    assert sorted(node.left()) == sorted([*used, "vth0000000a"])
+    assert {"net1", "net2"} <= pod.links().keys()
+    assert f"vtp{orphan:08x}" not in pod.links()
+
+
+class TestPending:
+    """What the shim leaves while the agent is away."""
+
+    def test_a_del_is_carried_out_at_the_start(self, node: Node) -> None:
+        pod, conf = node.lab.pod(), config(**WIRE, ipam={"type": "leaser"})
+        node.shim()("ADD", conf, netns=pod).ok()
+        node.kill()
+        assert node.shim()("DEL", conf, netns=pod).stdout == b""
+        assert "net1" in pod.links()
+        node.agent.start()
+        assert node.left() == []
+        assert "net1" not in pod.links()
+        assert "vmtap_reconcile_pending 0" in node.agent.get("/metrics")[2].splitlines()
+
+    def test_an_add_that_follows_is_not_undone(self, node: Node) -> None:
+        """A container that is restarted has the id that it had."""
+        pod, conf = node.lab.pod(), config(**WIRE)
+        shim = node.shim()
+        shim("ADD", conf, netns=pod).ok()
+        node.kill()
+        shim("DEL", conf, netns=pod).ok()
+        (request,) = (node.agent.run / "pending").iterdir()
+        kept = request.read_bytes()
+        written = request.stat().st_mtime_ns
+        node.agent.start()
+        shim("ADD", conf, netns=pod).ok()
+        node.agent.end()
+        request.write_bytes(kept)
+        os.utime(request, ns=(written, written))
+        node.agent.start()
+        assert "pending DEL dropped: it was added again since" in [line["msg"] for line in node.agent.log]
+        assert "net1" in pod.links()
+        assert not request.exists()
+
+    @pytest.mark.parametrize("what", ["junk", "add", "cut", "link"])
+    def test_what_is_no_del_is_set_aside(self, node: Node, what: str) -> None:
+        pod, conf = node.lab.pod(), config(**WIRE)
+        node.agent.end()
+        node.shim()("DEL", conf, netns=pod).ok()
+        (request,) = (node.agent.run / "pending").iterdir()
+        good = request.read_bytes()
+        request.unlink()
+        if what == "link":
+            request.symlink_to("/etc/passwd")
+        else:
+            bad = {"junk": b"junk", "add": good.replace(b"=DEL\0", b"=ADD\0"), "cut": good[:-1]}
+            request.write_bytes(bad[what])
+        node.agent.start()
+        assert [path.name for path in (node.agent.run / "pending").iterdir()] == [f"{request.name}.bad"]
+        assert "net1" not in pod.links()
+
+    def test_one_that_fails_is_tried_again(self, node: Node) -> None:
+        pod, conf = node.lab.pod(), config(**WIRE, ipam={"type": "leaser"})
+        node.shim()("ADD", conf, netns=pod).ok()
+        (node.leases / "broken").touch()
+        node.agent.end()
+        node.shim()("DEL", conf, netns=pod).ok()
+        node.agent.flags = (*node.agent.flags, "--reconcile-seconds", "1")
+        node.agent.start()
+        assert len(list((node.agent.run / "pending").iterdir())) == 1
+        (node.leases / "broken").unlink()
+        node.hears("pending DEL carried out")
+        assert node.left() == []
+
+
+def test_kills_at_any_moment(node: Node) -> None:
+    """Ten kills, each in the middle of ADDs and DELs: what was answered stays, what was not is gone after its DEL."""
+    chance = random.Random(4)  # noqa: S311 - no secret
+    pods = [node.lab.pod() for _ in range(4)]
+    wanted: dict[str, dict[str, Any]] = {}
+    unanswered = 0
+    for turn in range(10):
+        shim = node.shim()
+        failed: list[str] = []
+        conf = config(**(PORT if turn % 3 == 2 else WIRE), ipam={"type": "leaser"})
+
+        def add(
+            name: str, conf: dict[str, Any] = conf, shim: Shim = shim, failed: list[str] = failed
+        ) -> None:
+            answer = shim("ADD", conf, netns=pods[hash(name) % 4], container=name, ifname=name)
+            if answer.status == 0:
+                wanted[name] = conf
+            else:
+                answer.error(11)
+                failed.append(name)
+
+        def delete(name: str, shim: Shim = shim) -> None:
+            shim("DEL", wanted.pop(name), netns=pods[hash(name) % 4], container=name, ifname=name).ok()
+
+        killer = threading.Timer(chance.uniform(0, 0.25), node.agent.process.kill)  # type: ignore[union-attr]
+        with ThreadPoolExecutor(8) as pool:
+            killer.start()
+            jobs = [pool.submit(delete, name) for name in list(wanted)[:4]]
+            jobs += [pool.submit(add, f"t{turn}n{number}") for number in range(8)]
+            for job in jobs:
+                job.result(60)
+        killer.join()
+        node.kill()
+        node.agent.start()
+        node.reconciled()
+        unanswered += len(failed)
+        for name in failed:  # a runtime's DEL follows a failed ADD
+            node.shim()("DEL", conf, netns=pods[hash(name) % 4], container=name, ifname=name).ok()
+        node.agent.end()
+        assert {record.container_id for record in node.records()} == wanted.keys(), f"turn {turn}"
+        links = {name for pod in pods for name in pod.links() if name.startswith("t")}
+        assert links == wanted.keys(), f"turn {turn}"
+        leases = {path.name.split("-")[1] for path in node.leases.glob("lease-*")}
+        assert leases == wanted.keys(), f"turn {turn}"
+        node.agent.start()
+        node.reconciled()
+    assert unanswered, "no kill came in the middle of an ADD"
+    for pod in pods:
+        pod.close()
+    for _ in range(len(wanted)):
+        node.hears("attachment ended")
+    assert node.left() == []

@@ -1,0 +1,125 @@
+"""watch: each event is told by the kernel, so each test waits for a line and for nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cni import netns, state, tapdev
+from cni.ctl.execs import Execs
+from tests.ctl.conftest import Ctl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lab.wire import Lab, Netns
+
+PATIENCE = 30.0
+
+
+class Watch:
+    """A vmtapctl watch --json. What happens after the first look is told: the first event is that of `here`."""
+
+    def __init__(self, ctl: Ctl, *words: str) -> None:
+        self.process = subprocess.Popen(
+            ctl.argv("watch", *words), env=ctl.env(), stdout=subprocess.PIPE, text=True
+        )
+
+    def line(self) -> str:
+        assert self.process.stdout
+        ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
+        assert ready, "nothing was told"
+        return self.process.stdout.readline()
+
+    def event(self) -> tuple[str, str, str]:
+        """(what, ifname, status)."""
+        event: dict[str, Any] = json.loads(self.line())
+        return event["event"], event["attachment"]["ifname"], event["attachment"]["status"]
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+
+@contextmanager
+def watching(ctl: Ctl, *words: str) -> Iterator[Watch]:
+    watch = Watch(ctl, *words)
+    try:
+        yield watch
+    finally:
+        watch.process.kill()
+        watch.process.communicate()
+
+
+@contextmanager
+def sleeper(ctl: Ctl, pod: Netns, ifname: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that holds the attachment."""
+    namespace = netns.open_path(str(pod.path))
+    records = state.in_netns(ctl.plugin.state, netns.identity(namespace))
+    [record] = [record for record in records if record.ifname == ifname]
+    [fd] = tapdev.open_queues(namespace, record, 1)
+    with subprocess.Popen(["sleep", "60"], pass_fds=[fd]) as process:
+        os.close(fd)
+        os.close(namespace)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_comes_and_goes(ctl: Ctl, lab: Lab, number: int) -> None:
+    here, pod = lab.pod("here"), lab.pod("pod")
+    ctl.add(here, container="h", ifname="here", device="tap")
+    with watching(ctl, "--json") as watch:
+        assert watch.event() == ("present", "here", "idle")
+        ctl.add(pod)
+        assert watch.event() == ("attached", "net1", "idle")
+        ctl.add(pod, ifname="net2", device="tap")
+        assert watch.event() == ("attached", "net2", "idle")
+        with sleeper(ctl, pod, "net2"):
+            assert watch.event() == ("changed", "net2", "in use")
+        assert watch.event() == ("changed", "net2", "idle")
+        lab.switch.ip("link set node down")
+        assert watch.event() == ("changed", "net1", "no carrier")
+        lab.switch.ip("link set node up")
+        assert watch.event() == ("changed", "net1", "idle")
+        ctl.delete(pod)
+        assert watch.event()[:2] == ("detached", "net1")
+        pod.ip("link delete net2")
+        assert watch.event() == ("changed", "net2", "gone")
+        assert watch.end(number) == 0
+
+
+def test_before_anything_was_attached(ctl: Ctl, pod: Netns) -> None:
+    """Nor is there a state folder; without a terminal an event is a plain line."""
+    with watching(ctl) as watch:
+        ctl.add(pod, name="web")
+        line = watch.line()
+        assert "  shop/web net1  macvtap bridge on eth1" in line
+        assert "\x1b" not in line
+        assert watch.end(signal.SIGINT) == 0
+
+
+def test_a_launcher_that_becomes_qemu_is_news(ctl: Ctl, pod: Netns) -> None:
+    """The kernel tells it in its first network namespace only, so watch's ear is tested there, and not in the lab."""
+    ctl.add(pod)
+    ear = Execs()
+    try:
+        subprocess.run(["true"], check=True)
+        assert select.select([ear], [], [], PATIENCE)[0]
+        ear.relevant()
+        with sleeper(ctl, pod, "net1"):
+            heard = False
+            while not heard:
+                assert select.select([ear], [], [], PATIENCE)[0]
+                heard = ear.relevant()
+    finally:
+        ear.close()

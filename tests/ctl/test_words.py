@@ -1,0 +1,154 @@
+"""What needs no attachment: lint, completion, usage, and how things are laid out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cni.ctl import lldp
+from tests.ctl.conftest import Ctl
+from tests.runner import BIN
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lab.wire import Netns
+
+GOOD = {"cniVersion": "1.1.0", "name": "n", "type": "vmtap", "source": "eth1"}
+
+
+def lint(*words: str | Path, status: int = 0) -> list[str]:
+    done = subprocess.run(
+        [BIN / "vmtapctl", "lint", *words], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        (json.dumps(GOOD), []),
+        (json.dumps({"name": "n", "cniVersion": "1.0.0", "plugins": [{"type": "vmtap", "source": "e"}]}), []),
+        ("interfaces: [{name: a, source: {dev: eth1}}]", []),
+        ("logLevel: debug", []),
+        (json.dumps(GOOD | {"mod": "vepa", "mtu": "5"}), ["mod: unknown key", 'mtu: "5" is not allowed']),
+        (json.dumps({"name": "n", "type": "bridge"}), ["no plugin in it is of type vmtap or macvtap"]),
+        ("interfaces: [{name: a}]", ["interfaces[0].source: is missing"]),
+        ("logLevel: loud", ['logLevel: "loud" is not allowed']),
+        ("{", ["Expecting property name"]),
+        ("a: b: c", ["line 1, column 5"]),
+    ],
+)
+def test_lint(tmp_path: Path, text: str, faults: list[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text(text)
+    file.chmod(0o666)  # whose it is does not matter here
+    lines = lint(file, status=2 if faults else 0)
+    assert len(lines) == max(1, len(faults)), lines
+    for line, fault in zip(lines, faults, strict=False):
+        assert line.startswith(f"{file}: {fault}") or fault in line
+    if not faults:
+        assert ": a good " in lines[0]
+
+
+def test_lint_by_a_policy(tmp_path: Path) -> None:
+    conf, rules = tmp_path / "a.conf", tmp_path / "policy.yaml"
+    conf.write_text(json.dumps(GOOD | {"mode": "vepa"}))
+    rules.write_text("interfaces: [{name: a, source: {dev: eth1}, modes: [bridge]}]")
+    lint(conf)
+    [line] = lint(conf, "--policy", rules, status=2)
+    assert "on eth1 the policy allows bridge" in line
+
+
+def test_lint_a_file_that_is_not_there() -> None:
+    [line] = lint("/nowhere/at/all", status=2)
+    assert "No such file" in line
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_understands_its_completion(shell: str, tmp_path: Path) -> None:
+    assert shutil.which(shell), f"{shell} is missing: lab/setup test installs it"
+    script = subprocess.run(
+        [BIN / "vmtapctl", "completion", shell], capture_output=True, text=True, check=True
+    ).stdout
+    file = tmp_path / "completion"
+    file.write_text(script)
+    done = subprocess.run([shell, "-n", file], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "offers"),
+    [("vmtapctl do", {"doctor"}), ("vmtapctl show we", {"web"}), ("vmtapctl completion f", {"fish"})],
+)
+def test_bash_completes(ctl: Ctl, pod: Netns, tmp_path: Path, line: str, offers: set[str]) -> None:
+    """As its script does it; the names are those of this node's attachments."""
+    ctl.add(pod, name="virt-launcher-web-x7b2d")
+    said = tmp_path / "said"
+    env = ctl.env(_ARGCOMPLETE="1", COMP_LINE=line, COMP_POINT=str(len(line)), _ARGCOMPLETE_IFS="\n")
+    env["_ARGCOMPLETE_STDOUT_FILENAME"] = str(said)
+    subprocess.run(ctl.argv(), env=env, check=True, timeout=60)
+    assert {word.strip() for word in said.read_text().split("\n")} == offers
+
+
+@pytest.mark.parametrize("words", [[], ["lost"], ["show"], ["tree", "--lldp", "0"], ["list", "--jso"]])
+def test_usage(words: list[str]) -> None:
+    done = subprocess.run([BIN / "vmtapctl", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == os.EX_USAGE
+    assert done.stderr.startswith("usage: vmtapctl")
+
+
+def test_colour_only_where_it_is_wanted(ctl: Ctl, pod: Netns) -> None:
+    """script(1) is the terminal."""
+    ctl.add(pod)
+    command = ["script", "-qec", " ".join(ctl.argv("list")), "/dev/null"]
+    coloured = ctl.env(TERM="xterm-256color")
+
+    def said(env: dict[str, str]) -> str:
+        return subprocess.run(
+            command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+
+    assert "\x1b[36m● idle" in said(coloured)
+    assert "\x1b[36m" not in said(coloured | {"NO_COLOR": "1"})
+    assert "\x1b" not in ctl("list").stdout
+
+
+def test_a_narrow_terminal_gets_fewer_columns(ctl: Ctl, pod: Netns) -> None:
+    mac = ctl.add(pod, name="virt-launcher-web-x7b2d")
+    command = ["script", "-qec", " ".join(ctl.argv("list")), "/dev/null"]
+    done = subprocess.run(
+        command,
+        env=ctl.env(TERM="dumb", COLUMNS="72"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 72
+    assert "HELD BY" not in done.stdout
+    assert [
+        line for line in lines if "shop/virt-launcher-web-x7b2d" in line and mac in line and "idle" in line
+    ]
+
+
+def test_what_lldpd_says() -> None:
+    """Its json0, as lldpcli 1.0.16 printed it for a switch that calls its port by a MAC and describes it."""
+    mac = {"type": "mac", "value": "4a:fd:ae:fe:de:6e"}
+    interface = {
+        "name": "eth1",
+        "via": "LLDP",
+        "chassis": [{"id": [mac], "name": [{"value": "leaf-12"}]}],
+        "port": [{"id": [mac], "descr": [{"value": "node"}], "ttl": [{"value": "120"}]}],
+    }
+    assert dict(lldp.of_lldpcli({"lldp": [{"interface": [interface]}]})) == {
+        "eth1": lldp.Neighbour("leaf-12", "node")
+    }
+    assert dict(lldp.of_lldpcli({"lldp": [{}]})) == {}

@@ -1,0 +1,67 @@
+"""A launcher's request, from bytes to what it is given; tests/agent/ has the rest."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cni.agent.broker import Asked, choose, parse
+from cni.errors import CniError
+from cni.spec import DECODING_FAILURE, INVALID_ENVIRONMENT, NO_ATTACHMENT
+from tests.unit.launcher.attached import record
+
+RECORDS = [record(ifname="net1", queues=2), record(ifname="net2", queues=4)]
+
+
+@pytest.mark.parametrize(
+    ("line", "asked"),
+    [
+        (b"{}\n", Asked()),
+        (
+            b'{"ifnames":["net2"],"queues":3,"shared":true,"open":false}\n',
+            Asked(("net2",), 3, True, False),
+        ),
+        (b'{"ifnames": []}\n', Asked()),
+    ],
+)
+def test_requests(line: bytes, asked: Asked) -> None:
+    assert parse(line) == asked
+
+
+@given(st.binary() | st.text().map(str.encode) | st.sampled_from([b"1", b"null", b"NaN", b'"x"', b"[[]]"]))
+def test_anything_else_is_refused_in_one_way(line: bytes) -> None:
+    try:
+        parse(line)
+    except CniError as error:
+        assert error.code == DECODING_FAILURE
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        (Asked(), [("net1", 2), ("net2", 4)]),
+        (Asked(queues=1), [("net1", 1), ("net2", 1)]),
+        (Asked(("net2", "net1")), [("net2", 4), ("net1", 2)]),
+    ],
+)
+def test_what_is_asked_for_in_its_order(asked: Asked, chosen: list[tuple[str, int]]) -> None:
+    assert [(each.ifname, queues) for each, queues in choose(RECORDS, asked)] == chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "says"),
+    [
+        (Asked(queues=3), INVALID_ENVIRONMENT, "net1 has 2"),
+        (Asked(("net3",)), NO_ATTACHMENT, "there is net1, net2"),
+    ],
+)
+def test_what_is_not_there(asked: Asked, code: int, says: str) -> None:
+    with pytest.raises(CniError, match=says) as caught:
+        choose(RECORDS, asked)
+    assert caught.value.code == code
+
+
+def test_no_more_fds_than_a_message_can_carry() -> None:
+    with pytest.raises(CniError, match="more than 253 queues"):
+        choose([record(ifname="net1", queues=256)], Asked())
