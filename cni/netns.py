@@ -40,13 +40,14 @@ def open_path(path: str, *, name: str = "CNI_NETNS", own_allowed: bool = False) 
 
 def reopen(seen: int, path: str, *, name: str = "CNI_NETNS", own_allowed: bool = False) -> int:
     """The same from an O_PATH fd that somebody has opened already."""
-    if os.fstat(seen).st_dev != os.stat(OWN).st_dev:  # there is one nsfs in the kernel
+    own = own_identity()
+    if os.fstat(seen).st_dev != own[0]:  # there is one nsfs in the kernel
         raise CniError(INVALID_NETNS, f"{name} {path!r} is not a namespace")
     fd = os.open(f"/proc/self/fd/{seen}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         if ioctl(fd, NS_GET_NSTYPE) != CLONE_NEWNET:
             raise CniError(INVALID_NETNS, f"{name} {path!r} is not a network namespace")
-        if not own_allowed and identity(fd) == own_identity():
+        if not own_allowed and identity(fd) == own:
             raise CniError(
                 INVALID_NETNS,
                 f"{name} {path!r} is the plugin's own network namespace: a pod must have one of its own",

@@ -38,6 +38,8 @@ _SEALED = 0o400
 """The mode of a record whose ADD came to its end."""
 _SWEEP = "sweep"
 """Stands where an id stands; no id is without a dash."""
+_BUFFER = 1 << 16
+"""Given, so that nobody looks whether a file is a terminal."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class Record:
         return alias(self.network, self.container_id, self.ifname)
 
 
+_FIELDS = tuple(field.name for field in fields(Record))
+
+
 def identifier(network: str, container_id: str, ifname: str) -> str:
     """A file name for an attachment: begins with the container's id, for the eye."""
     key = "\0".join((network, container_id, ifname)).encode()
@@ -137,7 +142,13 @@ class Store:
         """Make the folder where it is missing. Refuses one that others could write to."""
         with _io(self.folder):
             for folder in (self._attachments, self._ifindex, self._dev):
-                os.makedirs(folder, mode=0o700, exist_ok=True)
+                try:
+                    os.mkdir(folder, 0o700)
+                except FileExistsError:
+                    if not os.path.isdir(folder):
+                        raise
+                except FileNotFoundError:
+                    os.makedirs(folder, mode=0o700, exist_ok=True)
             status = os.lstat(self.folder)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 raise CniError(
@@ -173,11 +184,11 @@ class Store:
                 fd = os.open(
                     written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
                 )
-                with open(fd, "w", encoding="utf-8") as file:
+                with open(fd, "wb", buffering=_BUFFER) as file:
                     if sealed:
                         os.fchmod(fd, _SEALED)
                     # Not json.dump, which would be Python and not C.
-                    file.write(json.dumps(vars(record), separators=(",", ":")))
+                    file.write(json.dumps(vars(record), separators=(",", ":")).encode())
                 os.rename(written, path)
             except BaseException:
                 _unlink(written)
@@ -206,7 +217,7 @@ class Store:
         """The record, or None. One that cannot be understood is set aside, as NAME.bad, for a person to look at."""
         path = self._path(id)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", buffering=0) as file:
                 record = decode(id, file.read())
         except FileNotFoundError:
             return None
@@ -345,9 +356,7 @@ def decode(id: str, data: bytes) -> Record:
     try:
         document = json.loads(data)
         # An older or newer version of us may have written it: what one does not know has a default.
-        record = Record(
-            **{field.name: document[field.name] for field in fields(Record) if field.name in document}
-        )
+        record = Record(**{name: document[name] for name in _FIELDS if name in document})
         for name in ("netns_id", "ips", "routes"):  # JSON knows lists only
             object.__setattr__(record, name, tuple(getattr(record, name)))
         if record.id == id:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cni.agent.config import Config
+    from cni.agent.server import Reply
     from cni.plugin import Response
 
 
@@ -57,7 +59,7 @@ class Agent:
             "Connections to the CNI socket that carried no request of ours.",
         )
 
-    def answer(self, asked: Asked, waits: Callable[[], None] = nothing) -> tuple[Response, bytes]:
+    def answer(self, asked: Asked, reply: Reply, waits: Callable[[], None]) -> None:
         """Carry out one request of the shim; waits: see plugin.Request."""
         begin = time.monotonic()
         request = plugin.Request(
@@ -82,6 +84,7 @@ class Agent:
         if response.error:
             stderr = f"{asked.called_as}: {response.error}\n".encode()
             fields |= {"code": response.error.code, "error": str(response.error)}
+        reply(response, stderr)  # before the log: somebody waits for it
         log(
             WARNING if response.error else INFO,
             "request",
@@ -90,7 +93,12 @@ class Agent:
             ifname=asked.env.get("CNI_IFNAME"),
             **fields,
         )
-        return response, stderr
+
+    def carry_out(self, asked: Asked) -> Response:
+        """The same for a request that nobody waits for any more."""
+        responses: list[Response] = []
+        self.answer(asked, lambda response, _: responses.append(response), nothing)
+        return responses[0]
 
     def refused(self, why: str) -> None:
         """Take note of a connection that carried no request."""
@@ -138,7 +146,7 @@ def _run(settings: Config) -> int:
     agent.policy_error()  # it is logged, and every ADD says so
     reconciler = Reconciler(
         store,
-        agent.answer,
+        agent.carry_out,
         agent.policies,
         registry,
         seconds=settings.reconcile_seconds,
@@ -151,6 +159,8 @@ def _run(settings: Config) -> int:
     serving = server.Server(lent or server.listen(path), agent.answer, agent.refused, lent=lent is not None)
     broker = Broker(settings.run, registry)
     broker.start()
+    gc.collect()
+    gc.freeze()  # what is there now stays: no collection need look at it again
     serving.start()
     told = _health(settings.metrics, path, store, agent, registry)
     _notify("READY=1")

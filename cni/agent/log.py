@@ -25,6 +25,8 @@ class _Json(logging.Formatter):
 
 def start(level: str) -> None:
     """Log from that level up."""
+    # Nobody asks a line for these (the logging HOWTO's "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json())
     LOG.handlers = [handler]

@@ -86,7 +86,7 @@ class Reconciler:
     def __init__(
         self,
         store: Store,
-        answer: Callable[[Asked], tuple[Response, bytes]],
+        answer: Callable[[Asked], Response],
         policy: Callable[[], Policy | None],
         registry: Registry,
         *,
@@ -428,7 +428,7 @@ class Reconciler:
             self._remove(path)
             log(INFO, "pending DEL dropped: it was added again since", **_asked(asked))
             return
-        response, _ = self._answer(asked)
+        response = self._answer(asked)
         if response.error is None:
             self._remove(path)
             self._done.inc()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from cni.agent.wire import Asked
     from cni.plugin import Response
 
+    Reply = Callable[[Response, bytes], None]
+
 SO_PEERCRED = 17
 _UCRED = struct.Struct("=iII")
 _PROMPT_SECONDS = 0.05
@@ -75,13 +77,13 @@ class Server:
     def __init__(
         self,
         listener: socket.socket,
-        answer: Callable[[Asked, Callable[[], None]], tuple[Response, bytes]],
+        answer: Callable[[Asked, Reply, Callable[[], None]], None],
         refused: Callable[[str], None],
         *,
         lent: bool = False,
     ) -> None:
-        """answer gets what was asked, and what to call before it waits for somebody else. lent: the socket is
-        systemd's, which listens on when we are gone."""
+        """answer gets what was asked, how to reply, and what to call before it waits for somebody else. lent: the
+        socket is systemd's, which listens on when we are gone."""
         self._listener = listener
         self._lent = lent
         self._answer = answer
@@ -189,13 +191,16 @@ class Server:
             return
         if asked is None:
             return
+
+        def reply(response: Response, stderr: bytes) -> None:
+            if len(response.stdout) + len(stderr) > _AT_ONCE:
+                turn.leave()
+            connection.settimeout(_REQUEST_SECONDS)
+            with suppress(OSError):  # a shim that is gone was killed by its runtime, which sends a DEL
+                wire.reply(connection, response, stderr)
+
         try:
-            response, stderr = self._answer(asked, turn.leave)
+            self._answer(asked, reply, turn.leave)
         finally:
             if asked.netns is not None:
                 os.close(asked.netns)
-        if len(response.stdout) + len(stderr) > _AT_ONCE:
-            turn.leave()
-        connection.settimeout(_REQUEST_SECONDS)
-        with suppress(OSError):  # a shim that is gone was killed by its runtime, which sends a DEL
-            wire.reply(connection, response, stderr)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _HEAD = struct.Struct("=IIII")  # magic, called as macvtap?, length of env, length of stdin
 _TAIL = struct.Struct("=iII")  # exit status, length of stdout, length of stderr
 _MAGIC = 0x31746D76  # "vmt1"
+_FIRST_BYTES = 1 << 14
+"""More than nearly every request has: it is read at once."""
 ENV_LIMIT = 16 << 20
 STDIN_LIMIT = (1 << 20) + 1
 
@@ -48,14 +50,18 @@ def receive(connection: socket.socket, late: Callable[[], None] = nothing) -> As
 
     Raises WireError, OSError (with it TimeoutError).
     """
-    first, fds, _, _ = _twice(lambda: socket.recv_fds(connection, _HEAD.size, 1), late)
+    first, fds, _, _ = _twice(lambda: socket.recv_fds(connection, _FIRST_BYTES, 1), late)
     netns = fds[0] if fds else None
     try:
         if not first and netns is None:
             return None
-        head = first + _exactly(connection, _HEAD.size - len(first), late)
-        body_length = _check(head)
-        return _asked(head, _exactly(connection, body_length, late), netns)
+        if len(first) < _HEAD.size:
+            first += _exactly(connection, _HEAD.size - len(first), late)
+        head, body = first[: _HEAD.size], first[_HEAD.size :]
+        missing = _check(head) - len(body)
+        if missing < 0:
+            raise WireError("it goes on after its end")
+        return _asked(head, body + _exactly(connection, missing, late) if missing else body, netns)
     except BaseException:
         for fd in fds:
             os.close(fd)

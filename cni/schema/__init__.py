@@ -42,7 +42,9 @@ def defaults(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _type(names: str | list[str], value: Any, _: dict[str, Any]) -> bool:
     # type() and not isinstance: True is an int to Python and not to JSON Schema.
-    return any(type(value) is _PYTHON[name] for name in ([names] if isinstance(names, str) else names))
+    if isinstance(names, str):
+        return type(value) is _PYTHON[names]
+    return any(type(value) is _PYTHON[name] for name in names)
 
 
 def _properties(rules: dict[str, Any], value: Any, _: dict[str, Any]) -> bool:
@@ -86,10 +88,10 @@ def accepts(schema: dict[str, Any] | bool, value: Any) -> bool:
     """True: the value is valid. False: ask `explain`."""
     if isinstance(schema, bool):
         return schema
-    return all(
-        keyword in ANNOTATIONS or (keyword in CHECKS and CHECKS[keyword](wanted, value, schema))
-        for keyword, wanted in schema.items()
-    )
+    for keyword, wanted in schema.items():
+        if keyword not in ANNOTATIONS and not (keyword in CHECKS and CHECKS[keyword](wanted, value, schema)):
+            return False
+    return True
 
 
 def unnamed(schema: dict[str, Any], keys: Iterable[str]) -> Iterator[str]:

@@ -232,8 +232,17 @@ static int receive_all(int fd, void *data, size_t length, int64_t until)
 static int ask(int fd, const struct head *head, const char *env, int netns, int64_t until)
 {
     struct tail tail;
-    if (send_all(fd, head, sizeof *head, netns) || send_all(fd, env, head->env_length, -1) ||
-        send_all(fd, input, input_length, -1) || receive_all(fd, &tail, sizeof tail, until))
+    /* In one piece: the agent wakes once, and has it all. */
+    size_t length = sizeof *head + head->env_length + input_length;
+    char *request = malloc(length);
+    if (!request)
+        return -1;
+    memcpy(request, head, sizeof *head);
+    memcpy(request + sizeof *head, env, head->env_length);
+    memcpy(request + sizeof *head + head->env_length, input, input_length);
+    int bad = send_all(fd, request, length, netns);
+    free(request);
+    if (bad || receive_all(fd, &tail, sizeof tail, until))
         return -1;
     size_t total = (size_t)tail.stdout_length + tail.stderr_length;
     char *text = total <= OUTPUT_MAX ? malloc(total + 1) : NULL;
