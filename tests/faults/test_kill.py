@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
 def _reconcile(plugin: Plugin, delegate_seconds: float = 10) -> None:
     """One run of the agent's reconciler on the node."""
 
-    def unasked(_: Asked) -> tuple[Response, bytes]:
+    def unasked(_: Asked) -> Response:
         raise AssertionError("nothing was pending")
 
     def run() -> None:
