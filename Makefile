@@ -6,7 +6,7 @@ BIN := $(CACHE)/venv/bin
 T ?=
 A ?=
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo bench test lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,10 @@ setup: ## get what the demo and the tests need (they do it themselves)
 demo: ## virtual machines talk over macvtap and tap in every mode; A=--json for programs
 	@lab/setup demo
 	@$(BIN)/python -m lab.demo $(A)
+
+bench: ## what it costs, beside the reference plugins: writes docs/benchmark.md; A=--quick for under a minute
+	@lab/setup bench
+	@$(BIN)/python -m lab.bench $(A)
 
 test: ## all tests, linters and types; T="tests/unit -k mac" for some
 	@lab/setup test

@@ -17,6 +17,7 @@ from cni import mac as mac_rules
 from cni import plan as plans
 from cni.errors import CniError, refused
 from cni.ipam import Delegate
+from cni.lock import nothing
 from cni.rtnl import (
     IFLA_ADDRESS,
     IFLA_MTU,
@@ -76,6 +77,8 @@ class Call:
     store: Store
     delegate_seconds: float
     delete_link: DeleteLink = delete_link
+    waits: Callable[[], None] = nothing
+    """Called before a wait for a delegate, another request or the end of a link: let others work meanwhile."""
 
     @property
     def id(self) -> str:
@@ -86,7 +89,12 @@ class Call:
         """The IPAM plugin that the config names, or None."""
         if self.conf.ipam is None:
             return None
-        return Delegate(str(self.conf.ipam["type"]), self.stdin, self.env, self.delegate_seconds)
+        return Delegate(str(self.conf.ipam["type"]), self.stdin, self.env, self.delegate_seconds, self.waits)
+
+    def unlink(self, host: Rtnl, index: int, nsid: int | None) -> None:
+        """Delete that link. Raises OSError."""
+        self.waits()
+        self.delete_link(host, index, nsid)
 
 
 def add(call: Call, grant: Grant) -> dict[str, Any]:
@@ -99,7 +107,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
         host = stack.enter_context(Rtnl())
         plan = plans.decide(host, call.conf, grant, call.container_id, call.ifname)
         call.store.prepare()
-        stack.enter_context(call.store.locked(call.id))
+        stack.enter_context(call.store.locked(call.id, waits=call.waits))
         with netns.entered(call.netns):
             pod = stack.enter_context(Rtnl())
         if pod.link(name=call.ifname):
@@ -132,7 +140,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                 )
                 call.store.save(record)
             answer = _answer(call, record, leased)  # may fail: on what prevResult or the delegate says
-            _make(pod, call, plan, record)
+            _make(host, pod, call, plan, record)
             call.store.seal(record)
         except BaseException as error:
             if record:
@@ -158,7 +166,7 @@ def delete(call: Call) -> None:
         host = stack.enter_context(Rtnl())
         try:
             call.store.prepare()
-            stack.enter_context(call.store.locked(call.id))
+            stack.enter_context(call.store.locked(call.id, waits=call.waits))
         except (CniError, OSError):  # a full or read-only file system must not keep a link alive
             pass
         record = None
@@ -201,7 +209,7 @@ def _collect(host: Rtnl, call: Call, valid: tuple[tuple[str, str], ...], id: str
     seen = call.store.load(id)
     if seen and stays(seen):  # without its lock: an ADD of another network may take its time
         return
-    with call.store.locked(id):
+    with call.store.locked(id, waits=call.waits):
         record = call.store.load(id)
         if record is None:  # an ADD was killed before it wrote one
             call.store.forget_id(id)
@@ -253,20 +261,15 @@ def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
     )
 
 
-def _make(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
+def _make(host: Rtnl, pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
     assert call.netns is not None  # noqa: S101 - as in add
     conf = call.conf
     try:
         if plan.device == "macvtap":
             assert plan.source is not None and plan.mode is not None  # noqa: S101 - _plan
-            own = os.open(netns.OWN, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                host_nsid = pod.nsid(own)
-            finally:
-                os.close(own)
             macvtap.create(
-                pod,
-                host_nsid=host_nsid,
+                host,
+                netns=call.netns,
                 lower=plan.source,
                 ifname=record.ifname,
                 ifindex=record.ifindex,
@@ -363,7 +366,9 @@ def _answer(call: Call, record: Record, leased: result.Result) -> dict[str, Any]
     return result.extend(call.conf.prev_result, own, call.conf.cni_version)
 
 
-def delegate_of(record: Record, env: Mapping[str, str], seconds: float) -> Delegate | None:
+def delegate_of(
+    record: Record, env: Mapping[str, str], seconds: float, waits: Callable[[], None] = nothing
+) -> Delegate | None:
     """The delegate that record was added with, or None. env: what the delegate sees besides the attachment."""
     if not record.config:
         return None
@@ -377,7 +382,9 @@ def delegate_of(record: Record, env: Mapping[str, str], seconds: float) -> Deleg
         "CNI_ARGS": record.args,
         "CNI_PATH": env.get("CNI_PATH") or record.cni_path,
     }
-    return Delegate(str(record.config["ipam"]["type"]), json.dumps(record.config).encode(), env, seconds)
+    return Delegate(
+        str(record.config["ipam"]["type"]), json.dumps(record.config).encode(), env, seconds, waits
+    )
 
 
 def end(
@@ -400,9 +407,9 @@ def end(
 def _end(host: Rtnl, call: Call, record: Record, *, delegated: bool = True) -> list[CniError]:
     """end() as part of a call: the call's own delegate hears of it, or the one that record was added with."""
     delegate = (call.delegate() if record.id == call.id else None) or delegate_of(
-        record, call.env, call.delegate_seconds
+        record, call.env, call.delegate_seconds, call.waits
     )
-    return end(host, call.store, record, delegate if delegated else None, call.delete_link)
+    return end(host, call.store, record, delegate if delegated else None, call.unlink)
 
 
 def _remove_links(host: Rtnl, record: Record, delete_link: DeleteLink) -> None:
@@ -427,9 +434,9 @@ def _remove_unrecorded(host: Rtnl, call: Call) -> None:
     nsid = host.nsid(call.netns)
     link = host.link(name=call.ifname, nsid=nsid)
     if link and link.alias == alias(call.conf.name, call.container_id, call.ifname):
-        call.delete_link(host, link.index, nsid)
+        call.unlink(host, link.index, nsid)
         if link.kind == "tun":
-            remove_port(host, link.index, link.alias, call.delete_link)
+            remove_port(host, link.index, link.alias, call.unlink)
 
 
 def remove_port(host: Rtnl, ifindex: int, mark: str, delete_link: DeleteLink) -> None:

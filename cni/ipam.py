@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from cni.errors import CniError
+from cni.lock import nothing
 from cni.spec import (
     DECODING_FAILURE,
     DELEGATE_FAILED,
@@ -21,7 +22,7 @@ from cni.spec import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
 OUTPUT_LIMIT = 1 << 20
@@ -29,12 +30,16 @@ OUTPUT_LIMIT = 1 << 20
 
 @dataclass(frozen=True)
 class Delegate:
-    """A plugin to run: its type, the whole network config as bytes, the environment, and its deadline in seconds."""
+    """A plugin to run: its type, the whole network config as bytes, the environment, and its deadline in seconds.
+
+    waits is called before each wait for it.
+    """
 
     type: str
     config: bytes
     env: Mapping[str, str]
     deadline: float
+    waits: Callable[[], None] = nothing
 
     def find(self) -> str:
         """The executable. Raises CniError 4 or 7 if there is none, and then nothing of it can have run."""
@@ -50,6 +55,7 @@ class Delegate:
         import subprocess  # noqa: PLC0415
 
         program = self.find()
+        self.waits()
         try:
             process = subprocess.Popen(
                 [program],

@@ -15,28 +15,42 @@ from contextlib import contextmanager
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
 
+def nothing() -> None:
+    """For a caller to whom a wait makes no difference."""
+
+
 @contextmanager
-def held(file: str, name: str, *, wait: bool = True) -> Iterator[None]:
+def held(file: str, name: str, *, wait: bool = True, waits: Callable[[], None] = nothing) -> Iterator[None]:
     """Inside the block no other holder of (file, name) runs. Waits for it; every holder's work is bounded.
 
-    Raises OSError if the file cannot be opened; BlockingIOError if there is a holder and wait is false.
+    waits is called before it does, if it has to. Raises OSError if the file cannot be opened; BlockingIOError if
+    there is a holder and wait is false.
     """
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _range(name))
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _range(name))
+        except (BlockingIOError, PermissionError) as error:  # POSIX lets it be either
+            if not wait:
+                raise BlockingIOError(error.errno, f"{name} is locked") from error
+            waits()
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _range(name))
         yield
     finally:
         os.close(fd)
 
 
 def is_held(file: str, name: str) -> bool:
-    """Whether somebody is at work on it at this moment. Raises OSError if the file cannot be opened."""
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """Whether somebody is at work on it at this moment. Raises OSError if the file is there and cannot be opened."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
     try:
         found: bytes = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _range(name))
     finally:

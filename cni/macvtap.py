@@ -20,11 +20,11 @@ from cni.rtnl import (
     IFLA_INFO_DATA,
     IFLA_INFO_KIND,
     IFLA_LINK,
-    IFLA_LINK_NETNSID,
     IFLA_LINKINFO,
     IFLA_MACVLAN_BC_QUEUE_LEN,
     IFLA_MACVLAN_MODE,
     IFLA_MTU,
+    IFLA_NET_NS_FD,
     NLM_F_ACK,
     NLM_F_CREATE,
     NLM_F_EXCL,
@@ -34,7 +34,6 @@ from cni.rtnl import (
     link_message,
     mac_bytes,
     nest,
-    s32,
     text,
     u32,
 )
@@ -48,9 +47,9 @@ MODES = {"pepa": 1, "vepa": 2, "bridge": 4, "passthru": 8}
 
 
 def create(
-    pod: Rtnl,
+    host: Rtnl,
     *,
-    host_nsid: int,
+    netns: int,
     lower: Link,
     ifname: str,
     ifindex: int,
@@ -59,19 +58,21 @@ def create(
     mtu: int,
     bcqueuelen: int | None,
 ) -> None:
-    """Make the link, still down. pod is a socket of the pod's namespace, which knows the host's as host_nsid.
+    """Make the link in the namespace of fd netns, still down.
 
-    Raises OSError: EEXIST, EBUSY, EINVAL, ENODEV (see explain).
+    host is a socket of the lower device's namespace: asked from the pod's, with the host's as IFLA_LINK_NETNSID,
+    kernels before 6.15 would make it in the host's and move it. Raises OSError: EEXIST, EBUSY, EINVAL, ENODEV (see
+    refusal.py).
     """
     data = [u32(IFLA_MACVLAN_MODE, MODES[mode])]
     if bcqueuelen is not None:
         data.append(u32(IFLA_MACVLAN_BC_QUEUE_LEN, bcqueuelen))
-    pod.do(
+    host.do(
         link_message(
             RTM_NEWLINK,
             text(IFLA_IFNAME, ifname),
             u32(IFLA_LINK, lower.index),
-            s32(IFLA_LINK_NETNSID, host_nsid),
+            u32(IFLA_NET_NS_FD, netns),
             attr(IFLA_ADDRESS, mac_bytes(mac)),
             u32(IFLA_MTU, mtu),
             nest(IFLA_LINKINFO, text(IFLA_INFO_KIND, "macvtap"), nest(IFLA_INFO_DATA, *data)),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from cni import attachment, check, netconf, netns, result
 from cni import policy as policies
 from cni.errors import CniError, refused
+from cni.lock import nothing
 from cni.spec import (
     INCOMPATIBLE_VERSION,
     INTERNAL,
@@ -52,7 +53,7 @@ class Request:
 
     env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
     policy: path of the node's policy file; netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has
-    opened it; load_policy: see policy.py; delete_link: see attachment.py.
+    opened it; load_policy: see policy.py; delete_link, waits: see attachment.py.
     """
 
     env: Mapping[str, str]
@@ -64,6 +65,7 @@ class Request:
     delegate_seconds: float = 60.0
     load_policy: Callable[[str], policies.Policy | None] = policies.load
     delete_link: attachment.DeleteLink = attachment.delete_link
+    waits: Callable[[], None] = nothing
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
             store=Store(request.state),
             delegate_seconds=request.delegate_seconds,
             delete_link=request.delete_link,
+            waits=request.waits,
         )
         return _carry_out(command, request, conf, call)
     finally:

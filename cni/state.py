@@ -26,7 +26,7 @@ from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from contextlib import AbstractContextManager
     from typing import Any
 
@@ -156,9 +156,14 @@ class Store:
             return str(error)
         return None
 
-    def locked(self, id: str, *, wait: bool = True) -> AbstractContextManager[None]:
-        """The attachment's lock. Wants prepare() first. BlockingIOError: it is held, and wait is false."""
-        return lock.held(f"{self.folder}/lock", id, wait=wait)
+    def locked(
+        self, id: str, *, wait: bool = True, waits: Callable[[], None] = lock.nothing
+    ) -> AbstractContextManager[None]:
+        """The attachment's lock; waits is called if somebody else has it. Wants prepare() first.
+
+        BlockingIOError: it is held, and wait is false.
+        """
+        return lock.held(f"{self.folder}/lock", id, wait=wait, waits=waits)
 
     def save(self, record: Record, *, sealed: bool = False) -> None:
         """Write it whole or not at all."""

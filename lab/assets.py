@@ -1,4 +1,5 @@
-"""What the lab gets from Debian and from Go: a guest's kernel and initramfs, cnitool and its plugins.
+"""What the lab gets from Debian and from Go: a guest's kernel and initramfs, cnitool and its plugins; and what
+the benchmark builds.
 
     python -m lab.assets                  says which of them are missing
     python -m lab.assets guest clients    makes those
@@ -33,6 +34,8 @@ CNITOOL = "github.com/containernetworking/cni/cnitool@v1.3.0"
 PLUGINS = "github.com/containernetworking/plugins/plugins"
 PLUGINS_VERSION = "v1.9.1"
 PLUGIN_NAMES = ("ipam/host-local", "ipam/static", "meta/tuning", "meta/bandwidth")
+BENCH_NAMES = ("main/macvlan", "main/tap")
+"""Plugins that only the benchmark compares with."""
 OLDEST_GO = (1, 24)
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -47,6 +50,9 @@ MODULES = {
 """What guest.init loads for what, in this order."""
 
 _INIT = Path(__file__).with_name("guest.init")
+_SHIM = CHECKOUT / "cni/shim/vmtap.c"
+_BENCH_SOURCES = (Path(__file__).parent / "bench/spawn.c", Path(__file__).parent / "bench/moment.c")
+_PACKAGE_BUILD = CHECKOUT / "hatch_build.py"
 
 
 class AssetError(RuntimeError):
@@ -71,6 +77,11 @@ def clients() -> Path:
     return _made(_clients_folder())
 
 
+def bench() -> Path:
+    """The folder with the benchmark's programs: shim, macvlan, tap, spawn, moment; AssetError if it was not made."""
+    return _made(_bench_folder(), "bench")
+
+
 def make_guest() -> None:
     """The kernel's files and the initramfs, each if it is not there."""
     if platform.machine() != "x86_64":
@@ -87,22 +98,34 @@ def make_guest() -> None:
 
 def make_clients() -> None:
     """cnitool and the reference plugins, with the machine's Go or the one in the virtual environment."""
-    folder = _clients_folder()
-    go = _go()
-    with _building(folder) as parts:
-        env = {
-            **os.environ,
-            "CGO_ENABLED": "0",
-            "GOBIN": str(parts),
-            "GOPATH": str(CACHE / "go"),
-            "GOCACHE": str(CACHE / "go-build"),
-            "GOFLAGS": "-trimpath -modcacherw",
-            "GOTOOLCHAIN": "local",
-            "GOWORK": "off",
-        }
-        parts.mkdir()
-        _run([go, "install", CNITOOL], env=env)
-        _run([go, "install", *(f"{PLUGINS}/{name}@{PLUGINS_VERSION}" for name in PLUGIN_NAMES)], env=env)
+    with _building(_clients_folder()) as parts:
+        _go_install([CNITOOL], parts)
+        _go_install([f"{PLUGINS}/{name}@{PLUGINS_VERSION}" for name in PLUGIN_NAMES], parts)
+
+
+def make_bench() -> None:
+    """The peers with Go; our shim and the programs that measure with musl's C library, static and small."""
+    with _building(_bench_folder()) as parts:
+        _go_install([f"{PLUGINS}/{name}@{PLUGINS_VERSION}" for name in BENCH_NAMES], parts)
+        from hatch_build import FLAGS  # noqa: PLC0415 - it wants hatchling; nothing else here does
+
+        for source in (_SHIM, *_BENCH_SOURCES):
+            _run(["musl-gcc", *FLAGS, "-o", parts / source.stem, source])
+
+
+def _go_install(packages: Sequence[str], folder: Path) -> None:
+    env = {
+        **os.environ,
+        "CGO_ENABLED": "0",
+        "GOBIN": str(folder),
+        "GOPATH": str(CACHE / "go"),
+        "GOCACHE": str(CACHE / "go-build"),
+        "GOFLAGS": "-trimpath -modcacherw",
+        "GOTOOLCHAIN": "local",
+        "GOWORK": "off",
+    }
+    folder.mkdir(exist_ok=True)
+    _run([_go(), "install", *packages], env=env)
 
 
 def _kernel_folder() -> Path:
@@ -119,9 +142,15 @@ def _clients_folder() -> Path:
     return CACHE / f"clients-{stamp}"
 
 
-def _made(path: Path) -> Path:
+def _bench_folder() -> Path:
+    sources = b"".join(source.read_bytes() for source in (_SHIM, *_BENCH_SOURCES, _PACKAGE_BUILD))
+    versions = " ".join((PLUGINS_VERSION, *BENCH_NAMES)).encode()
+    return CACHE / f"bench-{hashlib.sha256(sources + versions).hexdigest()[:12]}"
+
+
+def _made(path: Path, what: str = "demo") -> Path:
     if not path.exists():
-        raise AssetError(f"{path} is not there: run lab/setup demo")
+        raise AssetError(f"{path} is not there: run lab/setup {what}")
     return path
 
 
@@ -235,6 +264,7 @@ def main(names: Sequence[str]) -> int:
     makers: dict[str, tuple[Callable[[], object], Callable[[], None]]] = {
         "guest": (guest, make_guest),
         "clients": (clients, make_clients),
+        "bench": (bench, make_bench),
     }
     unknown = [name for name in names if name not in makers]
     if unknown:

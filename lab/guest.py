@@ -95,7 +95,8 @@ def qemu_command(
             "-initrd",
             str(image.initramfs),
         ),
-        *("-append", " ".join(["console=ttyS0", "quiet", "panic=-1", *addresses, *words])),
+        # no_timer_check: on a busy machine an emulated timer is late, and the kernel would give up for it.
+        *("-append", " ".join(["console=ttyS0", "quiet", "panic=-1", "no_timer_check", *addresses, *words])),
         # stderr is a log of ours: what the guest's kernel has to say goes there too.
         *("-chardev", "file,id=console,path=/dev/stderr,append=on", "-serial", "chardev:console"),
         *("-chardev", "stdio,id=control,signal=off", "-device", "virtio-serial-pci"),
@@ -107,7 +108,8 @@ class Guest:
     """A started guest; close() kills it if it still runs.
 
     netns: the pod's; None: the one that the launcher runs in. under: the command that runs the launcher, if it is not
-    to run as we do; launch_options: its further options; words: further kernel command line.
+    to run as we do; launch_options: its further options; words: further kernel command line; user_network: no
+    launcher but QEMU's own network, for comparison, on the first NIC; netns is then where its connections come from.
     Several guests boot at once if they are all made before ready() is asked of the first.
     """
 
@@ -122,6 +124,7 @@ class Guest:
         launch_options: Sequence[str] = (),
         words: Sequence[str] = (),
         processors: int = 1,
+        user_network: bool = False,
     ) -> None:
         self._log = tempfile.TemporaryFile(mode="a+", errors="replace")  # noqa: SIM115 - until close()
         os.fchmod(self._log.fileno(), 0o666)  # QEMU opens it once more, without privilege
@@ -132,7 +135,11 @@ class Guest:
         self._waiting: dict[str, Future[Answer]] = {}
         qemu = qemu_command(image, nics, words=words, processors=processors)
         where = ["--netns", netns] if netns else []
-        argv = [*under, LAUNCHER, *where, *launch_options, "--", *qemu]
+        argv: list[str | os.PathLike[str]] = [*under, LAUNCHER, *where, *launch_options, "--", *qemu]
+        if user_network:
+            device = f"virtio-net-pci,netdev=user,mac={nics[0].mac}"
+            inside = ["nsenter", f"--net={os.fspath(netns)}", "--"] if netns else []
+            argv = [*inside, *qemu, "-netdev", "user,id=user", "-device", device]
         self.process = subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,

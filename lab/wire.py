@@ -16,9 +16,11 @@ import ctypes
 import json
 import os
 import shlex
+import socket
 import subprocess
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -38,7 +40,9 @@ BRIDGE_UPLINK = "eth2"
 """The node's second NIC: the bridge's port to the switch."""
 PEER_ADDRESS = "10.77.0.254/24"
 
+_CARRIER_DEADLINE = 30.0
 _CLONE_NEWNET = 0x40000000
+_RTMGRP_LINK = 1
 _MS_BIND = 4096
 _MNT_DETACH = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -118,6 +122,23 @@ class Netns:
         shown: list[dict[str, Any]] = json.loads(self.run(["ip", "-d", "-j", "link", "show"]).stdout)
         return {link["ifname"]: link for link in shown}
 
+    def wait_until_up(self, *names: str) -> None:
+        """Until each of the links is there and has a carrier, which the kernel notes a moment after it was set up."""
+        until = time.monotonic() + _CARRIER_DEADLINE
+        with self.call(_link_events) as events:
+            while True:
+                links = self.links()
+                late = [name for name in names if links.get(name, {}).get("operstate") != "UP"]
+                if not late:
+                    return
+                events.settimeout(max(0.001, until - time.monotonic()))
+                try:
+                    events.recv(1 << 16)
+                except TimeoutError as error:
+                    raise LabError(
+                        f"no carrier on {', '.join(late)} within {_CARRIER_DEADLINE:g} s"
+                    ) from error
+
     def call(self, function: Callable[[], T]) -> T:
         """Calls function in a thread that is in here: sockets that it opens stay in here for good."""
 
@@ -177,6 +198,9 @@ class Lab:
                 f"link set {BRIDGE_UPLINK} master {BRIDGE}",
             )
             self.peer.ip(f"address add {PEER_ADDRESS} dev eth0")
+            self.switch.wait_until_up("sw", "node", "uplink", "peer")
+            self.node.wait_until_up(NIC, BRIDGE_UPLINK, BRIDGE)
+            self.peer.wait_until_up("eth0")
             self._stack = stack.pop_all()
 
     def pod(self, label: str = "pod") -> Netns:
@@ -191,6 +215,13 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _link_events() -> socket.socket:
+    """A socket that the kernel tells of every change of a link in the calling thread's namespace."""
+    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    events.bind((0, _RTMGRP_LINK))
+    return events
 
 
 def _syscall(name: str, *args: object) -> None:

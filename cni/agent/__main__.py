@@ -21,10 +21,13 @@ from cni.agent.reconcile import Reconciler
 from cni.agent.unlink import Unlinker
 from cni.agent.wire import Asked
 from cni.errors import CniError
+from cni.lock import nothing
 from cni.state import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cni.agent.config import Config
     from cni.plugin import Response
 
@@ -54,8 +57,8 @@ class Agent:
             "Connections to the CNI socket that carried no request of ours.",
         )
 
-    def answer(self, asked: Asked) -> tuple[Response, bytes]:
-        """Carry out one request of the shim."""
+    def answer(self, asked: Asked, waits: Callable[[], None] = nothing) -> tuple[Response, bytes]:
+        """Carry out one request of the shim; waits: see plugin.Request."""
         begin = time.monotonic()
         request = plugin.Request(
             env=asked.env,
@@ -67,6 +70,7 @@ class Agent:
             netns=asked.netns,
             delegate_seconds=self.settings.delegate_seconds,
             delete_link=self.unlink,
+            waits=waits,
         )
         self._in_flight.inc()
         response = plugin.handle(request)
@@ -145,7 +149,7 @@ def _run(settings: Config) -> int:
     path = f"{folder}/cni.sock"
     lent = _inherited()
     serving = server.Server(lent or server.listen(path), agent.answer, agent.refused, lent=lent is not None)
-    broker = Broker(settings.run)
+    broker = Broker(settings.run, registry)
     broker.start()
     serving.start()
     told = _health(settings.metrics, path, store, agent, registry)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from cni.agent.metrics import Registry
     from cni.agent.peer import Peer
     from cni.state import Record
 
@@ -76,7 +77,7 @@ class Asked:
 class Broker:
     """Serves FOLDER/launcher/broker.sock from start() to stop()."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, registry: Registry) -> None:
         self.path = f"{folder}/launcher/broker.sock"
         self._store = Store(folder)
         self._holders = Holders(self._store)
@@ -86,6 +87,10 @@ class Broker:
         self._threads: set[threading.Thread] = set()
         self._stopping = threading.Event()
         self._window, self._refusals = 0.0, 0
+        self._given = registry.counter("vmtap_broker_fds_total", "File descriptors given to launchers.")
+        self._refused = registry.counter(
+            "vmtap_broker_refusals_total", "Launchers that the broker refused.", "code"
+        )
 
     def start(self) -> None:
         """Raises OSError. The folder is for a pod's mount, so there is nothing in it but the socket."""
@@ -201,6 +206,7 @@ class Broker:
                     fds.callback(os.close, fd)
                     opened.append(fd)
             _send(connection, chosen, opened, until, undo.pop_all)
+        self._given.inc(by=len(opened))
         log(
             INFO,
             "fds given to a launcher",
@@ -227,7 +233,8 @@ class Broker:
         return sorted(found, key=lambda record: record.ifname)
 
     def _refuse(self, connection: socket.socket, error: CniError, who: Peer | None) -> None:
-        """Answer if that needs no waiting, and log."""
+        """Answer if that needs no waiting, count, and log."""
+        self._refused.inc(str(error.code))
         document = {"error": {"code": error.code, "msg": error.msg, "details": error.details}}
         with suppress(OSError):
             connection.settimeout(0)

@@ -172,6 +172,8 @@ def _listen(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     try:
+        if int(port) > 0xFFFF:
+            raise OverflowError("a port is at most 65535")
         if host:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             return socket.create_server((host, int(port)), family=family, reuse_port=True)

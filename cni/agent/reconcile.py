@@ -54,7 +54,7 @@ from cni.state import IFINDEX_BASE, Record, boot_id, identifier, parse_alias
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from cni.agent.metrics import Registry
     from cni.agent.wire import Asked
@@ -203,8 +203,9 @@ class Reconciler:
         begin = time.monotonic()
         self._try("pending", self._look_at_pending)
         unrecorded: dict[str, int] = {}
-        self._try("links", self._look_at_links, unrecorded)
-        self._try("records", self._look_at_records, None)
+        there: set[tuple[int, int, str]] = set()
+        self._try("links", self._look_at_links, unrecorded, there)
+        self._try("records", self._look_at_records, None, there)
         self._try("leftovers", self._look_at_leftovers, unrecorded)
         seconds = time.monotonic() - begin
         log(DEBUG, "reconciled", ms=round(seconds * 1000, 2))
@@ -213,15 +214,19 @@ class Reconciler:
 
     # What
 
-    def _look_at_records(self, dead: set[int] | None) -> None:
-        """Hand on the attachments that are over. dead: only those of these namespaces."""
+    def _look_at_records(self, dead: set[int] | None, there: Collection[tuple[int, int, str]] = ()) -> None:
+        """Hand on the attachments that are over.
+
+        dead: only those of these namespaces; there: (nsid, index, alias) of links that need not be asked for again.
+        """
         lost = 0
         with Rtnl() as host:
             for id in self._store.recorded():
                 record = self._store.load(id)
                 if record is None or (dead is not None and record.nsid not in dead):
                     continue
-                why = self._over(host, record)
+                seen = (record.nsid, record.ifindex, record.alias) in there
+                why = self._over(host, record, seen=seen)
                 if why == "lost":
                     lost += 1
                 elif why:
@@ -229,11 +234,13 @@ class Reconciler:
         if dead is None:
             self._lost.set(lost)
 
-    def _over(self, host: Rtnl, record: Record) -> str | None:
-        """Why the attachment is over: None if it is not, "lost" if that is not ours to say."""
+    def _over(self, host: Rtnl, record: Record, *, seen: bool = False) -> str | None:
+        """Why the attachment is over: None if it is not, "lost" if that is not ours to say. seen: its link is there."""
         try:
             if not self._store.sealed(record.id):
                 return "its ADD was killed"
+            if seen:
+                return None
             link = host.link(index=record.ifindex, nsid=record.nsid)
         except CniError:  # the record went meanwhile
             return None
@@ -262,8 +269,11 @@ class Reconciler:
             self._ended.inc(str(why))
             log(INFO, "attachment ended", why=why, **_names(record))
 
-    def _look_at_links(self, unrecorded: dict[str, int]) -> None:
-        """Hand on the links of ours that no record speaks of. unrecorded gets their ids and indexes."""
+    def _look_at_links(self, unrecorded: dict[str, int], there: set[tuple[int, int, str]]) -> None:
+        """Hand on the links of ours that no record speaks of.
+
+        unrecorded gets their ids and indexes, there (nsid, index, alias) of all that are marked as ours.
+        """
         seen = set()
         known = set(self._store.recorded())
         with Rtnl() as host:
@@ -279,7 +289,10 @@ class Reconciler:
                     continue
                 for link in links:
                     id = _id_of(link.alias)
-                    if id and id not in known and link.index >= IFINDEX_BASE:
+                    if id is None:
+                        continue
+                    there.add((nsid, link.index, link.alias))
+                    if id not in known and link.index >= IFINDEX_BASE:
                         unrecorded[id] = link.index
                         seen.add((nsid, link.index))
                         self._hand_on(id, partial(self._adopt, id, nsid, link))

@@ -1,7 +1,9 @@
-"""The CNI socket: each request in a thread of its own, so that a slow delegate delays nobody else.
+"""The CNI socket: one request after the other, and one that has to wait for somebody lets the next begin.
 
-Idle threads wait in accept(), which is the quickest way to a request; one more is started whenever none is left
-waiting. Must not know what a request means: that is plugin.handle's.
+Python runs one thread at a time and the kernel changes one link at a time (RTNL), so a hundred threads would only
+spin for both: 100 ADDs at once cost three times the CPU that they cost one by one. So one thread waits in accept()
+and serves; before it waits for a delegate, a lock, a link's end or a peer that has not said all, it calls its
+successor (Turn.leave) and goes on beside it. Must not know what a request means: that is plugin.handle's.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import os
 import socket
 import struct
 import threading
+import time
 from contextlib import suppress
+from queue import SimpleQueue
 
 from cni.agent import wire
 
@@ -23,7 +27,12 @@ if TYPE_CHECKING:
 
 SO_PEERCRED = 17
 _UCRED = struct.Struct("=iII")
+_PROMPT_SECONDS = 0.05
+"""A shim says all that it has to say at once."""
 _REQUEST_SECONDS = 15.0
+_AT_ONCE = 1 << 16
+"""Bytes that a socket takes without waiting for its reader."""
+_PAUSE_SECONDS = 0.1
 _SPARE = 8
 """Threads that stay when all is quiet."""
 _BACKLOG = 512
@@ -46,107 +55,147 @@ def listen(path: str, mode: int = 0o600) -> socket.socket:
     return listener
 
 
+class Turn:
+    """A request's right to be the only one that works; given up once and for good by leave()."""
+
+    def __init__(self, call_successor: Callable[[], None]) -> None:
+        self._call_successor = call_successor
+        self.left = False
+
+    def leave(self) -> None:
+        """Before a wait that the others need not share. May be called again."""
+        if not self.left:
+            self.left = True
+            self._call_successor()
+
+
 class Server:
     """Serves answer() on a listening socket until stop()."""
 
     def __init__(
         self,
         listener: socket.socket,
-        answer: Callable[[Asked], tuple[Response, bytes]],
+        answer: Callable[[Asked, Callable[[], None]], tuple[Response, bytes]],
         refused: Callable[[str], None],
         *,
         lent: bool = False,
     ) -> None:
-        """lent: the socket is systemd's, which listens on when we are gone."""
+        """answer gets what was asked, and what to call before it waits for somebody else. lent: the socket is
+        systemd's, which listens on when we are gone."""
         self._listener = listener
         self._lent = lent
         self._answer = answer
         self._refused = refused
         self._lock = threading.Lock()
-        self._waiting = 0
+        self._called: SimpleQueue[None] = SimpleQueue()
+        self._idle = 0
         self._threads: set[threading.Thread] = set()
         self._stopping = False
 
     def start(self) -> None:
         """Begin to serve."""
-        for _ in range(_SPARE):
-            self._spawn()
+        self._successor()
 
     def stop(self, seconds: float) -> bool:
         """Take no more requests and wait for those in flight; whether all of them ended in time."""
         with self._lock:
             self._stopping = True
             threads = list(self._threads)
-            waiting = self._waiting
         if self._lent:
-            self._wake(waiting)
+            self._wake()
         else:
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes every accept()
-        end = threading.TIMEOUT_MAX if seconds < 0 else seconds
-        import time  # noqa: PLC0415
-
-        until = time.monotonic() + end
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        for _ in threads:
+            self._called.put(None)
+        until = time.monotonic() + (threading.TIMEOUT_MAX if seconds < 0 else seconds)
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
         self._listener.close()
         return not any(thread.is_alive() for thread in threads)
 
-    def _wake(self, waiting: int) -> None:
-        """End each accept() by a connection that says nothing: shutdown() would end the socket for systemd, too."""
-        for _ in range(waiting):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as nobody:
-                nobody.setblocking(False)
-                with suppress(OSError):  # so many requests wait that every thread gets one
-                    nobody.connect(self._listener.getsockname())
+    def _wake(self) -> None:
+        """End accept() by a connection that says nothing: shutdown() would end the socket for systemd, too."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as nobody:
+            nobody.setblocking(False)
+            with suppress(OSError):  # so many requests wait that one of them will do
+                nobody.connect(self._listener.getsockname())
 
-    def _spawn(self) -> None:
-        thread = threading.Thread(target=self._serve, name="cni", daemon=True)
+    def _successor(self) -> None:
+        """Let an idle thread take the next request, or a new one."""
         with self._lock:
             if self._stopping:
                 return
-            self._waiting += 1
+            if self._idle:
+                self._idle -= 1
+                self._called.put(None)
+                return
+            thread = threading.Thread(target=self._serve, name="cni", daemon=True)
             self._threads.add(thread)
         thread.start()
 
     def _serve(self) -> None:
         try:
-            while True:
-                try:
-                    connection, _ = self._listener.accept()
-                except OSError:
-                    return  # stop() was called
-                with self._lock:
-                    self._waiting -= 1
-                    alone = self._waiting == 0
-                if alone:
-                    self._spawn()
-                with connection:
-                    self._one(connection)
-                with self._lock:
-                    if self._waiting >= _SPARE or self._stopping:
-                        return
-                    self._waiting += 1
+            while self._take_turns() and self._rest():
+                pass
         finally:
             with self._lock:
                 self._threads.discard(threading.current_thread())
 
-    def _one(self, connection: socket.socket) -> None:
+    def _take_turns(self) -> bool:
+        """Serve until another thread has been called to do so; False when it is all over."""
+        turn = Turn(self._successor)
+        while not turn.left:
+            if self._stopping:
+                return False
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:
+                if self._stopping:
+                    return False
+                self._refused(f"a connection could not be taken: {error}")
+                time.sleep(_PAUSE_SECONDS)  # no fd is free, say: there is no event to wait for
+                continue
+            with connection:
+                try:
+                    self._one(connection, turn)
+                except Exception as error:  # the last wall: whoever is next must still be served
+                    self._refused(f"a fault in vmtapd itself: please report it: {error!r}")
+        return True
+
+    def _rest(self) -> bool:
+        """Until called; False if there are enough who wait for that."""
+        with self._lock:
+            if self._idle >= _SPARE or self._stopping:
+                return False
+            self._idle += 1
+        self._called.get()
+        return True
+
+    def _one(self, connection: socket.socket, turn: Turn) -> None:
         pid, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, SO_PEERCRED, _UCRED.size))
         if uid not in (0, os.geteuid()):
             self._refused(f"uid {uid} (process {pid}) may not use the CNI socket")
             return
-        connection.settimeout(_REQUEST_SECONDS)
+
+        def late() -> None:
+            turn.leave()
+            connection.settimeout(_REQUEST_SECONDS)
+
+        connection.settimeout(_PROMPT_SECONDS)
         try:
-            asked = wire.receive(connection)
+            asked = wire.receive(connection, late)
         except (wire.WireError, OSError) as error:
             self._refused(f"a request of process {pid} was not read: {error}")
             return
         if asked is None:
             return
         try:
-            response, stderr = self._answer(asked)
+            response, stderr = self._answer(asked, turn.leave)
         finally:
             if asked.netns is not None:
                 os.close(asked.netns)
+        if len(response.stdout) + len(stderr) > _AT_ONCE:
+            turn.leave()
+        connection.settimeout(_REQUEST_SECONDS)
         with suppress(OSError):  # a shim that is gone was killed by its runtime, which sends a DEL
             wire.reply(connection, response, stderr)

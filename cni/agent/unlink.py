@@ -8,13 +8,19 @@ number blocks, and the request waits for the broadcast. Must not be used by a pr
 from __future__ import annotations
 
 import ctypes
+import os
 import select
 import socket
 import struct
 import threading
+from queue import SimpleQueue
 
 from cni import attachment
 from cni.rtnl import NETLINK_ROUTE, RTM_DELLINK, SOL_NETLINK, Rtnl
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
 
 NETLINK_LISTEN_ALL_NSID = 8
 RTMGRP_LINK = 1
@@ -25,6 +31,9 @@ BPF_LD_W_ABS = 0x20
 BPF_JEQ_K = 0x15
 BPF_RET_K = 0x06
 
+_SPARE = 8
+"""Threads that stay when all is quiet."""
+
 _AT_TYPE = 4  # nlmsghdr.nlmsg_type
 _AT_IFINDEX = 16 + 4  # ifinfomsg.ifi_index
 
@@ -33,47 +42,68 @@ class Unlinker:
     """A attachment.DeleteLink that answers when the link is gone. most: links being waited for at once."""
 
     def __init__(self, most: int = 64) -> None:
-        self._room = threading.BoundedSemaphore(most)
+        self._most = most
+        self._works: SimpleQueue[_Work] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = self._idle = 0
 
     def __call__(self, host: Rtnl, index: int, nsid: int | None) -> None:
         """Raises OSError, as attachment.delete_link does."""
-        if not self._room.acquire(blocking=False):
-            attachment.delete_link(host, index, nsid)
-            return
-        work = _Work(index, nsid, self._room)
-        with _watch(index) as gone, work.done:
+        with _watch(index) as gone, _Work(index, nsid) as work:
             poll = select.poll()
             poll.register(gone, select.POLLIN)
             poll.register(work.done, select.POLLIN)
-            work.start()
+            if not self._begin(work):
+                work.carry_out()
             ready = {fd for fd, _ in poll.poll()}
-            if work.done.fileno() in ready:
-                work.finish()
+            if work.done in ready and work.error:
+                raise work.error
+
+    def _begin(self, work: _Work) -> bool:
+        """Give it to an idle thread, else to a new one, which costs more than all the rest; False if none is left."""
+        with self._lock:
+            new = self._idle == 0
+            if new and self._threads >= self._most:
+                return False
+            self._threads += new
+            self._idle -= not new
+        self._works.put(work)
+        if new:
+            threading.Thread(target=self._serve, name="unlink", daemon=True).start()
+        return True
+
+    def _serve(self) -> None:
+        while True:
+            self._works.get().carry_out()
+            with self._lock:
+                if self._idle >= _SPARE:
+                    self._threads -= 1
+                    return
+                self._idle += 1
 
 
-class _Work(threading.Thread):
-    """One deletion, to its very end."""
+class _Work:
+    """One deletion, to its very end. done: an fd that is readable then, open inside the with block."""
 
-    def __init__(self, index: int, nsid: int | None, room: threading.BoundedSemaphore) -> None:
-        super().__init__(name=f"unlink {index}", daemon=True)
-        self._index, self._nsid, self._room = index, nsid, room
-        self._error: OSError | None = None
-        self.done, self._end = socket.socketpair()
+    def __init__(self, index: int, nsid: int | None) -> None:
+        self._index, self._nsid = index, nsid
+        self.error: OSError | None = None
+        self.done, self._end = os.pipe()
 
-    def run(self) -> None:
+    def carry_out(self) -> None:
         try:
             with Rtnl() as own:
                 attachment.delete_link(own, self._index, self._nsid)
         except OSError as error:
-            self._error = error
+            self.error = error
         finally:
-            self._room.release()
-            self._end.close()  # readable at the other end
+            os.close(self._end)
 
-    def finish(self) -> None:
-        """Raise what it met."""
-        if self._error:
-            raise self._error
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.done)
 
 
 def _watch(index: int) -> socket.socket:

@@ -9,12 +9,18 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
+from functools import partial
+
+from cni.lock import nothing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from typing import TypeVar
 
     from cni.plugin import Response
+
+    T = TypeVar("T")
 
 _HEAD = struct.Struct("=IIII")  # magic, called as macvtap?, length of env, length of stdin
 _TAIL = struct.Struct("=iII")  # exit status, length of stdout, length of stderr
@@ -37,16 +43,19 @@ class Asked:
     netns: int | None
 
 
-def receive(connection: socket.socket) -> Asked | None:
-    """The next request; None if the peer said nothing. Raises WireError, OSError (with it TimeoutError)."""
-    first, fds, _, _ = socket.recv_fds(connection, _HEAD.size, 1)
+def receive(connection: socket.socket, late: Callable[[], None] = nothing) -> Asked | None:
+    """The next request; None if the peer said nothing. late: called at a timeout, after which it is tried once more.
+
+    Raises WireError, OSError (with it TimeoutError).
+    """
+    first, fds, _, _ = _twice(lambda: socket.recv_fds(connection, _HEAD.size, 1), late)
     netns = fds[0] if fds else None
     try:
         if not first and netns is None:
             return None
-        head = first + _exactly(connection, _HEAD.size - len(first))
+        head = first + _exactly(connection, _HEAD.size - len(first), late)
         body_length = _check(head)
-        return _asked(head, _exactly(connection, body_length), netns)
+        return _asked(head, _exactly(connection, body_length, late), netns)
     except BaseException:
         for fd in fds:
             os.close(fd)
@@ -67,6 +76,14 @@ def reply(connection: socket.socket, response: Response, stderr: bytes) -> None:
     )
 
 
+def _twice(read: Callable[[], T], late: Callable[[], None]) -> T:
+    try:
+        return read()
+    except TimeoutError:
+        late()
+        return read()
+
+
 def _check(head: bytes) -> int:
     magic, _, env_length, stdin_length = _HEAD.unpack(head)
     if magic != _MAGIC or env_length > ENV_LIMIT or stdin_length > STDIN_LIMIT:
@@ -83,11 +100,11 @@ def _asked(head: bytes, body: bytes, netns: int | None) -> Asked:
     return Asked("macvtap" if as_macvtap else "vmtap", env, body[env_length:], netns)
 
 
-def _exactly(connection: socket.socket, length: int) -> bytes:
+def _exactly(connection: socket.socket, length: int, late: Callable[[], None]) -> bytes:
     data = bytearray(length)
     view, have = memoryview(data), 0
     while have < length:
-        got = connection.recv_into(view[have:])
+        got = _twice(partial(connection.recv_into, view[have:]), late)
         if not got:
             raise WireError("it ended too early")
         have += got

@@ -81,8 +81,8 @@ def _steps(stack: ExitStack) -> Iterator[str]:
     pod = _leave(stack)
     there = stack.enter_context(Rtnl())
     macvtap.create(
-        there,
-        host_nsid=there.nsid(node),
+        host,
+        netns=pod,
         lower=lower,
         ifname=record.ifname,
         ifindex=record.ifindex,

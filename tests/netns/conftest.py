@@ -73,6 +73,9 @@ def attach(plugin: Plugin) -> Iterator[Callable[..., Attached]]:
             result = plugin(
                 "ADD", config(**fields), netns=pod, args=args, container=container, ifname=ifname
             ).ok()
+            for each in result["interfaces"]:
+                if "sandbox" not in each:  # a bridge forwards to a port once it has a carrier
+                    plugin.node.wait_until_up(each["name"])
             (record,) = [each for each in records(plugin, pod) if each.ifname == ifname]
             fds = open_queues(pod, record, record.queues) if opened else []
             for fd in fds:

@@ -1,0 +1,184 @@
+"""One run of the benchmark, from the lab's first namespace to the page in docs/."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lab.assets import CHECKOUT, AssetError, bench
+from lab.bench import chart, guests, node, report
+from lab.bench.contenders import (
+    AGENT,
+    AGENT_TAP,
+    KERNEL,
+    ONE_SHOT,
+    TMPFS,
+    Agent,
+    BenchError,
+    Floor,
+    contenders,
+)
+from lab.bench.figures import number, spread
+from lab.bench.spawn import Spawner, SpawnError
+from lab.guest import GuestError
+from lab.wire import Lab, LabError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from lab.bench.contenders import Sample
+    from lab.bench.figures import Row
+    from lab.bench.node import Extent, Samples
+
+DOCS = CHECKOUT / "docs"
+_SOAK_PODS = 4
+
+
+class Show:
+    """Progress, on stderr; the table of the budget, on stdout."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def step(self, text: str) -> Iterator[Callable[[str], None]]:
+        """A line when it is done, a spinner while it runs; yields what to call with what is being done now."""
+        begin = time.monotonic()
+        with self._console.status(f"{text} …") as status:
+            yield lambda now: status.update(f"{text}: {now} …")
+        self._console.print(f"[green]✓[/] {text:60}[dim]{time.monotonic() - begin:>7.1f} s[/]")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, style="dim")
+
+
+def measure(extent: Extent, show: Show, peer: Path | None, *, quick: bool) -> report.Measured:
+    """All of it; what it made is gone when it returns or raises."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix=f"vmtap-bench-{os.getpid()}-", dir=TMPFS))
+        )
+        log = stack.enter_context((folder / "log").open("wb"))
+        with show.step("a host, a switch, a peer machine and pods, of network namespaces"):
+            lab = stack.enter_context(Lab())
+            pods = [lab.pod(f"pod{number}") for number in range(extent.at_once)]
+            agent = stack.enter_context(Agent(lab.node))
+            floor = stack.enter_context(Floor(lab.node, pods[0]))
+            spawner = stack.enter_context(Spawner(bench() / "spawn", lab.node, log))
+            every = contenders(agent, folder / "one-shot", floor, peer)
+        with show.step(f"one call at a time, {extent.rounds} rounds"):
+            single = node.one_by_one(spawner, every, floor, pods[0], extent.rounds)
+        with show.step(f"{extent.at_once} at once, {extent.at_once_rounds} rounds"):
+            many = node.at_once(spawner, every, pods, extent.at_once_rounds)
+        with show.step(f"on a crowded NIC, {extent.crowd_rounds} rounds each") as now:
+            crowds = node.crowded(spawner, every, floor, pods[0], pods, extent=extent, progress=now)
+        with show.step("the launcher's start"):
+            launches = node.launches(spawner, every[AGENT], agent, pods[0], extent.launches)
+        with show.step(f"{extent.pairs} pairs by an agent of its own") as now, Agent(lab.node) as fresh:
+            tired = contenders(fresh, folder / "unused", floor, None)[AGENT]
+            soak = node.soak(spawner, tired, pods[:_SOAK_PODS], extent.pairs, now)
+        with show.step(f"guests, {extent.guest_rounds} rounds") as now:
+            rates = guests.throughput(spawner, every[AGENT], agent, lab, extent=extent, progress=now)
+        return report.Measured(quick, extent, single, many, crowds, soak, launches, rates)
+
+
+def panels(measured: report.Measured) -> list[chart.Panel]:
+    """What the picture shows."""
+
+    def bars(samples: Samples, command: str, of: Callable[[Sample], float]) -> list[chart.Bar]:
+        return [
+            chart.Bar(name, spread([of(each) for each in commands[command]]), _kind(name))
+            for name, commands in samples.items()
+            if commands[command]
+        ]
+
+    count = measured.extent.at_once
+    return [
+        chart.Panel("ADD, one call", "ms", bars(measured.single, "ADD", lambda sample: sample.wall)),
+        chart.Panel("DEL, one call", "ms", bars(measured.single, "DEL", lambda sample: sample.wall)),
+        chart.Panel(
+            f"{count} ADDs at once, wall", "ms", bars(measured.many, "ADD", lambda sample: sample.wall)
+        ),
+        chart.Panel(
+            f"{count} ADDs at once, CPU", "ms", bars(measured.many, "ADD", lambda sample: sample.cpu)
+        ),
+    ]
+
+
+def _kind(name: str) -> str:
+    return "ours" if name in (AGENT, AGENT_TAP, ONE_SHOT) else "floor" if name == KERNEL else "bar"
+
+
+def _print(rows: Sequence[Row]) -> None:
+    table = Table(box=box.ASCII)
+    for head in ("figure", "must", "aim", "measured", "p10 to p90", "verdict"):
+        table.add_column(head, no_wrap=True)
+    for row in rows:
+        value = row.value
+        limits = (
+            f"{'>=' if row.budget.more else '<='} {limit:g}" for limit in (row.budget.must, row.budget.aim)
+        )
+        seen = f"{number(value.median)} {row.budget.unit}" if value else ""
+        between = f"{number(value.low)} to {number(value.high)}" if value and value.count > 1 else ""
+        table.add_row(row.budget.figure, *limits, seen, between, row.verdict)
+    console = Console()
+    console.width = max(console.width, 110)
+    console.print(table)
+
+
+def _interrupt(*_: object) -> None:
+    for number_ in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number_, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """0 if everything was measured, whatever the verdicts; 1 if something failed, 130 if interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.bench", description="What vmtap costs, beside its peers."
+    )
+    parser.add_argument("--quick", action="store_true", help="under a minute; writes nothing into docs/")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
+    options = parser.parse_args()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _interrupt)
+    show = Show()
+    peer = Path(os.environ["PEER_MACVTAP_CNI"]).resolve() if os.environ.get("PEER_MACVTAP_CNI") else None
+    if not peer:
+        show.say(f"kubevirt/macvtap-cni is left out: {report.NO_PEER}")
+    about = report.machine()
+    try:
+        extent = node.QUICK if options.quick else node.FULL
+        measured = measure(extent, show, peer, quick=options.quick)
+    except (LabError, GuestError, AssetError, BenchError, SpawnError) as error:
+        print(f"lab.bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lab.bench: interrupted; what it had made is gone", file=sys.stderr)
+        return 130
+    if options.json:
+        print(json.dumps(report.document(measured, about), indent=2, ensure_ascii=False))
+    else:
+        _print(report.rows(measured))
+    if not options.quick:
+        note = f"medians, p10 to p90; {about['processor']}, kernel {about['kernel']}, {about['date']}"
+        (DOCS / "benchmark.svg").write_text(chart.draw(panels(measured), note))
+        (DOCS / "benchmark.md").write_text(report.page(measured, about))
+        show.say("docs/benchmark.md and docs/benchmark.svg are written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""Those who are compared: ours, the reference plugins, and the kernel alone; and one measured call of each.
+
+Must not choose how often or in which order: node.py does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from cni import macvtap, rtnl
+from lab import assets
+from lab.bench.spawn import Job
+from lab.wire import BRIDGE, NIC
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lab.bench.spawn import Outcome, Spawner
+    from lab.wire import Netns
+
+BIN = Path(sys.executable).parent
+TMPFS = "/dev/shm"  # noqa: S108 - a TemporaryDirectory is made in it
+"""Where state is: a host's /run is a tmpfs, a container's often is not."""
+_SETTLE_SECONDS = 10.0
+_LOOK_SECONDS = 0.002
+_START_SECONDS = 20.0
+
+
+class BenchError(RuntimeError):
+    """Something did not do what it has to do to be measured; the text says what it answered."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an attachment goes."""
+
+    netns: Path
+    container: str
+    ifname: str = "net1"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one call, or several at once, cost: milliseconds, milliseconds of CPU, KiB at the peak."""
+
+    wall: float
+    cpu: float
+    peak: int
+
+
+class Agent:
+    """vmtapd on the node; a context manager."""
+
+    def __init__(self, node: Netns) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix=f"vmtap-bench-{os.getpid()}-", dir=TMPFS)
+        folder = Path(self._folder.name)
+        self.run = folder / "vmtap"
+        policy = folder / "interfaces.yaml"
+        entries = [
+            {"name": "wire", "source": {"dev": NIC}, "type": "ethernet"},
+            {"name": "bridge", "source": {"dev": BRIDGE}, "type": "ethernet"},
+        ]
+        policy.write_text(json.dumps({"interfaces": entries}))  # JSON is YAML
+        with (folder / "log").open("wb") as log, _ReadySocket(folder / "ready") as ready:
+            self.process = subprocess.Popen(
+                node.argv([BIN / "vmtapd", "--run", self.run, "--policy", policy, "--metrics", ""]),
+                stderr=log,
+                env={"PATH": os.environ["PATH"], "NOTIFY_SOCKET": ready.path},
+            )
+            try:
+                ready.wait()
+            except TimeoutError:
+                self.close()
+                raise BenchError(f"vmtapd is not ready after {_START_SECONDS:g} s") from None
+
+    def cpu(self) -> int:
+        """Nanoseconds of CPU that all its threads have had, the ended ones too (clock_getcpuclockid(3))."""
+        return time.clock_gettime_ns((~self.process.pid << 3) | 2)
+
+    def settle(self) -> None:
+        """Until all its threads are asleep, waiting for work.
+
+        A DEL is answered when the link is gone, and a thread of the agent stays in the kernel for another 15 to 40 ms.
+        That is let end before anybody else's turn: nobody else pays for it, and the agent's CPU time has it. There is
+        no event to wait for.
+        """
+        until = time.monotonic() + _SETTLE_SECONDS
+        quiet = 0
+        while quiet < 2:
+            if time.monotonic() > until:
+                raise BenchError(f"vmtapd has been at work for {_SETTLE_SECONDS:g} s after it answered")
+            time.sleep(_LOOK_SECONDS)
+            states = {_state(task / "stat") for task in Path(f"/proc/{self.process.pid}/task").iterdir()}
+            quiet = quiet + 1 if states <= {"S", ""} else 0
+
+    def memory(self, field: str = "VmRSS") -> int:
+        """KiB. VmHWM is the peak."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1])
+        raise BenchError("vmtapd has ended")
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(40)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _state(stat: Path) -> str:
+    """A thread's, as proc(5) has it; "" if it has ended."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+class _ReadySocket:
+    """sd_notify(3)'s receiver."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.settimeout(_START_SECONDS)
+        self._socket.bind(self.path)
+
+    def wait(self) -> None:
+        while b"READY=1" not in self._socket.recv(4096):
+            pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A CNI plugin with the network config that it is called with."""
+
+    name: str
+    program: Path
+    config: Mapping[str, object]
+    env: Mapping[str, str] = field(default_factory=dict)
+    agent: Agent | None = None
+    """Whose CPU and memory count, too."""
+    floor: Floor | None = None
+    """Who makes the link that this one only moves; that counts, too."""
+
+    def call(self, spawner: Spawner, command: str, places: Sequence[Place]) -> Sample:
+        """One call for each place, all at once. Raises BenchError if one fails."""
+        before = 0
+        if self.floor and command == "ADD":
+            before = sum(self.floor.prepare(_device(place)) for place in places)
+        spent = self.agent.cpu() if self.agent else 0
+        outcomes = spawner.run([self._job(command, place) for place in places])
+        self._check(command, outcomes)
+        if self.agent and command == "DEL":
+            self.agent.settle()
+        agent_cpu = self.agent.cpu() - spent if self.agent else 0
+        agent_memory = self.agent.memory() if self.agent else 0
+        wall = max(each.end for each in outcomes) - min(each.begin for each in outcomes)
+        return Sample(
+            wall=(wall + before) / 1e6,
+            cpu=(sum(each.cpu for each in outcomes) + agent_cpu) / 1e6,
+            peak=max(each.peak for each in outcomes) + agent_memory,
+        )
+
+    def _job(self, command: str, place: Place) -> Job:
+        env = {
+            "PATH": os.environ["PATH"],
+            "CNI_COMMAND": command,
+            "CNI_CONTAINERID": place.container,
+            "CNI_NETNS": str(place.netns),
+            "CNI_IFNAME": place.ifname,
+            "CNI_PATH": str(self.program.parent),
+            **self.env,
+        }
+        config = {"cniVersion": "1.0.0", "name": "wire", **self.config}
+        if self.floor:
+            config["deviceID"] = _device(place)
+        return Job([str(self.program)], env, json.dumps(config).encode())
+
+    def _check(self, command: str, outcomes: Sequence[Outcome]) -> None:
+        for each in outcomes:
+            if each.status != 0:
+                said = each.stdout.decode(errors="replace").strip() or "nothing"
+                raise BenchError(f"{self.name}: {command} ended with status {each.status}, said: {said}")
+
+
+def _device(place: Place) -> str:
+    """The link that macvtap-cni is to move, named as its device plugin names them."""
+    return f"{place.container[-8:]}Mvp0"
+
+
+class Floor:
+    """The kernel alone: the one message that makes or deletes a macvtap, sent by this process."""
+
+    def __init__(self, node: Netns, pod: Netns) -> None:
+        lower = node.links()[NIC]["ifindex"]
+        self._node = node.call(rtnl.Rtnl)
+        self._pod = pod.call(rtnl.Rtnl)
+        with node.path.open("rb") as namespace:
+            nsid = self._pod.nsid(namespace.fileno())
+        self._lower = rtnl.u32(rtnl.IFLA_LINK, lower)
+        self._lower_of_pod = self._lower + rtnl.s32(rtnl.IFLA_LINK_NETNSID, nsid)
+
+    def call(self, command: str) -> Sample:
+        """Into the pod, as ours does."""
+        begin, cpu = time.perf_counter_ns(), time.thread_time_ns()
+        if command == "ADD":
+            self._pod.do(_new("floor0", self._lower_of_pod, up=True))
+        else:
+            self._pod.do(rtnl.link_message(rtnl.RTM_DELLINK, rtnl.text(rtnl.IFLA_IFNAME, "floor0")))
+        return Sample((time.perf_counter_ns() - begin) / 1e6, (time.thread_time_ns() - cpu) / 1e6, 0)
+
+    def prepare(self, name: str) -> int:
+        """A link on the node, for a plugin that moves it; nanoseconds."""
+        begin = time.perf_counter_ns()
+        self._node.do(_new(name, self._lower, up=False))
+        return time.perf_counter_ns() - begin
+
+    def close(self) -> None:
+        self._node.close()
+        self._pod.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _new(name: str, lower: bytes, *, up: bool) -> tuple[int, int, bytes]:
+    mode = rtnl.u32(rtnl.IFLA_MACVLAN_MODE, macvtap.MODES["bridge"])
+    kind = rtnl.text(rtnl.IFLA_INFO_KIND, "macvtap")
+    return rtnl.link_message(
+        rtnl.RTM_NEWLINK,
+        rtnl.text(rtnl.IFLA_IFNAME, name),
+        lower,
+        rtnl.nest(rtnl.IFLA_LINKINFO, kind, rtnl.nest(rtnl.IFLA_INFO_DATA, mode)),
+        flags=rtnl.IFF_UP if up else 0,
+        change=rtnl.IFF_UP if up else 0,
+        nlm=rtnl.NLM_F_ACK | rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL,
+    )
+
+
+AGENT = "vmtap: agent and shim"
+AGENT_TAP = "vmtap: agent and shim, plain tap"
+ONE_SHOT = "vmtap: one-shot"
+GO_MACVLAN = "macvlan (reference, Go)"
+GO_TAP = "tap (reference, Go)"
+PEER = "kubevirt/macvtap-cni (Go)"
+KERNEL = "kernel alone"
+
+
+def contenders(agent: Agent, state: Path, floor: Floor, peer: Path | None) -> dict[str, Contender]:
+    """All of them, by name. state: a folder for the one-shot's; peer: macvtap-cni, where it is given."""
+    made = assets.bench()
+    bridge = {"interface": "wire", "device": "macvtap", "mode": "bridge", "type": "vmtap"}
+    shim = {"VMTAP_RUN": str(agent.run)}
+    one_shot = {"VMTAP_STATE": str(state), "VMTAP_POLICY": str(state / "none.yaml")}
+    source = {"source": NIC, "device": "macvtap", "mode": "bridge", "type": "vmtap"}
+    macvlan = {"type": "macvlan", "master": NIC, "mode": "bridge"}
+    every = [
+        Contender(AGENT, made / "vmtap", bridge, shim, agent),
+        Contender(AGENT_TAP, made / "vmtap", {"device": "tap", "type": "vmtap"}, shim, agent),
+        Contender(ONE_SHOT, BIN / "vmtap", source, one_shot),
+        Contender(GO_MACVLAN, made / "macvlan", macvlan),
+        Contender(GO_TAP, made / "tap", {"type": "tap"}),
+    ]
+    if peer:
+        every.append(Contender(PEER, peer, {"type": "macvtap"}, floor=floor))
+    return {each.name: each for each in every}

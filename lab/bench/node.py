@@ -1,0 +1,199 @@
+"""What is measured on the node: calls one by one, many at once, on a crowded NIC, for long; the launcher's start.
+
+Everybody in turn, round by round, the order turned by one each round: what slows the machine down slows all.
+Must not judge: figures.py and report.py do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lab import assets
+from lab.bench.contenders import (
+    AGENT,
+    AGENT_TAP,
+    BIN,
+    GO_TAP,
+    KERNEL,
+    ONE_SHOT,
+    Agent,
+    BenchError,
+    Place,
+    Sample,
+)
+from lab.bench.spawn import Job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from lab.bench.contenders import Contender, Floor
+    from lab.bench.spawn import Spawner
+    from lab.wire import Netns
+
+COMMANDS = ("ADD", "DEL")
+_POPULATE_AT_ONCE = 25
+
+Samples = dict[str, dict[str, list[Sample]]]
+"""Contender → command → a sample for each round."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured."""
+
+    rounds: int
+    at_once: int
+    at_once_rounds: int
+    crowds: tuple[int, ...]
+    crowd_rounds: int
+    pairs: int
+    launches: int
+    guest_rounds: int
+    guest_seconds: float
+
+
+FULL = Extent(
+    rounds=100,
+    at_once=100,
+    at_once_rounds=10,
+    crowds=(0, 100, 500, 1000),
+    crowd_rounds=40,
+    pairs=10_000,
+    launches=30,
+    guest_rounds=5,
+    guest_seconds=2.0,
+)
+QUICK = Extent(
+    rounds=12,
+    at_once=100,
+    at_once_rounds=2,
+    crowds=(0, 100),
+    crowd_rounds=8,
+    pairs=500,
+    launches=5,
+    guest_rounds=1,
+    guest_seconds=1.0,
+)
+
+
+@dataclass
+class Soak:
+    """An agent's memory while it makes and ends attachments: (pairs so far, KiB resident)."""
+
+    resident: list[tuple[int, int]] = field(default_factory=list)
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """Everybody's order in each round: each begins as often as the others."""
+    for number in range(rounds):
+        first = number % len(names)
+        yield [*names[first:], *names[:first]]
+
+
+def one_by_one(
+    spawner: Spawner, every: Mapping[str, Contender], floor: Floor, pod: Netns, rounds: int
+) -> Samples:
+    """An ADD and a DEL of each in each round, on a node where nothing else is attached. One round more, unmeasured."""
+    names = [*every, KERNEL]
+    samples: Samples = {name: {command: [] for command in COMMANDS} for name in names}
+    place = Place(pod.path, "bench-one")
+    for number, order in enumerate(turns(names, rounds + 1)):
+        for name in order:
+            for command in COMMANDS:
+                sample = (
+                    floor.call(command) if name == KERNEL else every[name].call(spawner, command, [place])
+                )
+                if number:  # the first has cold caches
+                    samples[name][command].append(sample)
+    return samples
+
+
+def at_once(spawner: Spawner, every: Mapping[str, Contender], pods: Sequence[Netns], rounds: int) -> Samples:
+    """An ADD in each pod at once, then a DEL. The one-shot in the first round only: it takes seconds."""
+    places = [Place(pod.path, f"bench-many-{number:04}") for number, pod in enumerate(pods)]
+    samples: Samples = {name: {command: [] for command in COMMANDS} for name in every}
+    for number, order in enumerate(turns(list(every), rounds)):
+        for name in order:
+            if name != ONE_SHOT or number == 0:
+                for command in COMMANDS:
+                    samples[name][command].append(every[name].call(spawner, command, places))
+    return samples
+
+
+def crowded(
+    spawner: Spawner,
+    every: Mapping[str, Contender],
+    floor: Floor,
+    pod: Netns,
+    pods: Sequence[Netns],
+    *,
+    extent: Extent,
+    progress: Callable[[str], None],
+) -> dict[int, Samples]:
+    """one_by_one() with that many attachments on the node and its NIC; made by the agent, spread over the pods."""
+    compared = {name: each for name, each in every.items() if name not in (AGENT_TAP, GO_TAP)}
+    crowd = [
+        Place(pods[number % len(pods)].path, f"bench-crowd-{number:05}", f"c{number // len(pods)}")
+        for number in range(max(extent.crowds))
+    ]
+    seen: dict[int, Samples] = {}
+    there = 0
+    for size in extent.crowds:
+        progress(f"{size} attachments already there")
+        _in_parts(spawner, every[AGENT], "ADD", crowd[there:size])
+        there = size
+        seen[size] = one_by_one(spawner, compared, floor, pod, extent.crowd_rounds)
+    progress("the crowd leaves")
+    _in_parts(spawner, every[AGENT], "DEL", crowd[:there])
+    return seen
+
+
+def _in_parts(spawner: Spawner, contender: Contender, command: str, places: Sequence[Place]) -> None:
+    for at in range(0, len(places), _POPULATE_AT_ONCE):
+        contender.call(spawner, command, places[at : at + _POPULATE_AT_ONCE])
+
+
+def soak(
+    spawner: Spawner, contender: Contender, pods: Sequence[Netns], pairs: int, progress: Callable[[str], None]
+) -> Soak:
+    """That many pairs of ADD and DEL, a few at once."""
+    agent = contender.agent
+    if agent is None:
+        raise BenchError(f"{contender.name} has no agent whose memory could grow")
+    places = [Place(pod.path, f"bench-soak-{number}") for number, pod in enumerate(pods)]
+    seen = Soak([(0, agent.memory())])
+    step = max(1, pairs // 40)
+    done, noted = 0, 0
+    while done < pairs:
+        for command in COMMANDS:
+            contender.call(spawner, command, places)
+        done += len(places)
+        if done - noted >= step or done >= pairs:
+            noted = done
+            seen.resident.append((done, agent.memory()))
+            progress(f"{done} of {pairs} pairs, {seen.resident[-1][1] / 1024:.1f} MB")
+    return seen
+
+
+def launches(spawner: Spawner, contender: Contender, agent: Agent, pod: Netns, count: int) -> list[float]:
+    """Milliseconds from the launcher's start to that of what it becomes, which is a program that says when."""
+    place = Place(pod.path, "bench-launch")
+    contender.call(spawner, "ADD", [place])
+    taken = []
+    with tempfile.TemporaryDirectory(prefix=f"vmtap-bench-{os.getpid()}-", dir="/run") as folder:
+        Path(folder).chmod(0o755)  # for the launcher's unprivileged user
+        program = shutil.copy(assets.bench() / "moment", folder)
+        env = {"PATH": os.environ["PATH"], "VMTAP_STATE": str(agent.run), "VMTAP_RUN": str(agent.run)}
+        job = Job([str(BIN / "vmtap-launch"), "--netns", str(pod.path), "--", program], env)
+        for _ in range(count):
+            (outcome,) = spawner.run([job])
+            if outcome.status != 0:
+                raise BenchError(f"vmtap-launch ended with status {outcome.status}")
+            taken.append((int(outcome.stdout) - outcome.begin) / 1e6)
+    contender.call(spawner, "DEL", [place])
+    return taken

@@ -1,0 +1,332 @@
+"""What was measured, judged and written down: the budget's rows, the Markdown page, the JSON document.
+
+Must not measure. chart.py draws the picture.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab import assets
+from lab.bench.contenders import AGENT, GO_MACVLAN, KERNEL, ONE_SHOT, PEER
+from lab.bench.figures import Budget, Row, Spread, number, ratios, spread
+from lab.bench.guests import DIRECTIONS, MACVTAP, TAP, USER
+from lab.bench.node import COMMANDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lab.bench.contenders import Sample
+    from lab.bench.guests import Rates
+    from lab.bench.node import Extent, Samples, Soak
+
+NO_PEER = "PEER_MACVTAP_CNI=PATH was not given, and macvtap-cni is in no registry"
+
+ADD = Budget("agent ADD ÷ Go macvlan without IPAM", 0.35, 0.20)
+DEL = Budget("agent DEL ÷ Go macvlan", 0.15, 0.05)
+TO_PEER = Budget("agent ADD ÷ kubevirt/macvtap-cni", 0.05, 0.025)
+MANY_WALL = Budget("{count} ADDs at once ÷ Go macvlan, wall", 0.35, 0.20)
+MANY_CPU = Budget("{count} ADDs at once ÷ Go macvlan, CPU", 0.35, 0.20)
+CROWD = Budget("agent ADD with {count} attachments ÷ with none", 2.5, 2.0)
+SINGLE = Budget("one-shot ADD ÷ Go macvlan", 50, 12)
+RESIDENT = Budget("agent's memory after {count} pairs", 45, 25, "MB")
+GROWTH = Budget("its growth over the second half of them", 1, 0, "%")
+LAUNCH = Budget("launcher, start to exec of QEMU", 120, 50, "ms")
+GUEST = Budget("guest TX + RX, macvtap ÷ user networking", 2, 3, more=True)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run."""
+
+    quick: bool
+    extent: Extent
+    single: Samples
+    many: Samples
+    crowds: dict[int, Samples]
+    soak: Soak
+    launches: list[float]
+    guests: Rates
+
+    def walls(self, name: str, command: str) -> list[float]:
+        return [sample.wall for sample in self.single[name][command]]
+
+
+def rows(measured: Measured) -> list[Row]:
+    """The budget's table (design: Performance), judged."""
+    one, many, extent = measured.walls, measured.many, measured.extent
+
+    def at_once(of: Callable[[Sample], float]) -> Spread:
+        ours, theirs = ([of(each) for each in many[name]["ADD"]] for name in (AGENT, GO_MACVLAN))
+        return spread(ratios(ours, theirs))
+
+    crowd = max(measured.crowds)
+    alone, crowded = (
+        [sample.wall for sample in measured.crowds[size][AGENT]["ADD"]]
+        for size in (min(measured.crowds), crowd)
+    )
+    resident = measured.soak.resident
+    middle = next(kib for pairs, kib in resident if pairs >= extent.pairs / 2)
+    growth = max(0.0, (resident[-1][1] - middle) / middle * 100)
+    return [
+        Row(ADD, spread(ratios(one(AGENT, "ADD"), one(GO_MACVLAN, "ADD")))),
+        Row(DEL, spread(ratios(one(AGENT, "DEL"), one(GO_MACVLAN, "DEL")))),
+        Row(TO_PEER, spread(ratios(one(AGENT, "ADD"), one(PEER, "ADD"))))
+        if PEER in measured.single
+        else Row(TO_PEER, None, NO_PEER),
+        Row(_counted(MANY_WALL, extent.at_once), at_once(lambda sample: sample.wall)),
+        Row(_counted(MANY_CPU, extent.at_once), at_once(lambda sample: sample.cpu)),
+        Row(_counted(CROWD, crowd), spread(ratios(crowded, alone))),
+        Row(SINGLE, spread(ratios(one(ONE_SHOT, "ADD"), one(GO_MACVLAN, "ADD")))),
+        Row(_counted(RESIDENT, extent.pairs), spread([resident[-1][1] / 1024])),
+        Row(GROWTH, spread([round(growth, 1)])),
+        Row(LAUNCH, spread(measured.launches)),
+        Row(GUEST, spread(ratios(both_ways(measured.guests, MACVTAP), both_ways(measured.guests, USER)))),
+    ]
+
+
+def both_ways(guests: Rates, medium: str) -> list[float]:
+    """TX + RX of each round."""
+    return [sum(pair) for pair in zip(*(guests[medium][way] for way in DIRECTIONS), strict=True)]
+
+
+def _counted(budget: Budget, count: int) -> Budget:
+    return Budget(
+        budget.figure.format(count=f"{count:,}".replace(",", " ")),
+        budget.must,
+        budget.aim,
+        budget.unit,
+        budget.more,
+    )
+
+
+def machine() -> dict[str, str]:
+    """What the run was on, and which versions were compared."""
+    processors = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    memory = int(re.findall(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())[0])
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": f"{len(processors)} of {processors[0] if processors else platform.machine()}",
+        "memory": f"{memory / (1 << 20):.0f} GB",
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "vmtap": version("vmtap-cni"),
+        "reference plugins": assets.PLUGINS_VERSION,
+        "load when it began": Path("/proc/loadavg").read_text().split()[0],
+    }
+
+
+def document(measured: Measured, about: dict[str, str]) -> dict[str, Any]:
+    """For programs."""
+
+    def cells(samples: Samples) -> dict[str, Any]:
+        return {
+            name: {
+                command: {
+                    kind: asdict(spread([getattr(sample, kind) for sample in taken]))
+                    for kind in ("wall", "cpu", "peak")
+                }
+                for command, taken in commands.items()
+                if taken
+            }
+            for name, commands in samples.items()
+        }
+
+    return {
+        "machine": about,
+        "quick": measured.quick,
+        "budget": [
+            {
+                **asdict(row.budget),
+                "value": row.value and asdict(row.value),
+                "verdict": row.verdict,
+                "why": row.why,
+            }
+            for row in rows(measured)
+        ],
+        "oneByOne": cells(measured.single),
+        "atOnce": cells(measured.many),
+        "crowded": {str(size): cells(samples) for size, samples in measured.crowds.items()},
+        "resident": measured.soak.resident,
+        "launches": asdict(spread(measured.launches)),
+        "guests": {
+            medium: {way: asdict(spread(taken)) for way, taken in ways.items()}
+            for medium, ways in measured.guests.items()
+        },
+    }
+
+
+MARKS = {"aim": "✓✓ aim", "must": "✓ must", "missed": "✗ missed", "not measured": "not measured"}
+
+
+def page(measured: Measured, about: dict[str, str]) -> str:
+    """docs/benchmark.md."""
+    extent = measured.extent
+    return TEXT.format(
+        about="\n".join(f"| {name} | {value} |" for name, value in about.items()),
+        budget=_table(
+            ("figure", "must", "aim", "measured", "p10 to p90", "verdict"), map(_budget_cells, rows(measured))
+        ),
+        remarks="\n".join(f"\n{row.budget.figure}: {row.why}." for row in rows(measured) if row.why),
+        rounds=extent.rounds,
+        single=_calls(measured.single),
+        at_once=extent.at_once,
+        at_once_rounds=extent.at_once_rounds,
+        many=_calls(measured.many),
+        crowd_rounds=extent.crowd_rounds,
+        crowds=_crowds(measured),
+        pairs=extent.pairs,
+        first=f"{measured.soak.resident[0][1] / 1024:.1f}",
+        middle=f"{next(kib for pairs, kib in measured.soak.resident if pairs >= extent.pairs / 2) / 1024:.1f}",
+        last=f"{measured.soak.resident[-1][1] / 1024:.1f}",
+        guest_rounds=extent.guest_rounds,
+        guests=_guests(measured),
+    )
+
+
+def _budget_cells(row: Row) -> Sequence[str]:
+    sign, unit = "≥" if row.budget.more else "≤", f" {row.budget.unit}" if row.budget.unit else ""
+    limits = [f"{sign} {limit:g}{unit}" for limit in (row.budget.must, row.budget.aim)]
+    if row.value is None:
+        return row.budget.figure, *limits, "", "", MARKS[row.verdict]
+    value = row.value
+    between = f"{number(value.low)} to {number(value.high)}" if value.count > 1 else ""
+    return row.budget.figure, *limits, f"**{number(value.median)}{unit}**", between, MARKS[row.verdict]
+
+
+def _calls(samples: Samples) -> str:
+    heads = ("", "", "wall ms", "p10 to p90", "÷ Go macvlan", "CPU ms", "÷ Go macvlan", "peak MB")
+    lines = []
+    for command in COMMANDS:
+        base = samples[GO_MACVLAN][command]
+        for name, commands in samples.items():
+            taken = commands[command]
+            if not taken:
+                continue
+            wall, cpu = spread([each.wall for each in taken]), spread([each.cpu for each in taken])
+            peak = max(each.peak for each in taken)
+            beside = [
+                spread(
+                    ratios(
+                        [getattr(each, kind) for each in taken],
+                        [getattr(each, kind) for each in base[: len(taken)]],
+                    )
+                ).median
+                for kind in ("wall", "cpu")
+            ]
+            lines.append(
+                (
+                    command,
+                    name,
+                    number(wall.median),
+                    f"{number(wall.low)} to {number(wall.high)}",
+                    number(beside[0]),
+                    number(cpu.median),
+                    number(beside[1]),
+                    "" if name == KERNEL else f"{peak / 1024:.1f}",
+                )
+            )
+    return _table(heads, lines)
+
+
+def _crowds(measured: Measured) -> str:
+    sizes = sorted(measured.crowds)
+    heads = ("ADD, wall ms, attachments already there:", *map(str, sizes), f"{sizes[-1]} ÷ {sizes[0]}")
+    lines = []
+    for name in measured.crowds[sizes[0]]:
+        walls = [[each.wall for each in measured.crowds[size][name]["ADD"]] for size in sizes]
+        lines.append(
+            (
+                name,
+                *(number(spread(each).median) for each in walls),
+                number(spread(ratios(walls[-1], walls[0])).median),
+            )
+        )
+    return _table(heads, lines)
+
+
+def _guests(measured: Measured) -> str:
+    heads = ("MB/s", "TX", "RX", "TX + RX", "÷ user networking", "p10 to p90")
+    lines = []
+    for medium in (MACVTAP, TAP, USER):
+        ways = (number(spread(measured.guests[medium][way]).median) for way in DIRECTIONS)
+        total = both_ways(measured.guests, medium)
+        beside = spread(ratios(total, both_ways(measured.guests, USER)))
+        lines.append(
+            (
+                medium,
+                *ways,
+                number(spread(total).median),
+                number(beside.median),
+                f"{number(beside.low)} to {number(beside.high)}",
+            )
+        )
+    return _table(heads, lines)
+
+
+def _table(heads: Sequence[str], lines: Any) -> str:
+    every = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in every)
+
+
+TEXT = """\
+# Benchmark
+
+Written by `make bench`, from one run; do not edit it.
+
+![ADD, DEL and many at once](benchmark.svg)
+
+## The budget
+
+Medians; ratios are of two calls of the same round, and their spread is from the 10th to the 90th percentile.
+
+{budget}
+{remarks}
+
+| this run | |
+| --- | --- |
+{about}
+
+## How it is measured
+
+Every contender's turn comes once a round, and another one begins each round; so what slows the machine down slows
+all of them. A call is a process as a runtime starts it, from vfork(2) to wait4(2), by a small C program in the node's
+network namespace. CPU is user and system time of the process, and for the agent its own as well, with what the
+kernel does for it after a DEL was answered. Peak memory is the process's, and the agent's whole resident memory is
+added to its shim's. No contender has IPAM. The agent has a policy file, as on a node, and the one-shot none, as on
+a laptop. "Kernel alone" is one RTM_NEWLINK or RTM_DELLINK of a macvtap, to its ACK, on an open socket.
+
+macvlan and tap are the CNI project's reference plugins. They make another device (a macvlan, which a pod's own
+kernel uses) or the same without a wire; they are the yardstick because every cluster runs them.
+
+## One call at a time, {rounds} rounds
+
+{single}
+
+## {at_once} at once, {at_once_rounds} rounds
+
+Each into a pod of its own; wall is from the first start to the last end, CPU is the sum. The one-shot has one round.
+
+{many}
+
+## On a crowded NIC, {crowd_rounds} rounds each
+
+{crowds}
+
+## The agent's memory over {pairs} pairs of ADD and DEL
+
+{first} MB at its start, {middle} MB after half of them, {last} MB at the end.
+
+## Guests, {guest_rounds} rounds
+
+QEMU in software emulation (TCG), one processor each, no vhost where the host has none; a TCP stream between the guest
+and another machine of the lab. Absolute numbers are this machine's emulation, not a NIC's.
+
+{guests}
+"""

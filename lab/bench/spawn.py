@@ -1,0 +1,94 @@
+"""Runs processes through spawn.c and says what each of them cost; must not know what they are for."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from lab.wire import Netns
+
+_JOB = struct.Struct("=IIII")
+_OUTCOME = struct.Struct("=iIQQQQ")
+
+
+class SpawnError(RuntimeError):
+    """The measuring process ended; the text says with what."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process to run: argv[0] is a path."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    stdin: bytes = b""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job. Times are nanoseconds, begin and end on CLOCK_MONOTONIC; peak is KiB resident."""
+
+    status: int
+    stdout: bytes
+    begin: int
+    end: int
+    cpu: int
+    peak: int
+
+
+class Spawner:
+    """spawn.c, running in a namespace; a context manager."""
+
+    def __init__(self, program: Path, netns: Netns, log: IO[bytes]) -> None:
+        self._process = subprocess.Popen(
+            netns.argv([program]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        )
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """All of them at once, to their ends; bounded by spawn.c."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(struct.pack("=I", len(jobs)) + b"".join(map(_encode, jobs)))
+            self._process.stdin.flush()
+        except OSError as error:
+            raise self._ended() from error
+        return [self._outcome() for _ in jobs]
+
+    def _outcome(self) -> Outcome:
+        status, length, begin, end, cpu, peak = _OUTCOME.unpack(self._read(_OUTCOME.size))
+        return Outcome(status, self._read(length), begin, end, cpu * 1000, peak)
+
+    def _read(self, length: int) -> bytes:
+        assert self._process.stdout is not None
+        data = self._process.stdout.read(length)
+        if len(data) < length:
+            raise self._ended()
+        return data
+
+    def _ended(self) -> SpawnError:
+        return SpawnError(f"the process that starts the others ended with status {self._process.wait(10)}")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _encode(job: Job) -> bytes:
+    env = [f"{name}={value}" for name, value in job.env.items()]
+    strings = b"".join(word.encode() + b"\0" for word in (*job.argv, *env))
+    return _JOB.pack(len(job.argv), len(env), len(strings), len(job.stdin)) + strings + job.stdin
