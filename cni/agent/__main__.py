@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 _COMMANDS = ("ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION")
 
 
+def _to_nobody(response: Response, stderr: bytes) -> None:
+    """For a request that nobody waits for."""
+
+
 class Agent:
     """Everything that a request needs and that outlives it."""
 
@@ -59,7 +63,9 @@ class Agent:
             "Connections to the CNI socket that carried no request of ours.",
         )
 
-    def answer(self, asked: Asked, reply: Reply, waits: Callable[[], None]) -> None:
+    def answer(
+        self, asked: Asked, reply: Reply = _to_nobody, waits: Callable[[], None] = nothing
+    ) -> Response:
         """Carry out one request of the shim; waits: see plugin.Request."""
         begin = time.monotonic()
         request = plugin.Request(
@@ -94,12 +100,7 @@ class Agent:
             ifname=asked.env.get("CNI_IFNAME"),
             **fields,
         )
-
-    def carry_out(self, asked: Asked) -> Response:
-        """The same for a request that nobody waits for any more."""
-        responses: list[Response] = []
-        self.answer(asked, lambda response, _: responses.append(response), nothing)
-        return responses[0]
+        return response
 
     def refused(self, why: str) -> None:
         """Take note of a connection that carried no request."""
@@ -147,7 +148,7 @@ def _run(settings: Config) -> int:
     agent.policy_error()  # it is logged, and every ADD says so
     reconciler = Reconciler(
         store,
-        agent.carry_out,
+        agent.answer,
         agent.policies,
         registry,
         seconds=settings.reconcile_seconds,

@@ -77,13 +77,15 @@ class Server:
     def __init__(
         self,
         listener: socket.socket,
-        answer: Callable[[Asked, Reply, Callable[[], None]], None],
+        answer: Callable[[Asked, Reply, Callable[[], None]], object],
         refused: Callable[[str], None],
         *,
         lent: bool = False,
     ) -> None:
-        """answer gets what was asked, how to reply, and what to call before it waits for somebody else. lent: the
-        socket is systemd's, which listens on when we are gone."""
+        """answer gets what was asked, how to reply, and what to call before it waits for somebody else.
+
+        lent: the socket is systemd's, which listens on when we are gone.
+        """
         self._listener = listener
         self._lent = lent
         self._answer = answer

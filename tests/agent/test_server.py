@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +94,48 @@ def test_slow_delegates_delay_only_their_own(agent: Agent, lab: Lab, tmp_path: P
             (tmp_path / name).write_text('{"ips": [{"address": "10.1.0.9/24"}]}')
         for each in waiting:
             assert each.result().ok()["ips"]
+
+
+def test_who_waits_for_a_lock_delays_only_himself(agent: Agent, lab: Lab, tmp_path: Path) -> None:
+    slow = _delegate(
+        tmp_path / "bin",
+        f'[ "$CNI_COMMAND" = DEL ] && exit 0; echo > "{tmp_path}/begun"; cat "{tmp_path}/go"',
+    )
+    for name in ("begun", "go"):
+        os.mkfifo(tmp_path / name)
+    pod, other, shim = lab.pod(), lab.pod(), agent.shim()
+    slow_config, env = config(**WIRE, ipam={"type": "fake"}), {"CNI_PATH": slow}
+    with ThreadPoolExecutor(4) as pool:
+        adding = pool.submit(shim, "ADD", slow_config, netns=pod, container="held", env=env)
+        (tmp_path / "begun").read_bytes()
+        ending = [
+            pool.submit(shim, "DEL", slow_config, netns=pod, container="held", env=env) for _ in range(3)
+        ]
+        for _ in range(5):
+            shim("ADD", config(**WIRE), netns=other, container="quick").ok()
+            shim("DEL", config(**WIRE), netns=other, container="quick").ok()
+        assert not any(each.done() for each in (adding, *ending))
+        (tmp_path / "go").write_text('{"ips": [{"address": "10.1.0.9/24"}]}')
+        adding.result().ok()
+        for each in ending:
+            each.result().ok()
+    assert "net1" not in pod.links()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"vm", struct.pack("=IIII", 0x31746D76, 0, 1000, 1000) + b"CNI_COMMAND=ADD"],
+    ids=["nothing", "half a head", "half a body"],
+)
+def test_a_peer_that_does_not_go_on_delays_nobody(agent: Agent, lab: Lab, sent: bytes) -> None:
+    pod, shim = lab.pod(), agent.shim()
+    with ExitStack() as stack:
+        for _ in range(10):
+            peer = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            peer.connect(str(agent.run / "agent/cni.sock"))
+            peer.sendall(sent)
+        shim("ADD", config(**WIRE), netns=pod, env={"VMTAP_DEADLINE": "10"}).ok()
+        shim("DEL", config(**WIRE), netns=pod, env={"VMTAP_DEADLINE": "10"}).ok()
 
 
 def test_sigterm_finishes_what_is_in_flight(agent: Agent, lab: Lab, tmp_path: Path) -> None:

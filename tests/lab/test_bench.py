@@ -1,0 +1,125 @@
+"""The benchmark's arithmetic and its page; nothing here measures."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+
+from lab.bench import chart, figures, node, report
+from lab.bench.contenders import AGENT, GO_MACVLAN, KERNEL, ONE_SHOT, PEER, Sample
+from lab.bench.figures import Budget, Row, Spread
+from lab.bench.guests import DIRECTIONS, MACVTAP, TAP, USER
+
+
+def test_quantiles_lie_between_the_values() -> None:
+    assert figures.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert figures.quantile([1.0, 2.0], 0.5) == 1.5
+    assert figures.quantile([10.0, 20.0, 30.0, 40.0, 50.0], 0.1) == pytest.approx(14.0)
+    assert figures.quantile([7.0], 0.9) == 7.0
+
+
+def test_a_spread_is_not_moved_by_one_outlier() -> None:
+    assert figures.spread([1.0] * 19 + [1000.0]) == Spread(1.0, 1.0, 1.0, 20)
+    with pytest.raises(ValueError, match="nothing was measured"):
+        figures.spread([])
+
+
+def test_ratios_are_of_one_round() -> None:
+    assert figures.ratios([1.0, 10.0], [2.0, 20.0]) == [0.5, 0.5]
+    with pytest.raises(ValueError, match="shorter"):
+        figures.ratios([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("budget", "value", "verdict"),
+    [
+        (Budget("less", 0.35, 0.2), 0.2, "aim"),
+        (Budget("less", 0.35, 0.2), 0.21, "must"),
+        (Budget("less", 0.35, 0.2), 0.36, "missed"),
+        (Budget("more", 2, 3, more=True), 3, "aim"),
+        (Budget("more", 2, 3, more=True), 2.9, "must"),
+        (Budget("more", 2, 3, more=True), 1.9, "missed"),
+    ],
+)
+def test_verdicts(budget: Budget, value: float, verdict: str) -> None:
+    assert budget.verdict(value) == verdict
+
+
+def test_what_was_not_measured_is_said() -> None:
+    row = Row(report.TO_PEER, None, report.NO_PEER)
+    assert row.verdict == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.04123, "0.0412"), (1.234, "1.23"), (45.61, "45.6"), (1234.5, "1234")]
+)
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert figures.number(value) == text
+
+
+def test_everybody_begins_as_often() -> None:
+    orders = list(node.turns(["a", "b", "c"], 6))
+    assert [order[0] for order in orders] == ["a", "b", "c", "a", "b", "c"]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+
+
+def _measured() -> report.Measured:
+    def samples(*names: str, scale: float = 1.0) -> node.Samples:
+        times = {AGENT: 1.0, ONE_SHOT: 50.0, GO_MACVLAN: 5.0, KERNEL: 0.2}
+        return {
+            name: {
+                command: [Sample(times[name] * scale * slow, times[name], 1024) for slow in (1.0, 3.0)]
+                for command in node.COMMANDS
+            }
+            for name in names
+        }
+
+    everybody = samples(AGENT, ONE_SHOT, GO_MACVLAN, KERNEL)
+    return report.Measured(
+        quick=True,
+        extent=node.QUICK,
+        single=everybody,
+        many=samples(AGENT, GO_MACVLAN),
+        crowds={0: everybody, 100: samples(AGENT, ONE_SHOT, GO_MACVLAN, KERNEL, scale=2.0)},
+        soak=node.Soak([(0, 10240), (250, 20480), (500, 20480)]),
+        launches=[40.0, 60.0],
+        guests={
+            medium: {way: [speed] for way in DIRECTIONS}
+            for medium, speed in ((MACVTAP, 30.0), (TAP, 20.0), (USER, 10.0))
+        },
+    )
+
+
+def test_the_budget_is_judged_by_ratios() -> None:
+    rows = {row.budget.figure: row for row in report.rows(_measured())}
+    value = rows["agent ADD ÷ Go macvlan without IPAM"].value
+    assert value
+    assert (value.median, value.low, value.high) == (0.2, 0.2, 0.2)
+    assert rows["agent ADD with 100 attachments ÷ with none"].verdict == "aim"
+    assert rows["launcher, start to exec of QEMU"].verdict == "aim"
+    assert rows["its growth over the second half of them"].verdict == "aim"
+    assert rows["guest TX + RX, macvtap ÷ user networking"].verdict == "aim"
+    assert rows[report.TO_PEER.figure].verdict == "not measured"
+    assert PEER not in _measured().single
+
+
+def test_the_page_has_every_row_and_says_what_is_left_out() -> None:
+    page = report.page(_measured(), {"date": "today"})
+    for row in report.rows(_measured()):
+        assert f"| {row.budget.figure} |" in page
+    assert report.NO_PEER in page
+    assert "benchmark.svg" in page
+
+
+def test_the_chart_is_xml_with_a_bar_for_each() -> None:
+    bars = [
+        chart.Bar("ours <1>", Spread(1.0, 0.9, 1.1, 9), "ours"),
+        chart.Bar("b", Spread(50.0, 40.0, 60.0, 9), "bar"),
+    ]
+    picture = ElementTree.fromstring(chart.draw([chart.Panel("ADD", "ms", bars)], "a note"))  # noqa: S314 - ours
+    name = "{http://www.w3.org/2000/svg}"
+    widths = [float(rect.get("width", "")) for rect in picture.iter(f"{name}rect")]
+    assert len(widths) == 2
+    assert 0 < widths[0] < widths[1]
+    assert "ours <1>" in [text.text for text in picture.iter(f"{name}text")]
