@@ -45,6 +45,7 @@ def main() -> int:
         policy=env.get("VMTAP_POLICY") or "/etc/vmtap/interfaces.yaml",
         state=env.get("VMTAP_STATE") or "/run/vmtap",
         called_as="macvtap" if name == "macvtap" else "vmtap",
+        note=lambda text: _say(f"{name}: {text}"),
     )
     try:
         for number in _END:

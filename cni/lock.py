@@ -46,8 +46,11 @@ def held(file: str, name: str, *, wait: bool = True, waits: Callable[[], None] =
 
 
 def is_held(file: str, name: str) -> bool:
-    """Whether somebody is at work on it at this moment. Raises OSError if the file cannot be opened."""
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """Whether somebody is at work on it at this moment. Raises OSError if the file is there and cannot be opened."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
     try:
         found: bytes = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _range(name))
     finally:

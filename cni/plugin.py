@@ -53,7 +53,7 @@ class Request:
 
     env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
     policy: path of the node's policy file; netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has
-    opened it; load_policy: see policy.py; delete_link, waits: see attachment.py.
+    opened it; load_policy: see policy.py; delete_link, waits: see attachment.py; note: see state.py.
     """
 
     env: Mapping[str, str]
@@ -66,6 +66,7 @@ class Request:
     load_policy: Callable[[str], policies.Policy | None] = policies.load
     delete_link: attachment.DeleteLink = attachment.delete_link
     waits: Callable[[], None] = nothing
+    note: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
             netns=opened,
             env=request.env,
             stdin=request.stdin,
-            store=Store(request.state),
+            store=Store(request.state, request.note),
             delegate_seconds=request.delegate_seconds,
             delete_link=request.delete_link,
             waits=request.waits,

@@ -34,12 +34,12 @@ IFINDEX_BASE = 0x10000000
 """Interface indexes of ours start here, far above any that a kernel counts up to by itself."""
 IFINDEX_SPAN = 0x60000000
 _CANDIDATES = 8
-_BUFFER = 1 << 16
-"""Given, so that nobody looks whether a file is a terminal."""
 _SEALED = 0o400
 """The mode of a record whose ADD came to its end."""
 _SWEEP = "sweep"
 """Stands where an id stands; no id is without a dash."""
+_BUFFER = 1 << 16
+"""Given, so that nobody looks whether a file is a terminal."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,10 @@ def boot_id() -> str:
 class Store:
     """The folder. Every method raises CniError 5 when the file system says no."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], note: Callable[[str], None] | None = None) -> None:
+        """note is told, in one sentence, of what a person should know and no request fails of."""
         self.folder = os.fspath(folder)
+        self._note = note
         self._attachments = f"{self.folder}/attachments"
         self._ifindex = f"{self.folder}/ifindex"
         self._dev = f"{self.folder}/dev"
@@ -223,9 +225,11 @@ class Store:
             return None
         except OSError as error:
             raise CniError(IO_FAILURE, f"cannot read {path}", str(error)) from None
-        except ValueError:
+        except ValueError as error:
             with suppress(OSError):
                 os.rename(path, self._path(id, "bad"))
+            if self._note:
+                self._note(f"{path} was set aside as .bad: {error}")
             return None
         if record.boot_id != boot_id():  # the folder outlived a reboot: nothing that it speaks of did
             self.forget(record)

@@ -79,6 +79,7 @@ class Agent:
             delegate_seconds=self.settings.delegate_seconds,
             delete_link=self.unlink,
             waits=waits,
+            note=_note,
         )
         self._in_flight.inc()
         response = plugin.handle(request)
@@ -135,7 +136,7 @@ def main() -> int:
 
 
 def _run(settings: Config) -> int:
-    store = Store(settings.run)
+    store = Store(settings.run, _note)
     store.prepare()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each VM's pidfd, and queues on their way
@@ -201,6 +202,10 @@ def _health(
     told.start()
     log(INFO, "health and metrics", address=address, port=told.port)
     return told
+
+
+def _note(text: str) -> None:
+    log(WARNING, "note", what=text)
 
 
 def _inherited() -> socket.socket | None:

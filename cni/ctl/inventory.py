@@ -270,8 +270,7 @@ def _attachments(host: Rtnl, run: str, records: Iterable[tuple[Record, datetime]
                 continue
             link = _link(host, record)
             if link is None:
-                busy = lock.is_held(f"{run}/lock", record.id)
-                made.append(Attachment(record, since, "in progress" if busy else "gone"))
+                made.append(Attachment(record, since, _unless_busy(run, record, "gone")))
                 continue
             if record.netns_id not in seen:
                 namespace = open_netns(record)
@@ -291,7 +290,7 @@ def _attachments(host: Rtnl, run: str, records: Iterable[tuple[Record, datetime]
                 Attachment(
                     record,
                     since,
-                    "idle",
+                    "idle" if link.flags & IFF_UP else _unless_busy(run, record, "down"),
                     link,
                     device,
                     to_guest=_traffic(own, record.ifname, towards),
@@ -307,14 +306,17 @@ def _attachments(host: Rtnl, run: str, records: Iterable[tuple[Record, datetime]
 
 def _judged(each: Attachment, found: tuple[Holder, ...]) -> Attachment:
     status = each.status
-    if each.link:
-        if not each.link.flags & IFF_UP:
-            status = "down"
-        elif each.record.device == "macvtap" and not each.link.flags & IFF_LOWER_UP:
+    if each.link and status == "idle":
+        if each.record.device == "macvtap" and not each.link.flags & IFF_LOWER_UP:
             status = "no carrier"  # a tap has one exactly while it is held
         elif any(holder.queues for holder in found):
             status = "in use"
     return Attachment(**{**vars(each), "status": status, "holders": found})
+
+
+def _unless_busy(run: str, record: Record, status: str) -> str:
+    """The status, unless an ADD or DEL is at work on it at this moment."""
+    return "in progress" if lock.is_held(f"{run}/lock", record.id) else status
 
 
 def _link(host: Rtnl, record: Record) -> Link | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from cni.ctl.inventory import Attachment, Node, Source
 
-_WIDTHS = {"switch port": 180, "NIC": 240, "attachment": 290, "pod": 270, "VM": 210}
+_WIDTHS = {"switch port": 180, "NIC": 262, "attachment": 290, "pod": 270, "VM": 210}
 _GAP, _MARGIN, _TOP = 56, 28, 112
 _BOX, _ROW, _GROUP = 44, 56, 16
 _GREEN, _GREY, _BLUE, _AMBER, _RED = "#1a7f37", "#6e7781", "#0969da", "#bf8700", "#cf222e"

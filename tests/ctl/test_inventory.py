@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cni import netns, state, tapdev
+from cni import lock, netns, state, tapdev
 from tests.ctl.conftest import Ctl
 
 if TYPE_CHECKING:
@@ -236,3 +236,14 @@ def test_without_privilege_the_next_step_is_said(ctl: Ctl, pod: Netns) -> None:
     os.chown(ctl.plugin.state, 0, 0)
     assert done.returncode == os.EX_IOERR
     assert "run vmtapctl as root" in done.stderr
+
+
+def test_what_an_add_is_at_work_on(ctl: Ctl, pod: Netns) -> None:
+    ctl.add(pod)
+    [each] = ctl.json("list")["attachments"]
+    pod.ip("link set net1 down")
+    with lock.held(str(ctl.plugin.state / "lock"), each["id"]):
+        assert ctl.json("list")["attachments"][0]["status"] == "in progress"
+        pod.ip("link delete net1")
+        assert ctl.json("list")["attachments"][0]["status"] == "in progress"
+    assert ctl.json("list")["attachments"][0]["status"] == "gone"

@@ -6,17 +6,17 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cni.ctl import lldp
 from tests.ctl.conftest import Ctl
+from tests.ctl.test_inventory import KEYS
 from tests.runner import BIN
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lab.wire import Netns
 
 GOOD = {"cniVersion": "1.1.0", "name": "n", "type": "vmtap", "source": "eth1"}
@@ -152,3 +152,8 @@ def test_what_lldpd_says() -> None:
         "eth1": lldp.Neighbour("leaf-12", "node")
     }
     assert dict(lldp.of_lldpcli({"lldp": [{}]})) == {}
+
+
+def test_the_page_has_every_key_of_the_json() -> None:
+    page = (Path(__file__).parents[2] / "docs/vmtapctl.md").read_text()
+    assert [key for key in sorted(KEYS) if f"`{key}`" not in page] == []

@@ -69,3 +69,13 @@ def test_one_who_does_not_wait_is_told(tmp_path: Path) -> None:
 def test_the_file_is_private(tmp_path: Path) -> None:
     with lock.held(str(tmp_path / "lock"), "a"):
         assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_one_who_only_asks_takes_nothing(tmp_path: Path) -> None:
+    file = str(tmp_path / "lock")
+    assert not lock.is_held(file, "a")
+    assert not list(tmp_path.iterdir())
+    with lock.held(file, "a"):
+        assert lock.is_held(file, "a")
+        assert not lock.is_held(file, "b")
+    assert not lock.is_held(file, "a")

@@ -100,6 +100,15 @@ def test_what_cannot_be_understood_is_set_aside(store: Store, content: bytes) ->
     assert path.with_suffix(".bad").read_bytes() == content
 
 
+def test_what_is_set_aside_is_told(store: Store) -> None:
+    notes: list[str] = []
+    path = Path(store.folder) / "attachments" / f"{RECORD.id}.json"
+    path.write_bytes(b"torn")
+    Store(store.folder, notes.append).load(RECORD.id)
+    (note,) = notes
+    assert str(path) in note and ".bad" in note
+
+
 def test_a_record_under_anothers_name_is_set_aside(store: Store) -> None:
     store.save(RECORD)
     other = replace(RECORD, ifname="net2")
