@@ -37,6 +37,7 @@
 #define INPUT_MAX (1u << 20)
 #define OUTPUT_MAX (16u << 20)
 #define INPUT_SECONDS 10
+#define TRIES 3 /* an agent that hangs up again and again is as good as none */
 #define VERSIONS "\"0.1.0\",\"0.2.0\",\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\""
 
 struct head { uint32_t magic, called_as_macvtap, env_length, stdin_length; };
@@ -342,7 +343,7 @@ int main(int argc, char **argv)
     if (!env)
         return fail(11, "no memory");
     for (char **e = environ; *e; e++) {
-        if (!strncmp(*e, "CNI_COMMAND=", strlen("CNI_COMMAND=")))
+        if (verb == env && !strncmp(*e, "CNI_COMMAND=", strlen("CNI_COMMAND="))) /* the one that getenv(3) finds */
             verb = end + strlen("CNI_COMMAND=");
         end = stpcpy(end, *e) + 1;
     }
@@ -352,7 +353,7 @@ int main(int argc, char **argv)
 
     int64_t begin = now_ms(), wait = begin + seconds("VMTAP_WAIT", 5), until = begin + seconds("VMTAP_DEADLINE", 120);
     int status = -1;
-    for (;;) {
+    for (int tries = 0; tries < TRIES; tries++) {
         int fd = connect_agent(agent, path, wait);
         if (fd < 0)
             break;

@@ -211,6 +211,14 @@ def test_what_can_be_repeated_is_when_the_agent_dies(away: Agent, command: str) 
     assert len(fake.asked) == 3
 
 
+@pytest.mark.parametrize(("command", "code"), [("CHECK", 11), ("STATUS", 50), ("DEL", 0)])
+def test_an_agent_that_always_hangs_up_is_as_good_as_none(away: Agent, command: str, code: int) -> None:
+    with Fake(away.run, [_hang_up, _hang_up, _hang_up]) as fake:
+        answer = away.shim()(command, config())
+    assert answer.ok() == {} if code == 0 else answer.error(code)
+    assert len(fake.asked) == 3
+
+
 def test_an_add_is_not_repeated_but_11(away: Agent) -> None:
     """It may have been carried out: the runtime sends DEL, and only then another ADD."""
     with Fake(away.run, [_hang_up]):
