@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,3 +103,19 @@ def test_importing_the_package_costs_nothing() -> None:
         [sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
     assert done.stdout.split() == ["cni"]
+
+
+def test_the_image_has_what_was_tested() -> None:
+    """deploy/requirements.lock is the part of requirements.lock that is needed to run."""
+
+    def pins(file: str) -> set[str]:
+        lines = (ROOT / file).read_text().splitlines()
+        return {line.split()[0] for line in lines if "==" in line and not line.startswith((" ", "#"))}
+
+    image, tested = pins("deploy/requirements.lock"), pins("requirements.lock")
+    assert image
+    assert image <= tested
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        wanted = tomllib.load(file)["project"]["dependencies"]
+    names = {pin.partition("==")[0] for pin in image}
+    assert {re.split("[<>=]", each)[0] for each in wanted} <= names
