@@ -41,6 +41,7 @@ _REQUIRED = {
     "VERSION": (),
 }
 _SINCE = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}
+_JSON = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one each time
 _CONTAINER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 _NOT_IN_IFNAME = re.compile(r"[/:%\s\0\udc80-\udcff]")
 """To the kernel a name with % is a pattern to make one of; the last range is how Python shows what is not UTF-8."""
@@ -200,4 +201,4 @@ def _open(request: Request, command: str) -> int | None:
 
 
 def _encode(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+    return _JSON.encode(document).encode() + b"\n"

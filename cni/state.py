@@ -34,6 +34,7 @@ IFINDEX_BASE = 0x10000000
 """Interface indexes of ours start here, far above any that a kernel counts up to by itself."""
 IFINDEX_SPAN = 0x60000000
 _CANDIDATES = 8
+_JSON = json.JSONEncoder(separators=(",", ":"))
 _SEALED = 0o400
 """The mode of a record whose ADD came to its end."""
 _SWEEP = "sweep"
@@ -144,12 +145,7 @@ class Store:
         """Make the folder where it is missing. Refuses one that others could write to."""
         with _io(self.folder):
             for folder in (self._attachments, self._ifindex, self._dev):
-                try:
-                    os.mkdir(folder, 0o700)
-                except FileExistsError:
-                    if not os.path.isdir(folder):
-                        raise
-                except FileNotFoundError:
+                if not os.path.isdir(folder):
                     os.makedirs(folder, mode=0o700, exist_ok=True)
             status = os.lstat(self.folder)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
@@ -190,7 +186,7 @@ class Store:
                     if sealed:
                         os.fchmod(fd, _SEALED)
                     # Not json.dump, which would be Python and not C.
-                    file.write(json.dumps(vars(record), separators=(",", ":")).encode())
+                    file.write(_JSON.encode(vars(record)).encode())
                 os.rename(written, path)
             except BaseException:
                 _unlink(written)

@@ -7,6 +7,7 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+_JSON = json.JSONEncoder(default=str, ensure_ascii=False)
 LOG = logging.getLogger("vmtapd")
 
 
@@ -20,7 +21,7 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return _JSON.encode(line)
 
 
 def start(level: str) -> None:
