@@ -80,6 +80,8 @@ def measure(extent: Extent, show: Show, peer: Path | None, *, quick: bool) -> re
             every = contenders(agent, folder / "one-shot", floor, peer)
         with show.step(f"one call at a time, {extent.rounds} rounds"):
             single = node.one_by_one(spawner, every, floor, pods[0], extent.rounds)
+            empty = node.empty_processes(spawner, extent.rounds)
+            handled = agent.handled("ADD", node.container(AGENT))
         with show.step(f"{extent.at_once} at once, {extent.at_once_rounds} rounds"):
             many = node.at_once(spawner, every, pods, extent.at_once_rounds)
         with show.step(f"on a crowded NIC, {extent.crowd_rounds} rounds each") as now:
@@ -91,7 +93,9 @@ def measure(extent: Extent, show: Show, peer: Path | None, *, quick: bool) -> re
             soak = node.soak(spawner, tired, pods[:_SOAK_PODS], extent.pairs, now)
         with show.step(f"guests, {extent.guest_rounds} rounds") as now:
             rates = guests.throughput(spawner, every[AGENT], agent, lab, extent=extent, progress=now)
-        return report.Measured(quick, extent, single, many, crowds, soak, launches, rates)
+        return report.Measured(
+            quick, extent, single, many, crowds, soak, launches, rates, empty=empty, handled=handled
+        )
 
 
 def panels(measured: report.Measured) -> list[chart.Panel]:
@@ -173,7 +177,7 @@ def main() -> int:
     else:
         _print(report.rows(measured))
     if not options.quick:
-        note = f"medians, p10 to p90; {about['processor']}, kernel {about['kernel']}, {about['date']}"
+        note = f"logarithmic; medians, p10 to p90; {about['processor']}, kernel {about['kernel']}, {about['date']}"
         (DOCS / "benchmark.svg").write_text(chart.draw(panels(measured), note))
         (DOCS / "benchmark.md").write_text(report.page(measured, about))
         show.say("docs/benchmark.md and docs/benchmark.svg are written")

@@ -16,6 +16,7 @@ WIDTH = 860
 _LABELS, _RIGHT = 250, 90
 _BAR, _GAP, _HEAD = 18, 8, 44
 _STYLE = """
+.page { fill: #ffffff; }
 text { font: 13px system-ui, sans-serif; fill: #24292f; }
 .head { font-weight: 600; font-size: 15px; }
 .note { fill: #57606a; }
@@ -25,6 +26,7 @@ text { font: 13px system-ui, sans-serif; fill: #24292f; }
 .spread { stroke: #24292f; stroke-width: 1.5; opacity: .6; }
 .grid { stroke: #d0d7de; }
 @media (prefers-color-scheme: dark) {
+  .page { fill: #0d1117; }
   text { fill: #e6edf3; }
   .note { fill: #9198a1; }
   .bar { fill: #6e7681; }
@@ -66,6 +68,7 @@ def draw(panels: Sequence[Panel], note: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img">'
         f"<title>{escape('; '.join(panel.title for panel in panels))}</title><style>{_STYLE}</style>\n"
+        f'<rect class="page" width="{WIDTH}" height="{height:.0f}" rx="6"/>\n'
         + "\n".join(body)
         + "\n</svg>\n"
     )

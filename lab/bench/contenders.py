@@ -71,7 +71,8 @@ class Agent:
             {"name": "bridge", "source": {"dev": BRIDGE}, "type": "ethernet"},
         ]
         policy.write_text(json.dumps({"interfaces": entries}))  # JSON is YAML
-        with (folder / "log").open("wb") as log, _ReadySocket(folder / "ready") as ready:
+        self._log = folder / "log"
+        with self._log.open("wb") as log, _ReadySocket(folder / "ready") as ready:
             self.process = subprocess.Popen(
                 node.argv([BIN / "vmtapd", "--run", self.run, "--policy", policy, "--metrics", ""]),
                 stderr=log,
@@ -102,6 +103,15 @@ class Agent:
             time.sleep(_LOOK_SECONDS)
             states = {_state(task / "stat") for task in Path(f"/proc/{self.process.pid}/task").iterdir()}
             quiet = quiet + 1 if states <= {"S", ""} else 0
+
+    def handled(self, command: str, container: str) -> list[float]:
+        """Milliseconds that each request of a container took by the agent's own log, without the way to it and back."""
+        lines = map(json.loads, self._log.read_text().splitlines())
+        return [
+            float(line["ms"])
+            for line in lines
+            if (line.get("command"), line.get("container")) == (command, container)
+        ]
 
     def memory(self, field: str = "VmRSS") -> int:
         """KiB. VmHWM is the peak."""

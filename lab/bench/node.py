@@ -7,6 +7,7 @@ Must not judge: figures.py and report.py do.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -95,22 +96,35 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
         yield [*names[first:], *names[:first]]
 
 
+def container(name: str) -> str:
+    """The container's id in the calls of that contender, by which a log knows them."""
+    return "bench-" + re.sub("[^a-z]+", "-", name).strip("-")
+
+
 def one_by_one(
     spawner: Spawner, every: Mapping[str, Contender], floor: Floor, pod: Netns, rounds: int
 ) -> Samples:
     """An ADD and a DEL of each in each round, on a node where nothing else is attached. One round more, unmeasured."""
     names = [*every, KERNEL]
     samples: Samples = {name: {command: [] for command in COMMANDS} for name in names}
-    place = Place(pod.path, "bench-one")
+    places = {name: Place(pod.path, container(name)) for name in every}
     for number, order in enumerate(turns(names, rounds + 1)):
         for name in order:
             for command in COMMANDS:
                 sample = (
-                    floor.call(command) if name == KERNEL else every[name].call(spawner, command, [place])
+                    floor.call(command)
+                    if name == KERNEL
+                    else every[name].call(spawner, command, [places[name]])
                 )
                 if number:  # the first has cold caches
                     samples[name][command].append(sample)
     return samples
+
+
+def empty_processes(spawner: Spawner, rounds: int) -> list[float]:
+    """Milliseconds that a static program takes that does nothing."""
+    outcomes = [spawner.run([Job([str(assets.bench() / "moment")], {})])[0] for _ in range(rounds)]
+    return [(each.end - each.begin) / 1e6 for each in outcomes]
 
 
 def at_once(spawner: Spawner, every: Mapping[str, Contender], pods: Sequence[Netns], rounds: int) -> Samples:

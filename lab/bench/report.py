@@ -53,6 +53,10 @@ class Measured:
     soak: Soak
     launches: list[float]
     guests: Rates
+    empty: list[float]
+    """Milliseconds of a static program that does nothing."""
+    handled: list[float]
+    """Milliseconds of ADD by the agent's own log."""
 
     def walls(self, name: str, command: str) -> list[float]:
         return [sample.wall for sample in self.single[name][command]]
@@ -179,6 +183,7 @@ def page(measured: Measured, about: dict[str, str]) -> str:
         at_once=extent.at_once,
         at_once_rounds=extent.at_once_rounds,
         many=_calls(measured.many),
+        spent=_spent(measured),
         crowd_rounds=extent.crowd_rounds,
         crowds=_crowds(measured),
         pairs=extent.pairs,
@@ -233,6 +238,21 @@ def _calls(samples: Samples) -> str:
                 )
             )
     return _table(heads, lines)
+
+
+def _spent(measured: Measured) -> str:
+    """Where the time of the agent's ADD goes, by medians."""
+    whole = spread(measured.walls(AGENT, "ADD")).median
+    start, work = spread(measured.empty).median, spread(measured.handled).median
+    kernel = spread(measured.walls(KERNEL, "ADD")).median
+    parts = {
+        "vfork, exec and end of a static program that does nothing": start,
+        "the shim, the socket, two wake-ups, reading the request": whole - start - work,
+        "the agent's work, RTM_NEWLINK included": work,
+        "RTM_NEWLINK alone": kernel,
+    }
+    lines = [(name, number(each), f"{each / whole:.0%}".replace("%", " %")) for name, each in parts.items()]
+    return _table(("ADD of the agent", "ms", "part"), [*lines, ("all", number(whole), "")])
 
 
 def _crowds(measured: Measured) -> str:
@@ -308,6 +328,8 @@ kernel uses) or the same without a wire; they are the yardstick because every cl
 ## One call at a time, {rounds} rounds
 
 {single}
+
+{spent}
 
 ## {at_once} at once, {at_once_rounds} rounds
 

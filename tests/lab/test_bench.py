@@ -84,6 +84,8 @@ def _measured() -> report.Measured:
         crowds={0: everybody, 100: samples(AGENT, ONE_SHOT, GO_MACVLAN, KERNEL, scale=2.0)},
         soak=node.Soak([(0, 10240), (250, 20480), (500, 20480)]),
         launches=[40.0, 60.0],
+        empty=[0.3],
+        handled=[0.5],
         guests={
             medium: {way: [speed] for way in DIRECTIONS}
             for medium, speed in ((MACVTAP, 30.0), (TAP, 20.0), (USER, 10.0))
@@ -109,6 +111,7 @@ def test_the_page_has_every_row_and_says_what_is_left_out() -> None:
     for row in report.rows(_measured()):
         assert f"| {row.budget.figure} |" in page
     assert report.NO_PEER in page
+    assert "| the agent's work, RTM_NEWLINK included | 0.500 | 25 % |" in page
     assert "benchmark.svg" in page
 
 
@@ -119,7 +122,9 @@ def test_the_chart_is_xml_with_a_bar_for_each() -> None:
     ]
     picture = ElementTree.fromstring(chart.draw([chart.Panel("ADD", "ms", bars)], "a note"))  # noqa: S314 - ours
     name = "{http://www.w3.org/2000/svg}"
-    widths = [float(rect.get("width", "")) for rect in picture.iter(f"{name}rect")]
+    page, *rects = picture.iter(f"{name}rect")
+    assert page.get("class") == "page"  # so that it is legible wherever it is shown
+    widths = [float(rect.get("width", "")) for rect in rects]
     assert len(widths) == 2
     assert 0 < widths[0] < widths[1]
     assert "ours <1>" in [text.text for text in picture.iter(f"{name}text")]
