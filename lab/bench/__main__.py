@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lab.assets import CHECKOUT, AssetError, bench
+from lab.assets import CHECKOUT, AssetError, bench, guest
 from lab.bench import chart, guests, node, report
 from lab.bench.contenders import (
     AGENT,
@@ -164,6 +164,7 @@ def main() -> int:
         show.say(f"kubevirt/macvtap-cni is left out: {report.NO_PEER}")
     about = report.machine()
     try:
+        guest()  # before minutes of measuring: is it there?
         extent = node.QUICK if options.quick else node.FULL
         measured = measure(extent, show, peer, quick=options.quick)
     except (LabError, GuestError, AssetError, BenchError, SpawnError) as error:
