@@ -9,7 +9,9 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
+from cni import netns
 from cni.errors import CniError
 from cni.lock import nothing
 from cni.spec import (
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 OUTPUT_LIMIT = 1 << 20
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SIGKILL = 9
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,17 @@ class Delegate:
         """
         import signal  # noqa: PLC0415 - 20 ms that only a delegate costs
         import subprocess  # noqa: PLC0415
+        import threading  # noqa: PLC0415
 
         program = self.find()
         self.waits()
+        # A fork that runs Python is safe only where there is no other thread: in the one-shot. An agent that is killed
+        # takes its delegates with it as a container's or a systemd unit's main process.
+        alone = threading.active_count() == 1
         try:
             process = subprocess.Popen(
                 [program],
+                preexec_fn=partial(_die_with, os.getpid()) if alone else None,  # noqa: PLW1509 - alone
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**self.env, "CNI_COMMAND": command, **changed},
@@ -114,6 +123,13 @@ class Delegate:
                 out[:200].decode(errors="replace"),
             )
         return document
+
+
+def _die_with(parent: int) -> None:
+    """In the child: a delegate whose plugin was killed must not lease after the DEL has come and gone."""
+    netns.libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before it could be told
+        os._exit(1)
 
 
 def _find(type: str, path: str) -> str:
