@@ -334,6 +334,7 @@ def _make_tap(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
         )
     )
     if plan.source:
+        call.waits()  # nobody else needs to wait for pyroute2
         from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
 
         iproute.join_bridge(
