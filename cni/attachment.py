@@ -12,7 +12,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from cni import ipv6, macvtap, netns, refusal, result, tapdev
+from cni import ipv6, macvtap, netns, refusal, result, tap, tapdev
 from cni import mac as mac_rules
 from cni import plan as plans
 from cni.errors import CniError, refused
@@ -24,6 +24,7 @@ from cni.rtnl import (
     IFLA_TARGET_NETNSID,
     RTM_DELLINK,
     RTM_SETLINK,
+    Host,
     Rtnl,
     attr,
     link_message,
@@ -36,7 +37,7 @@ from cni.spec import (
     PLUGIN_NOT_AVAILABLE,
     VERSIONS,
 )
-from cni.state import Record, Store, alias, boot_id, identifier
+from cni.state import Record, Store, alias, boot_id
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from cni.netconf import NetConf
     from cni.plan import Plan
     from cni.policy import Grant
+    from cni.rtnl import Link
 
     DeleteLink = Callable[[Rtnl, int, int | None], None]
 
@@ -68,6 +70,9 @@ class Call:
     """One validated request. netns is an open fd of the pod's namespace; None where DEL has none."""
 
     conf: NetConf
+    host: Host
+    id: str
+    """The attachment's name in the store."""
     container_id: str
     ifname: str
     netns_path: str
@@ -80,16 +85,15 @@ class Call:
     waits: Callable[[], None] = nothing
     """Called before a wait for a delegate, another request or the end of a link: let others work meanwhile."""
 
-    @property
-    def id(self) -> str:
-        """The attachment's name in the store."""
-        return identifier(self.conf.name, self.container_id, self.ifname)
-
     def delegate(self) -> Delegate | None:
         """The IPAM plugin that the config names, or None."""
         if self.conf.ipam is None:
             return None
         return Delegate(str(self.conf.ipam["type"]), self.stdin, self.env, self.delegate_seconds, self.waits)
+
+    def source(self, grant: Grant) -> Link | None:
+        """The device that was granted; None if there is none, or none was. Raises OSError."""
+        return self.host.link(name=grant.source) if grant.source else None
 
     def unlink(self, host: Rtnl, index: int, nsid: int | None) -> None:
         """Delete that link. Raises OSError."""
@@ -103,25 +107,23 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
     delegate = call.delegate()
     if delegate:
         delegate.find()  # before there is anything to undo: its DEL could not be run either
-    with ExitStack() as stack:
-        host = stack.enter_context(Rtnl())
-        plan = plans.decide(host, call.conf, grant, call.container_id, call.ifname)
-        call.store.prepare()
-        stack.enter_context(call.store.locked(call.id, waits=call.waits))
-        with netns.entered(call.netns):
-            pod = stack.enter_context(Rtnl())
-        if pod.link(name=call.ifname):
-            raise CniError(
-                NAME_IN_USE,
-                f"CNI_IFNAME {call.ifname!r}: the pod already has a link of this name; it was left alone",
-            )
+    # In one message: the kernel's answer to each costs as much again.
+    source, nsid = call.host.look(grant.source, call.netns)
+    plan = plans.decide(source, call.conf, grant, call.container_id, call.ifname)
+    call.store.prepare()
+    with call.store.locked(call.id, waits=call.waits):
+        stale = call.store.load(call.id)
+        # Else the kernel says so (EEXIST), and there is nothing to undo.
+        early = stale or delegate or plan.device == "tap"
+        if early and call.host.link(name=call.ifname, nsid=nsid):
+            raise CniError(NAME_IN_USE, refusal.name_in_use(call.ifname))
         # A record without a link is that of an ADD that was killed: it ends before its addresses are asked for.
-        if stale := call.store.load(call.id):
-            _raise(_end(host, call, stale))
+        if stale:
+            _raise(_end(call, stale))
         record = None
         delegated = False
         try:
-            record = _record(host, call, grant, plan)
+            record = _record(call, grant, plan, nsid)
             call.store.save(record)
             leased = result.Result()
             if delegate:
@@ -140,13 +142,12 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                 )
                 call.store.save(record)
             answer = _answer(call, record, leased)  # may fail: on what prevResult or the delegate says
-            _make(host, pod, call, plan, record)
+            _make(call, plan, record)
             call.store.seal(record)
         except BaseException as error:
-            if record:
-                undone = _end(host, call, record, delegated=delegated)
-            else:
-                undone = _attempt(call.store.forget_id, call.id)
+            undone = (
+                _end(call, record, delegated=delegated) if record else _attempt(call.store.forget_id, call.id)
+            )
             if undone and isinstance(error, CniError):
                 left = "; ".join(str(each) for each in undone)
                 raise CniError(
@@ -163,7 +164,6 @@ def delete(call: Call) -> None:
     """
     failed: list[CniError] = []
     with ExitStack() as stack:
-        host = stack.enter_context(Rtnl())
         try:
             call.store.prepare()
             stack.enter_context(call.store.locked(call.id, waits=call.waits))
@@ -175,9 +175,9 @@ def delete(call: Call) -> None:
         except CniError as error:
             failed.append(error)
         if record:
-            failed += _end(host, call, record)
+            failed += _end(call, record)
         else:
-            failed += _attempt(_remove_unrecorded, host, call)
+            failed += _attempt(_remove_unrecorded, call)
             if delegate := call.delegate():
                 failed += _attempt(delegate.run, "DEL")
             failed += _attempt(call.store.forget_id, call.id)
@@ -192,15 +192,14 @@ def collect(call: Call) -> None:
     """
     failed: list[CniError] = []
     if (valid := call.conf.valid_attachments) is not None:
-        with Rtnl() as host:
-            for id in sorted({*call.store.recorded(), *(id for _, id in call.store.reserved())}):
-                failed += _attempt(_collect, host, call, valid, id)
+        for id in sorted({*call.store.recorded(), *(id for _, id in call.store.reserved())}):
+            failed += _attempt(_collect, call, valid, id)
     if delegate := call.delegate():
         failed += _attempt(delegate.run, "GC")
     _raise(failed)
 
 
-def _collect(host: Rtnl, call: Call, valid: tuple[tuple[str, str], ...], id: str) -> None:
+def _collect(call: Call, valid: tuple[tuple[str, str], ...], id: str) -> None:
     """End the attachment of that id if it is this network's and not valid, or if nothing is known of it any more."""
 
     def stays(record: Record) -> bool:
@@ -214,7 +213,7 @@ def _collect(host: Rtnl, call: Call, valid: tuple[tuple[str, str], ...], id: str
         if record is None:  # an ADD was killed before it wrote one
             call.store.forget_id(id)
         elif not stays(record):
-            _raise(_end(host, call, record))
+            _raise(_end(call, record))
 
 
 def status(call: Call, grant: Grant) -> None:
@@ -223,8 +222,7 @@ def status(call: Call, grant: Grant) -> None:
     try:
         if delegate:
             delegate.find()
-        with Rtnl() as host:
-            plans.decide(host, call.conf, grant, call.container_id, call.ifname)
+        plans.decide(call.source(grant), call.conf, grant, call.container_id, call.ifname)
         call.store.prepare()
     except CniError as error:
         raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
@@ -232,10 +230,10 @@ def status(call: Call, grant: Grant) -> None:
         delegate.run("STATUS")
 
 
-def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
+def _record(call: Call, grant: Grant, plan: Plan, nsid: int) -> Record:
     assert call.netns is not None  # noqa: S101 - as in add
     conf = call.conf
-    nsid, boot = host.nsid(call.netns), boot_id()
+    boot = boot_id()
     ifindex = call.store.reserve_ifindex(call.id)  # last: nothing that fails may follow
     wants_node = plan.device == "macvtap" and (conf.owner is not None or conf.group is not None)
     return Record(
@@ -261,14 +259,16 @@ def _record(host: Rtnl, call: Call, grant: Grant, plan: Plan) -> Record:
     )
 
 
-def _make(host: Rtnl, pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
+def _make(call: Call, plan: Plan, record: Record) -> None:
     assert call.netns is not None  # noqa: S101 - as in add
     conf = call.conf
+    # A plain tap's other end is the pod's kernel itself.
+    speaks = conf.addressing == "link" or plan.source is None
     try:
         if plan.device == "macvtap":
             assert plan.source is not None and plan.mode is not None  # noqa: S101 - _plan
             macvtap.create(
-                host,
+                call.host,
                 netns=call.netns,
                 lower=plan.source,
                 ifname=record.ifname,
@@ -279,13 +279,23 @@ def _make(host: Rtnl, pod: Rtnl, call: Call, plan: Plan, record: Record) -> None
                 bcqueuelen=conf.bcqueuelen,
             )
         else:
-            _make_tap(pod, call, plan, record)
-        # A plain tap's other end is the pod's kernel itself.
-        speaks = conf.addressing == "link" or plan.source is None
-        ipv6.keep_out(record.ifname, call.netns, speaks=speaks)
-        macvtap.bring_up(
-            pod, record.ifindex, record.alias, promisc=conf.promisc, allmulti=conf.allmulti, speaks=speaks
-        )
+            tap.create(
+                call.netns,
+                ifname=record.ifname,
+                ifindex=record.ifindex,
+                queues=record.queues,
+                owner=conf.owner,
+                group=conf.group,
+            )
+        with netns.entered(call.netns, call.host.fd):
+            ipv6.keep_out(record.ifname, speaks=speaks)
+            pod = Rtnl()
+        with pod:
+            if plan.device == "tap":
+                _connect(pod, call, plan, record)
+            macvtap.bring_up(
+                pod, record.ifindex, record.alias, promisc=conf.promisc, allmulti=conf.allmulti, speaks=speaks
+            )
         if record.node:
             _, *device = tapdev.number(call.netns, record.ifname)
             tapdev.make_node(
@@ -311,18 +321,9 @@ def _make(host: Rtnl, pod: Rtnl, call: Call, plan: Plan, record: Record) -> None
         raise refusal.explain(error, plan, record, call.store) from error
 
 
-def _make_tap(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
-    from cni import tap  # noqa: PLC0415 - the other device
-
+def _connect(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
+    """Give a tap its address and MTU, and join it to its bridge."""
     assert call.netns is not None  # noqa: S101 - as in add
-    tap.create(
-        call.netns,
-        ifname=record.ifname,
-        ifindex=record.ifindex,
-        queues=record.queues,
-        owner=call.conf.owner,
-        group=call.conf.group,
-    )
     # On a bridge the redirect takes every frame before the pod's stack could mistake it for its own.
     address = record.mac if plan.source else mac_rules.of_plain_tap(record.mac)
     pod.do(
@@ -405,12 +406,12 @@ def end(
     return failed
 
 
-def _end(host: Rtnl, call: Call, record: Record, *, delegated: bool = True) -> list[CniError]:
+def _end(call: Call, record: Record, *, delegated: bool = True) -> list[CniError]:
     """end() as part of a call: the call's own delegate hears of it, or the one that record was added with."""
     delegate = (call.delegate() if record.id == call.id else None) or delegate_of(
         record, call.env, call.delegate_seconds, call.waits
     )
-    return end(host, call.store, record, delegate if delegated else None, call.unlink)
+    return end(call.host, call.store, record, delegate if delegated else None, call.unlink)
 
 
 def _remove_links(host: Rtnl, record: Record, delete_link: DeleteLink) -> None:
@@ -428,10 +429,11 @@ def _remove_links(host: Rtnl, record: Record, delete_link: DeleteLink) -> None:
         remove_port(host, record.ifindex, record.alias, delete_link)
 
 
-def _remove_unrecorded(host: Rtnl, call: Call) -> None:
+def _remove_unrecorded(call: Call) -> None:
     """The same by the alias alone, where no record is left."""
     if call.netns is None:
         return
+    host = call.host
     nsid = host.nsid(call.netns)
     link = host.link(name=call.ifname, nsid=nsid)
     if link and link.alias == alias(call.conf.name, call.container_id, call.ifname):

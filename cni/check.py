@@ -6,7 +6,6 @@ Must change nothing, and open no queue: an open queue takes frames.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 
 from cni import mac as mac_rules
 from cni import macvtap, netns, result, tapdev
@@ -41,8 +40,7 @@ def check(call: Call, grant: Grant) -> None:
             CHECK_FAILED,
             f"prevResult.interfaces has no {call.ifname} with sandbox {call.netns_path}: was ADD run?",
         )
-    with Rtnl() as host:
-        plan = plans.decide(host, conf, grant, call.container_id, call.ifname)
+    plan = plans.decide(call.source(grant), conf, grant, call.container_id, call.ifname)
     link = _check_link(call, plan, previous.interfaces[listed[0]].mac)
     if plan.device == "macvtap":
         _check_device(call)
@@ -63,11 +61,9 @@ def check(call: Call, grant: Grant) -> None:
 def _check_link(call: Call, plan: Plan, mac: str) -> Link:
     """The link, compared with the plan. mac is prevResult's, which a later plugin may have changed with the link's."""
     assert call.netns is not None  # noqa: S101 - as in check
-    with ExitStack() as stack:
-        own = os.open(netns.OWN, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, own)
-        with netns.entered(call.netns):
-            pod = stack.enter_context(Rtnl())
+    with netns.entered(call.netns, call.host.fd):
+        pod = Rtnl()
+    with pod:
         link = pod.link(name=call.ifname)
         if link is None:
             raise CniError(CHECK_FAILED, f"{call.ifname} is gone from the pod: give the pod a new sandbox")
@@ -84,7 +80,7 @@ def _check_link(call: Call, plan: Plan, mac: str) -> Link:
         if plan.device == "macvtap" and plan.source and plan.mode:
             expected += [
                 ("mode", link.mode, macvtap.MODES[plan.mode]),
-                ("lower device", (link.lower, link.lower_nsid), (plan.source.index, pod.nsid(own))),
+                ("lower device", (link.lower, link.lower_nsid), (plan.source.index, pod.nsid(call.host.fd))),
             ]
     if record := call.store.load(call.id):
         expected.append(("ifindex", link.index, record.ifindex))

@@ -51,8 +51,9 @@ def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bo
         )
         (port,) = host.link_lookup(ifname=host_end)
         (inner,) = pod.link_lookup(ifname=pod_end)
-        ipv6.keep_out(host_end, None, speaks=False)
-        ipv6.keep_out(pod_end, pod_netns, speaks=False)
+        ipv6.keep_out(host_end, speaks=False)
+        with netns.entered(pod_netns):
+            ipv6.keep_out(pod_end, speaks=False)
         host.link("set", index=port, ifalias=alias, address=host_mac(tap))
         pod.link("set", index=inner, ifalias=alias)
         host.link("set", index=port, master=bridge)

@@ -9,31 +9,30 @@ stopped by disable_ipv6, set before the link is up.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 
-from cni import mount, netns
+from cni import mount
 
 _PATH = "sys/net/ipv6/conf/{ifname}/{key}"
 
 
-def keep_out(ifname: str, pod_netns: int | None, *, speaks: bool) -> None:
+def keep_out(ifname: str, *, speaks: bool) -> None:
     """No IPv6 of the kernel's on that link; if it speaks (addresses are put on it), no router's advertisement.
 
-    pod_netns None: the link is in our own namespace. No such file means no IPv6 there. Raises OSError.
+    The link is in the calling thread's namespace: /proc/sys/net is that of the thread that opens it. No such file
+    means no IPv6 there. Raises OSError.
     """
     path, value = ("accept_ra", "0") if speaks else ("disable_ipv6", "1")
     path = _PATH.format(ifname=ifname, key=path)
-    with ExitStack() as stack:
-        if pod_netns is not None:
-            stack.enter_context(netns.entered(pod_netns))  # /proc/sys/net is that of the thread that opens it
+    try:
+        fd = os.open(f"/proc/{path}", os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    except OSError:  # a container's /proc/sys is read-only
+        proc = mount.detached(b"proc")
         try:
-            fd = os.open(f"/proc/{path}", os.O_WRONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        except OSError:  # a container's /proc/sys is read-only
-            proc = mount.detached(b"proc")
-            stack.callback(os.close, proc)
             fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+        finally:
+            os.close(proc)
     try:
         os.write(fd, value.encode())
     finally:

@@ -11,11 +11,10 @@ import fcntl
 import os
 import struct
 from _blake2 import blake2s  # hashlib would load OpenSSL: 5 ms of every pod's start
-from contextlib import contextmanager
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
@@ -24,25 +23,37 @@ def nothing() -> None:
     """For a caller to whom a wait makes no difference."""
 
 
-@contextmanager
-def held(file: str, name: str, *, wait: bool = True, waits: Callable[[], None] = nothing) -> Iterator[None]:
+class held:  # noqa: N801 - used as a statement
     """Inside the block no other holder of (file, name) runs. Waits for it; every holder's work is bounded.
 
     waits is called before it does, if it has to. Raises OSError if the file cannot be opened; BlockingIOError if
     there is a holder and wait is false.
     """
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
+
+    def __init__(
+        self, file: str, name: str, *, wait: bool = True, waits: Callable[[], None] = nothing
+    ) -> None:
+        self._file, self._name, self._wait, self._waits = file, name, wait, waits
+
+    def __enter__(self) -> None:
+        self._fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _range(name))
+            self._take()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def _take(self) -> None:
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _range(self._name))
         except (BlockingIOError, PermissionError) as error:  # POSIX lets it be either
-            if not wait:
-                raise BlockingIOError(error.errno, f"{name} is locked") from error
-            waits()
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _range(name))
-        yield
-    finally:
-        os.close(fd)
+            if not self._wait:
+                raise BlockingIOError(error.errno, f"{self._name} is locked") from error
+            self._waits()
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, _range(self._name))
 
 
 def is_held(file: str, name: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from cni import schema, spec
 from cni.errors import CniError
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 """Levels of nesting. json itself stops only at the interpreter's recursion limit."""
+
+_KEPT = 256
+_KEPT_BYTES = 4096
+"""What a long-lived process remembers of configs: so many, of so many bytes at most."""
 
 VALID_ATTACHMENTS = "cni.dev/valid-attachments"
 
@@ -89,11 +93,21 @@ def parse(stdin: bytes, *, args: str = "", command: str = "ADD", called_as: str 
     because of it: there, what is wrong counts as absent, except for the network's name and the list that GC
     goes by.
     """
+    cleaning = command in _CLEANING
+    read = _read_again if command == "ADD" and len(stdin) <= _KEPT_BYTES else _read
+    fields, runtime, conf = read(stdin, command, called_as)
+    arguments = _arguments(args, strict=not cleaning)
+    mac = None if cleaning else _mac(runtime, arguments, fields)
+    return NetConf(**{**vars(conf), "mac": mac, "args": arguments})
+
+
+def _read(stdin: bytes, command: str, called_as: str) -> tuple[dict[str, Any], dict[str, Any], NetConf]:
+    """All that the bytes say: the fields with their defaults, what counts of runtimeConfig, and the NetConf."""
     raw = _decode(stdin)
     version = _version(raw)
     rules = _rules(called_as)
-    fields, cleaning = raw, command in _CLEANING
-    if cleaning:
+    fields = raw
+    if command in _CLEANING:
         known = rules["properties"]
         fields = {
             key: value
@@ -104,11 +118,10 @@ def parse(stdin: bytes, *, args: str = "", command: str = "ADD", called_as: str 
         # SPEC section 5 has a code of its own for a field that the plugin does not support: 2.
         schema.explain(rules, fields, unknown=spec.UNSUPPORTED_FIELD)
     fields = schema.defaults(rules) | fields
-    arguments = _arguments(args, strict=not cleaning)
     runtime = _declared(fields)
     ipam = fields.get("ipam")
     attachments = fields.get(VALID_ATTACHMENTS)
-    return NetConf(
+    conf = NetConf(
         cni_version=version,
         name=fields["name"],
         type=fields.get("type", called_as),
@@ -116,7 +129,7 @@ def parse(stdin: bytes, *, args: str = "", command: str = "ADD", called_as: str 
         source=fields.get("source"),
         device=fields.get("device"),
         mode=canonical(fields["mode"]) if "mode" in fields else None,
-        mac=None if cleaning else _mac(runtime, arguments, fields),
+        mac=None,
         mtu=fields.get("mtu"),
         queues=fields["queues"],
         promisc=fields["promisc"] or fields.get("promiscMode", False),
@@ -132,9 +145,14 @@ def parse(stdin: bytes, *, args: str = "", command: str = "ADD", called_as: str 
         valid_attachments=attachments
         if attachments is None
         else tuple((each["containerID"], each["ifname"]) for each in attachments),
-        args=arguments,
+        args={},
         raw=raw,
     )
+    return fields, runtime, conf
+
+
+_read_again = lru_cache(maxsize=_KEPT)(_read)
+"""A node has few network configs and thousands of ADDs: the same bytes mean the same again."""
 
 
 def peek_version(stdin: bytes) -> str | None:

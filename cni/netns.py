@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import contextmanager
 from fcntl import ioctl
 
 from cni.errors import CniError
 from cni.spec import INVALID_NETNS, IO_FAILURE
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CLONE_NEWNET = 0x40000000
 NS_GET_NSTYPE = 0xB703  # linux/nsfs.h
@@ -21,7 +16,13 @@ OWN = "/proc/thread-self/ns/net"
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def open_path(path: str, *, name: str = "CNI_NETNS", own_allowed: bool = False) -> int:
+def open_path(
+    path: str,
+    *,
+    name: str = "CNI_NETNS",
+    own_allowed: bool = False,
+    own: tuple[int, int] | None = None,
+) -> int:
     """An fd of the network namespace at path. The caller closes it. name: what to call path in errors.
 
     The path is looked at with O_PATH before it is opened, so that a FIFO cannot block us and a device
@@ -33,14 +34,21 @@ def open_path(path: str, *, name: str = "CNI_NETNS", own_allowed: bool = False) 
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise CniError(INVALID_NETNS, f"{name} {path!r} cannot be opened: {why}") from None
     try:
-        return reopen(seen, path, name=name, own_allowed=own_allowed)
+        return reopen(seen, path, name=name, own_allowed=own_allowed, own=own)
     finally:
         os.close(seen)
 
 
-def reopen(seen: int, path: str, *, name: str = "CNI_NETNS", own_allowed: bool = False) -> int:
-    """The same from an O_PATH fd that somebody has opened already."""
-    own = own_identity()
+def reopen(
+    seen: int,
+    path: str,
+    *,
+    name: str = "CNI_NETNS",
+    own_allowed: bool = False,
+    own: tuple[int, int] | None = None,
+) -> int:
+    """The same from an O_PATH fd that somebody has opened already. own: the caller's identity, if it knows it."""
+    own = own or own_identity()
     if os.fstat(seen).st_dev != own[0]:  # there is one nsfs in the kernel
         raise CniError(INVALID_NETNS, f"{name} {path!r} is not a namespace")
     fd = os.open(f"/proc/self/fd/{seen}", os.O_RDONLY | os.O_CLOEXEC)
@@ -70,22 +78,33 @@ def own_identity() -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-@contextmanager
-def entered(fd: int) -> Iterator[None]:
+class entered:  # noqa: N801 - used as a statement
     """The calling thread is in the namespace of fd inside the block, and back in its own after it.
 
-    For opening what belongs to a namespace (a netlink socket, a tap, a sysfs), not for work. Raises CniError 8
-    if the namespace cannot be entered.
+    home: an fd of its own, if the caller has one. For opening what belongs to a namespace (a netlink socket, a tap, a
+    sysfs), not for work. Raises CniError 8 if the namespace cannot be entered.
     """
-    home = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _setns(fd, "the pod's")
+
+    def __init__(self, fd: int, home: int | None = None) -> None:
+        self._fd, self._home = fd, home
+
+    def __enter__(self) -> None:
+        self._back = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC) if self._home is None else self._home
         try:
-            yield
+            _setns(self._fd, "the pod's")
+        except BaseException:
+            self._close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            _setns(self._back, "its own")
         finally:
-            _setns(home, "its own")
-    finally:
-        os.close(home)
+            self._close()
+
+    def _close(self) -> None:
+        if self._home is None:
+            os.close(self._back)
 
 
 def _setns(fd: int, whose: str) -> None:

@@ -1,6 +1,6 @@
 """What an ADD is going to make: the device, its mode, MAC and MTU, from what was granted and what the source is.
 
-Decided before anything is touched; reads the source device and nothing else.
+Decided before anything is touched, from what the caller has looked up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cni.netconf import NetConf
     from cni.policy import Grant
-    from cni.rtnl import Link, Rtnl
+    from cni.rtnl import Link
 
 PLAIN_TAP_MTU = 1500
 
@@ -32,16 +32,14 @@ class Plan:
     mtu: int
 
 
-def decide(host: Rtnl, conf: NetConf, grant: Grant, container_id: str, ifname: str) -> Plan:
-    """Decide, before anything is touched. Raises CniError 7 or 104."""
+def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, ifname: str) -> Plan:
+    """source: the link that grant.source names; None if there is none of that name. Raises CniError 7 or 104."""
     if grant.type != "ethernet":
         raise CniError(
             INVALID_NETWORK_CONFIG,
             f"interface {grant.interface!r} is of type {grant.type}, which this version cannot attach to yet",
         )
-    source = None
     if grant.source is not None:
-        source = host.link(name=grant.source)
         if source is None:
             raise CniError(
                 SOURCE_MISSING,

@@ -15,6 +15,7 @@ from cni import attachment, check, netconf, netns, result
 from cni import policy as policies
 from cni.errors import CniError, refused
 from cni.lock import nothing
+from cni.rtnl import Host
 from cni.spec import (
     INCOMPATIBLE_VERSION,
     INTERNAL,
@@ -22,7 +23,7 @@ from cni.spec import (
     PLUGIN_NOT_AVAILABLE,
     VERSIONS,
 )
-from cni.state import Store
+from cni.state import Store, identifier
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class Request:
 
     env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
     policy: path of the node's policy file; netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has
-    opened it; load_policy: see policy.py; delete_link, waits: see attachment.py; note: see state.py.
+    opened it; host: the calling thread's, where the caller keeps one; load_policy: see policy.py; delete_link, waits:
+    see attachment.py; note: see state.py.
     """
 
     env: Mapping[str, str]
@@ -63,6 +65,7 @@ class Request:
     state: str
     called_as: str = "vmtap"
     netns: int | None = None
+    host: Host | None = None
     delegate_seconds: float = 60.0
     load_policy: Callable[[str], policies.Policy | None] = policies.load
     delete_link: attachment.DeleteLink = attachment.delete_link
@@ -123,12 +126,17 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         raise CniError(
             INCOMPATIBLE_VERSION, f"cniVersion {conf.cni_version} has no {command}: it came with {since}"
         )
-    opened = _open(request, command)
+    container_id, ifname = request.env.get("CNI_CONTAINERID", ""), request.env.get("CNI_IFNAME", "")
+    host = request.host or Host()
+    opened = None
     try:
+        opened = _open(request, command, host)
         call = attachment.Call(
             conf=conf,
-            container_id=request.env.get("CNI_CONTAINERID", ""),
-            ifname=request.env.get("CNI_IFNAME", ""),
+            host=host,
+            id=identifier(conf.name, container_id, ifname),
+            container_id=container_id,
+            ifname=ifname,
             netns_path=request.env.get("CNI_NETNS", ""),
             netns=opened,
             env=request.env,
@@ -142,6 +150,8 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
     finally:
         if opened is not None:
             os.close(opened)
+        if host is not request.host:
+            host.close()
 
 
 def _carry_out(command: str, request: Request, conf: NetConf, call: attachment.Call) -> dict[str, Any] | None:
@@ -187,13 +197,15 @@ def _check_environment(command: str, env: Mapping[str, str]) -> None:
             )
 
 
-def _open(request: Request, command: str) -> int | None:
+def _open(request: Request, command: str, host: Host) -> int | None:
     """An fd of CNI_NETNS that we have to close. DEL goes on without: the namespace may well be gone."""
     path = request.env.get("CNI_NETNS", "")
     if command in ("GC", "STATUS") or not path:
         return None
     try:
-        return netns.open_path(path) if request.netns is None else netns.reopen(request.netns, path)
+        if request.netns is None:
+            return netns.open_path(path, own=host.identity)
+        return netns.reopen(request.netns, path, own=host.identity)
     except CniError:
         if command != "DEL":
             raise

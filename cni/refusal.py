@@ -29,10 +29,15 @@ def explain(error: OSError, plan: Plan, record: Record, store: Store) -> CniErro
     return CniError(code, msg, details)
 
 
+def name_in_use(ifname: str) -> str:
+    """What to say of a link that was there before."""
+    return f"CNI_IFNAME {ifname!r}: the pod already has a link of this name; it was left alone"
+
+
 def _cause(number: int | None, plan: Plan, record: Record, store: Store) -> tuple[int, str]:
     source = plan.source.name if plan.source else ""
     causes = {
-        errno.EEXIST: (NAME_IN_USE, f"the pod already has a link {record.ifname!r}; it was left alone"),
+        errno.EEXIST: (NAME_IN_USE, name_in_use(record.ifname)),
         errno.ENODEV: (SOURCE_MISSING, f"source device {source!r} went away"),
         errno.EPERM: (KERNEL_REFUSED, "the plugin lacks CAP_NET_ADMIN, in the host's or the pod's namespace"),
         **dict.fromkeys(

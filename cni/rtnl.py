@@ -16,6 +16,8 @@ import time
 from _socket import AF_NETLINK, AF_UNSPEC, SOCK_CLOEXEC, SOCK_RAW, socket
 from dataclasses import dataclass
 
+from cni import netns
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,6 +82,9 @@ ARPHRD_ETHER = 1
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg
 _ATTR = struct.Struct("=HH")  # struct nlattr
+_ANSWER_BYTES = 1 << 15
+"""More than any single message of the kernel's (NLMSG_GOODSIZE is a page, or 8 KiB)."""
+_DUMP_BYTES = 1 << 16
 _DUMP_TRIES = 5
 _PAUSES = (0.01, 0.03, 0.09)
 """Seconds to wait for memory after each ENOBUFS but the last."""
@@ -142,6 +147,10 @@ def link_message(
     return kind, nlm, _IFINFO.pack(AF_UNSPEC, 0, index, flags, change) + b"".join(attrs)
 
 
+_NO_STATS = u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
+"""Summing up a link's counters costs more than all the rest, and on some NICs a question to the firmware."""
+
+
 class Rtnl:
     """A NETLINK_ROUTE socket of the calling thread's network namespace. Not for sharing between threads."""
 
@@ -166,31 +175,25 @@ class Rtnl:
 
         The outcome of each, in order: OSError if refused, what it asked for (Link, nsid), None for an ACK.
         """
-        first = self._sequence + 1
-        self._sequence += len(messages)
-        self._send(
-            b"".join(
-                _HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | nlm, first + i, 0)
-                + body
-                + bytes(-len(body) % 4)
-                for i, (kind, nlm, body) in enumerate(messages)
-            )
-        )
-        outcomes: list[OSError | Link | int | None] = [None] * len(messages)
-        waiting = set(range(len(messages)))
-        while waiting:
-            for kind, nlm, sequence, body in self._receive():
-                at = sequence - first
-                if at not in waiting:  # the ACK after an answer
+        first = sequence = self._sequence + 1
+        datagram = b""
+        for kind, nlm, body in messages:
+            datagram += _HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | nlm, sequence, 0) + body
+            sequence += 1
+        self._sequence = sequence - 1
+        self._send(datagram)
+        outcomes: dict[int, OSError | Link | int | None] = {}
+        while len(outcomes) < len(messages):
+            for kind, nlm, sequence, body in _messages(self._socket.recv(_ANSWER_BYTES)):
+                if sequence < first or sequence in outcomes:  # of an earlier talk; the ACK after an answer
                     continue
-                waiting.discard(at)
                 if kind == NLMSG_ERROR:
-                    outcomes[at] = _error(nlm, body)
+                    outcomes[sequence] = _error(nlm, body)
                 elif kind == RTM_NEWLINK:
-                    outcomes[at] = _link(body)
-                elif kind == RTM_NEWNSID:
-                    outcomes[at] = _nsid(body)
-        return outcomes
+                    outcomes[sequence] = _link(body)
+                else:
+                    outcomes[sequence] = _nsid(body) if kind == RTM_NEWNSID else None
+        return [outcomes[number] for number in range(first, first + len(messages))]
 
     def do(self, *messages: tuple[int, int, bytes]) -> None:
         """talk() where every message must succeed. Raises the first OSError."""
@@ -203,18 +206,11 @@ class Rtnl:
 
         Raises OSError for anything but ENODEV.
         """
-        # No counters: summing them up costs more than all the rest, and on some NICs a question to the firmware.
-        attrs = [u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)]
-        if name is not None:
-            attrs.append(text(IFLA_IFNAME, name))
+        attrs = [] if name is None else [text(IFLA_IFNAME, name)]
         if nsid is not None:
             attrs.append(s32(IFLA_TARGET_NETNSID, nsid))
-        (outcome,) = self.talk(link_message(RTM_GETLINK, *attrs, index=index, nlm=0))
-        if isinstance(outcome, OSError):
-            if outcome.errno == errno.ENODEV:
-                return None
-            raise outcome
-        return outcome if isinstance(outcome, Link) else None
+        (outcome,) = self.talk(link_message(RTM_GETLINK, _NO_STATS, *attrs, index=index, nlm=0))
+        return _found(outcome)
 
     def links(self, *, nsid: int | None = None) -> list[Link]:
         """Every link here or in the namespace nsid: for errors and the reconciler, never on the way of a request.
@@ -237,15 +233,22 @@ class Rtnl:
 
     def nsid(self, netns: int) -> int:
         """The id that this namespace knows the namespace of fd netns by; given one now if it has none."""
+        return self.look(None, netns)[1]
+
+    def look(self, name: str | None, netns: int) -> tuple[Link | None, int]:
+        """link(name=name), if there is a name, and nsid(netns), in one go. Raises OSError."""
         fd = u32(NETNSA_FD, netns)
-        _, outcome = self.talk(
+        messages = [
             (RTM_NEWNSID, NLM_F_ACK, bytes(4) + s32(NETNSA_NSID, -1) + fd),  # EEXIST: it has one
             (RTM_GETNSID, 0, bytes(4) + fd),
-        )
-        if isinstance(outcome, OSError):
-            raise outcome
-        assert isinstance(outcome, int)  # noqa: S101 - the kernel answers RTM_GETNSID with RTM_NEWNSID
-        return outcome
+        ]
+        if name is not None:
+            messages.append(link_message(RTM_GETLINK, _NO_STATS, text(IFLA_IFNAME, name), nlm=0))
+        _, nsid, *link = self.talk(*messages)
+        if isinstance(nsid, OSError):
+            raise nsid
+        assert isinstance(nsid, int)  # noqa: S101 - the kernel answers RTM_GETNSID with RTM_NEWNSID
+        return _found(link[0]) if link else None, nsid
 
     def _dump(self, kind: int, body: bytes) -> list[bytes]:
         """The bodies of an answer of many messages; asked for again when it was interrupted (NLM_F_DUMP_INTR)."""
@@ -256,7 +259,7 @@ class Rtnl:
             found: list[bytes] = []
             interrupted = done = False
             while not done:
-                for answer, nlm, sequence, payload in self._receive():
+                for answer, nlm, sequence, payload in _messages(self._socket.recv(_DUMP_BYTES)):
                     if sequence != self._sequence:
                         continue
                     interrupted |= bool(nlm & NLM_F_DUMP_INTR)
@@ -285,9 +288,22 @@ class Rtnl:
                 time.sleep(pause)
         self._socket.send(data)
 
-    def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
-        """One datagram's messages: (type, flags, sequence, body)."""
-        return _messages(self._socket.recv(1 << 16))
+
+class Host(Rtnl):
+    """The same, with what the calling thread's namespace is: what a request needs of its own side.
+
+    fd: the namespace, open until close(); identity: see netns.identity.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.open(netns.OWN, os.O_RDONLY | os.O_CLOEXEC)
+        self.identity = netns.identity(self.fd)
+        super().__init__()
+
+    def close(self) -> None:
+        """Close both."""
+        super().close()
+        os.close(self.fd)
 
 
 def nsid_events(data: bytes) -> Iterator[tuple[int, int]]:
@@ -297,22 +313,32 @@ def nsid_events(data: bytes) -> Iterator[tuple[int, int]]:
             yield kind, _nsid(body)
 
 
-def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+def _found(outcome: OSError | Link | int | None) -> Link | None:
+    if isinstance(outcome, OSError):
+        if outcome.errno == errno.ENODEV:
+            return None
+        raise outcome
+    return outcome if isinstance(outcome, Link) else None
+
+
+def _messages(data: bytes) -> list[tuple[int, int, int, bytes]]:
     """(type, flags, sequence, body) of each message."""
+    found = []
     at = 0
     while at + 16 <= len(data):
         length, kind, nlm, sequence, _ = _HEADER.unpack_from(data, at)
-        yield kind, nlm, sequence, data[at + 16 : at + length]
+        found.append((kind, nlm, sequence, data[at + 16 : at + length]))
         at += max(16, (length + 3) & ~3)
+    return found
 
 
 def _attrs(data: bytes) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
-    at = 0
-    while at + 4 <= len(data):
-        length, kind = _ATTR.unpack_from(data, at)
+    at, last, unpack = 0, len(data) - 4, _ATTR.unpack_from
+    while at <= last:  # fifty times for a link: nothing in here but what must be
+        length, kind = unpack(data, at)
         found[kind & NLA_TYPE_MASK] = data[at + 4 : at + length]
-        at += max(4, (length + 3) & ~3)
+        at += (length + 3) & ~3 or 4
     return found
 
 

@@ -12,13 +12,14 @@ reconciler can find what is left. DEL works without it. Must not touch the netwo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from _blake2 import blake2s  # as in lock.py
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 
 from cni import lock
 from cni.errors import CniError
@@ -39,8 +40,8 @@ _SEALED = 0o400
 """The mode of a record whose ADD came to its end."""
 _SWEEP = "sweep"
 """Stands where an id stands; no id is without a dash."""
-_BUFFER = 1 << 16
-"""Given, so that nobody looks whether a file is a terminal."""
+_prepared: dict[str, tuple[int, ...]] = {}
+"""Folder → what it looked like when all of it was there. When a folder in it goes, its time changes."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Record:
 _FIELDS = tuple(field.name for field in fields(Record))
 
 
+@lru_cache(maxsize=256)
 def identifier(network: str, container_id: str, ifname: str) -> str:
     """A file name for an attachment: begins with the container's id, for the eye."""
     key = "\0".join((network, container_id, ifname)).encode()
@@ -144,6 +146,9 @@ class Store:
     def prepare(self) -> None:
         """Make the folder where it is missing. Refuses one that others could write to."""
         with _io(self.folder):
+            with suppress(FileNotFoundError):
+                if _seen(self.folder) == _prepared.get(self.folder):
+                    return
             for folder in (self._attachments, self._ifindex, self._dev):
                 if not os.path.isdir(folder):
                     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -154,6 +159,7 @@ class Store:
                 )
             if status.st_mode & 0o077:
                 os.chmod(self.folder, 0o700)
+            _prepared[self.folder] = _seen(self.folder)
 
     def unwritable(self) -> str | None:
         """Why a record could not be written now; None if it could."""
@@ -182,11 +188,15 @@ class Store:
                 fd = os.open(
                     written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
                 )
-                with open(fd, "wb", buffering=_BUFFER) as file:
+                try:
                     if sealed:
                         os.fchmod(fd, _SEALED)
                     # Not json.dump, which would be Python and not C.
-                    file.write(_JSON.encode(vars(record)).encode())
+                    data = _JSON.encode(vars(record)).encode()
+                    if os.write(fd, data) < len(data):  # the rest would have been refused
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                finally:
+                    os.close(fd)
                 os.rename(written, path)
             except BaseException:
                 _unlink(written)
@@ -337,6 +347,11 @@ def in_netns(folder: str | os.PathLike[str], netns_id: tuple[int, int]) -> list[
     """The attachments whose network namespace is netns_id, by ifname."""
     found = [record for record in Store(folder).records() if record.netns_id == netns_id]
     return sorted(found, key=lambda record: record.ifname)
+
+
+def _seen(folder: str) -> tuple[int, ...]:
+    status = os.lstat(folder)
+    return status.st_dev, status.st_ino, status.st_mode, status.st_uid, status.st_mtime_ns
 
 
 def _unlink(path: str) -> None:

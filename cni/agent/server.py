@@ -8,6 +8,7 @@ successor (Turn.leave) and goes on beside it. Must not know what a request means
 
 from __future__ import annotations
 
+import _socket
 import os
 import socket
 import struct
@@ -29,11 +30,7 @@ if TYPE_CHECKING:
 
 SO_PEERCRED = 17
 _UCRED = struct.Struct("=iII")
-_PROMPT_SECONDS = 0.05
-"""A shim says all that it has to say at once."""
 _REQUEST_SECONDS = 15.0
-_AT_ONCE = 1 << 16
-"""Bytes that a socket takes without waiting for its reader."""
 _PAUSE_SECONDS = 0.1
 _SPARE = 8
 """Threads that stay when all is quiet."""
@@ -152,18 +149,20 @@ class Server:
             if self._stopping:
                 return False
             try:
-                connection, _ = self._listener.accept()
+                fd, _ = self._listener._accept()  # type: ignore[attr-defined]
+                connection = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
             except OSError as error:
                 if self._stopping:
                     return False
                 self._refused(f"a connection could not be taken: {error}")
                 time.sleep(_PAUSE_SECONDS)  # no fd is free, say: there is no event to wait for
                 continue
-            with connection:
-                try:
-                    self._one(connection, turn)
-                except Exception as error:  # the last wall: whoever is next must still be served
-                    self._refused(f"a fault in vmtapd itself: please report it: {error!r}")
+            try:
+                self._one(connection, turn)
+            except Exception as error:  # the last wall: whoever is next must still be served
+                self._refused(f"a fault in vmtapd itself: please report it: {error!r}")
+            finally:
+                connection.close()
         return True
 
     def _rest(self) -> bool:
@@ -175,7 +174,7 @@ class Server:
         self._called.get()
         return True
 
-    def _one(self, connection: socket.socket, turn: Turn) -> None:
+    def _one(self, connection: _socket.socket, turn: Turn) -> None:
         pid, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, SO_PEERCRED, _UCRED.size))
         if uid not in (0, os.geteuid()):
             self._refused(f"uid {uid} (process {pid}) may not use the CNI socket")
@@ -185,7 +184,6 @@ class Server:
             turn.leave()
             connection.settimeout(_REQUEST_SECONDS)
 
-        connection.settimeout(_PROMPT_SECONDS)
         try:
             asked = wire.receive(connection, late)
         except (wire.WireError, OSError) as error:
@@ -195,11 +193,8 @@ class Server:
             return
 
         def reply(response: Response, stderr: bytes) -> None:
-            if len(response.stdout) + len(stderr) > _AT_ONCE:
-                turn.leave()
-            connection.settimeout(_REQUEST_SECONDS)
             with suppress(OSError):  # a shim that is gone was killed by its runtime, which sends a DEL
-                wire.reply(connection, response, stderr)
+                wire.reply(connection, response, stderr, late)
 
         try:
             self._answer(asked, reply, turn.leave)

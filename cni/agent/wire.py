@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ from cni.lock import nothing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import _socket
     from collections.abc import Callable, Mapping
     from typing import TypeVar
 
@@ -27,6 +29,9 @@ _TAIL = struct.Struct("=iII")  # exit status, length of stdout, length of stderr
 _MAGIC = 0x31746D76  # "vmt1"
 _FIRST_BYTES = 1 << 14
 """More than nearly every request has: it is read at once."""
+_PROMPT_SECONDS = 0.05
+"""A shim says all that it has to say at once."""
+_ONE_FD = socket.CMSG_LEN(4)
 ENV_LIMIT = 16 << 20
 STDIN_LIMIT = (1 << 20) + 1
 
@@ -45,12 +50,17 @@ class Asked:
     netns: int | None
 
 
-def receive(connection: socket.socket, late: Callable[[], None] = nothing) -> Asked | None:
-    """The next request; None if the peer said nothing. late: called at a timeout, after which it is tried once more.
+def receive(connection: _socket.socket, late: Callable[[], None] = nothing) -> Asked | None:
+    """The next request, from a blocking socket; None if the peer said nothing.
 
-    Raises WireError, OSError (with it TimeoutError).
+    late: called when the peer keeps us waiting; sets the timeout of what is tried then. Raises WireError, OSError
+    (with it TimeoutError).
     """
-    first, fds, _, _ = _twice(lambda: socket.recv_fds(connection, _FIRST_BYTES, 1), late)
+    try:  # nearly always all of it is there: no timeout needs to be set and no poll(2) made
+        first, fds = _first(connection, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        connection.settimeout(_PROMPT_SECONDS)
+        first, fds = _twice(lambda: _first(connection), late)
     netns = fds[0] if fds else None
     try:
         if not first and netns is None:
@@ -75,11 +85,27 @@ def parse(data: bytes) -> Asked:
     return _asked(data[: _HEAD.size], data[_HEAD.size :], None)
 
 
-def reply(connection: socket.socket, response: Response, stderr: bytes) -> None:
-    """Answer and be done. Raises OSError if the shim is gone."""
-    connection.sendall(
-        _TAIL.pack(response.status, len(response.stdout), len(stderr)) + response.stdout + stderr
-    )
+def reply(
+    connection: _socket.socket, response: Response, stderr: bytes, late: Callable[[], None] = nothing
+) -> None:
+    """Answer and be done. late: called if the shim has to read first. Raises OSError if it is gone."""
+    data = _TAIL.pack(response.status, len(response.stdout), len(stderr)) + response.stdout + stderr
+    sent = 0
+    with suppress(BlockingIOError):
+        sent = connection.send(data, socket.MSG_DONTWAIT)
+    if sent < len(data):
+        late()
+        connection.sendall(data[sent:])
+
+
+def _first(connection: _socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    """What one recvmsg(2) gives, and the fds that came with it: one at most, the kernel closes others."""
+    data, ancillary, _, _ = connection.recvmsg(_FIRST_BYTES, _ONE_FD, flags | socket.MSG_CMSG_CLOEXEC)
+    return data, [
+        struct.unpack("=i", payload)[0]
+        for level, kind, payload in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+    ]
 
 
 def _twice(read: Callable[[], T], late: Callable[[], None]) -> T:
@@ -106,7 +132,8 @@ def _asked(head: bytes, body: bytes, netns: int | None) -> Asked:
     return Asked("macvtap" if as_macvtap else "vmtap", env, body[env_length:], netns)
 
 
-def _exactly(connection: socket.socket, length: int, late: Callable[[], None]) -> bytes:
+def _exactly(connection: _socket.socket, length: int, late: Callable[[], None]) -> bytes:
+    connection.settimeout(_PROMPT_SECONDS)
     data = bytearray(length)
     view, have = memoryview(data), 0
     while have < length:

@@ -315,7 +315,7 @@ def test_threads_and_fds_stay_few(agent: Agent, lab: Lab) -> None:
         shim("DEL", config(**WIRE), netns=pod).ok()
     after = counts()
     assert after[0] <= before[0] + 4
-    assert after[1] <= before[1] + 4
+    assert after[1] <= before[1] + 2 * 8  # a socket and a namespace for each of the spare threads
 
 
 def test_killed_and_started_again(agent: Agent, lab: Lab) -> None:

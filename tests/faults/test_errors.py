@@ -116,7 +116,7 @@ def test_a_read_only_state_does_not_keep_a_link(
     baseline.holds()
 
 
-@pytest.mark.parametrize("first", [3, 4, 5])
+@pytest.mark.parametrize("first", [2, 3, 4])
 def test_the_kernel_has_no_room(
     *, injector: Injector, handle: Callable[..., Answer], pod: Netns, baseline: Baseline, first: int
 ) -> None:

@@ -88,7 +88,7 @@ def test_a_kill_at_each_step_of_add(
     assert {"openat", "symlink", "rename", "sendto", "write", "clone", "mknodat"} <= {p.call for p in steps}
 
     for step in steps:
-        killed, _ = injector(
+        killed, seen = injector(
             "ADD",
             conf,
             *("-e", f"trace={step.call}"),
@@ -103,7 +103,9 @@ def test_a_kill_at_each_step_of_add(
                 handle("GC", nobody).ok()
             else:
                 _reconcile(plugin)
-                if step.call == "write" and step.text.startswith("1, "):
+                if (
+                    "write(1, " in seen
+                ):  # a library's own wake-ups may have moved the count since the first run
                     # All was made, and only the runtime knows that it got no answer: its DEL follows.
                     assert list(Store(plugin.state).records())
                     handle("DEL", conf, netns=pod).ok()

@@ -28,7 +28,13 @@ def _decide(
     document = {"cniVersion": "1.1.0", "name": "wire", "type": "vmtap", **conf}
     parsed = netconf.parse(json.dumps(document).encode())
     with lab.node.call(Rtnl) as host:
-        return plan.decide(host, parsed, Grant(None, source, device, mode, type), "c1", "net1")
+        return plan.decide(
+            host.link(name=source) if source else None,
+            parsed,
+            Grant(None, source, device, mode, type),
+            "c1",
+            "net1",
+        )
 
 
 @pytest.mark.parametrize(
