@@ -12,7 +12,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from cni import ipv6, macvtap, netns, refusal, result, tap, tapdev
+from cni import cdi, ipv6, macvtap, netns, refusal, result, tap, tapdev
 from cni import mac as mac_rules
 from cni import plan as plans
 from cni.errors import CniError, refused
@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     DeleteLink = Callable[[Rtnl, int, int | None], None]
 
 
+_KUBEVIRT_UID = 107
+"""qemu, user and group, in KubeVirt's launcher image."""
+
+
 def delete_link(host: Rtnl, index: int, nsid: int | None) -> None:
     """Delete the link of that index, here or in the namespace nsid; already gone is fine. Raises OSError.
 
@@ -82,6 +86,8 @@ class Call:
     store: Store
     delegate_seconds: float
     delete_link: DeleteLink = delete_link
+    cdi: str | None = None
+    """The folder of CDI specs, where devices go to containers by CDI."""
     waits: Callable[[], None] = nothing
     """Called before a wait for a delegate, another request or the end of a link: let others work meanwhile."""
 
@@ -146,7 +152,9 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             call.store.seal(record)
         except BaseException as error:
             undone = (
-                _end(call, record, delegated=delegated) if record else _attempt(call.store.forget_id, call.id)
+                _end(call, record, delegated=delegated)
+                if record
+                else _attempt(call.store.forget_id, call.id, call.conf.device_index)
             )
             if undone and isinstance(error, CniError):
                 left = "; ".join(str(each) for each in undone)
@@ -180,7 +188,7 @@ def delete(call: Call) -> None:
             failed += _attempt(_remove_unrecorded, call)
             if delegate := call.delegate():
                 failed += _attempt(delegate.run, "DEL")
-            failed += _attempt(call.store.forget_id, call.id)
+            failed += _attempt(call.store.forget_id, call.id, call.conf.device_index)
     _raise(failed)
 
 
@@ -192,14 +200,17 @@ def collect(call: Call) -> None:
     """
     failed: list[CniError] = []
     if (valid := call.conf.valid_attachments) is not None:
-        for id in sorted({*call.store.recorded(), *(id for _, id in call.store.reserved())}):
-            failed += _attempt(_collect, call, valid, id)
+        indexes: dict[str, list[int]] = {id: [] for id in call.store.recorded()}
+        for number, id in call.store.reserved():
+            indexes.setdefault(id, []).append(number)
+        for id, numbers in sorted(indexes.items()):
+            failed += _attempt(_collect, call, valid, id, numbers)
     if delegate := call.delegate():
         failed += _attempt(delegate.run, "GC")
     _raise(failed)
 
 
-def _collect(call: Call, valid: tuple[tuple[str, str], ...], id: str) -> None:
+def _collect(call: Call, valid: tuple[tuple[str, str], ...], id: str, numbers: Iterable[int]) -> None:
     """End the attachment of that id if it is this network's and not valid, or if nothing is known of it any more."""
 
     def stays(record: Record) -> bool:
@@ -211,7 +222,7 @@ def _collect(call: Call, valid: tuple[tuple[str, str], ...], id: str) -> None:
     with call.store.locked(id, waits=call.waits):
         record = call.store.load(id)
         if record is None:  # an ADD was killed before it wrote one
-            call.store.forget_id(id)
+            call.store.forget_id(id, *numbers)
         elif not stays(record):
             _raise(_end(call, record))
 
@@ -234,8 +245,11 @@ def _record(call: Call, grant: Grant, plan: Plan, nsid: int) -> Record:
     assert call.netns is not None  # noqa: S101 - as in add
     conf = call.conf
     boot = boot_id()
-    ifindex = call.store.reserve_ifindex(call.id)  # last: nothing that fails may follow
-    wants_node = plan.device == "macvtap" and (conf.owner is not None or conf.group is not None)
+    device_id = conf.device_id if conf.device_index else None
+    ifindex = call.store.reserve_ifindex(call.id, device_id)  # last: nothing that fails may follow
+    wants_node = plan.device == "macvtap" and (
+        device_id is not None or conf.owner is not None or conf.group is not None
+    )
     return Record(
         network=conf.name,
         container_id=call.container_id,
@@ -256,6 +270,8 @@ def _record(call: Call, grant: Grant, plan: Plan, nsid: int) -> Record:
         config=dict(conf.raw) if conf.ipam else None,
         args=call.env.get("CNI_ARGS", ""),
         cni_path=call.env.get("CNI_PATH", "") if conf.ipam else "",
+        device_id=device_id,
+        cdi=cdi.path(call.cdi, device_id) if call.cdi and device_id else None,
     )
 
 
@@ -298,12 +314,13 @@ def _make(call: Call, plan: Plan, record: Record) -> None:
             )
         if record.node:
             _, *device = tapdev.number(call.netns, record.ifname)
-            tapdev.make_node(
-                record.node,
-                (device[0], device[1]),
-                conf.owner or 0,
-                conf.group or 0,
-            )
+            # Who is given a device by the kubelet runs as KubeVirt's QEMU does, unless the config says otherwise.
+            default = _KUBEVIRT_UID if record.device_id else 0
+            owner = default if conf.owner is None else conf.owner
+            group = default if conf.group is None else conf.group
+            tapdev.make_node(record.node, (device[0], device[1]), owner, group)
+            if record.cdi:
+                cdi.write(record, (device[0], device[1]), owner, group)
         if conf.addressing == "link" and record.ips:
             from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
 
@@ -397,6 +414,8 @@ def end(
     Wants the attachment's lock to be held. The errors, [] if all of it is gone.
     """
     failed = _attempt(_remove_links, host, record, delete_link)
+    if record.cdi:
+        failed += _attempt(cdi.remove, record.cdi)
     if record.node:
         failed += _attempt(store.remove_node, record.ifindex)
     if delegate:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from cni import schema, spec
+from cni import deviceid, schema, spec
 from cni.errors import CniError
 
 TYPE_CHECKING = False
@@ -82,6 +82,11 @@ class NetConf:
     args: Mapping[str, str]
     raw: Mapping[str, Any]
     """The decoded document, as it came: what an IPAM delegate gets."""
+
+    @property
+    def device_index(self) -> int:
+        """The ifindex that device_id stands for; 0 if there is none, or it is no id of ours."""
+        return deviceid.index_of(self.device_id)
 
 
 def parse(stdin: bytes, *, args: str = "", command: str = "ADD", called_as: str = "vmtap") -> NetConf:

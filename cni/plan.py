@@ -58,6 +58,12 @@ def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, 
     device = grant.device or ("tap" if source is None or (bridge and grant.mode == "bridge") else "macvtap")
     if device == "macvtap" and source is None:
         raise CniError(INVALID_NETWORK_CONFIG, "device macvtap needs an interface or a source to sit on")
+    if device == "tap" and conf.device_id:
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"device tap: {conf.device_id} was allocated, and a tap is no device of a device plugin's; take the "
+            "resource name out of the network, or use macvtap",
+        )
     if device == "tap" and source is not None:
         if not bridge:
             raise CniError(

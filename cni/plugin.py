@@ -55,8 +55,8 @@ class Request:
 
     env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
     policy: path of the node's policy file; netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has
-    opened it; host: the calling thread's, where the caller keeps one; load_policy: see policy.py; delete_link, waits:
-    see attachment.py; note: see state.py.
+    opened it; host: the calling thread's, where the caller keeps one; load_policy: see policy.py; delete_link, cdi,
+    waits: see attachment.py; note: see state.py.
     """
 
     env: Mapping[str, str]
@@ -69,6 +69,7 @@ class Request:
     delegate_seconds: float = 60.0
     load_policy: Callable[[str], policies.Policy | None] = policies.load
     delete_link: attachment.DeleteLink = attachment.delete_link
+    cdi: str | None = None
     waits: Callable[[], None] = nothing
     note: Callable[[str], None] | None = None
 
@@ -144,6 +145,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
             store=Store(request.state, request.note),
             delegate_seconds=request.delegate_seconds,
             delete_link=request.delete_link,
+            cdi=request.cdi,
             waits=request.waits,
         )
         return _carry_out(command, request, conf, call)

@@ -8,10 +8,9 @@ exists, and what kind it is, is for the caller to find out.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 
-from cni import nodefile, schema, spec
+from cni import deviceid, nodefile, schema, spec
 from cni.errors import CniError
 from cni.netconf import canonical
 
@@ -30,8 +29,6 @@ IMPOSSIBLE = {
 }
 """(type or device, mode) → why it cannot be."""
 
-_DEVICE_ID = re.compile(r"(.+)Mvp[0-9]+")
-
 
 @dataclass(frozen=True)
 class Interface:
@@ -43,6 +40,11 @@ class Interface:
     modes: tuple[str, ...] | None
     """None: no restriction."""
     capacity: int | None
+
+    @property
+    def devices(self) -> int:
+        """How many the device plugin offers."""
+        return self.capacity or deviceid.DEFAULT_CAPACITY
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ def authorize(policy: Policy | None, conf: NetConf) -> Grant:
 
 def _selected(conf: NetConf) -> str | None:
     """The entry that interface names, or else the device that the kubelet allocated: its id is NAMEMvpN."""
-    match = _DEVICE_ID.fullmatch(conf.device_id or "")
-    if conf.interface is None or match is None:
-        return conf.interface or (match and match[1])
-    if conf.interface != match[1]:
+    device = deviceid.parse(conf.device_id or "")
+    if conf.interface is None or device is None:
+        return conf.interface or (device and device[0])
+    if conf.interface != device[0]:
         raise _refusal(
             "interface", conf.interface, f"the allocated deviceID {conf.device_id} is of another one"
         )
@@ -129,6 +131,14 @@ def _first_that_allows(entries: list[Interface], conf: NetConf) -> Interface:
 
 def _grant(entry: Interface, conf: NetConf) -> Grant:
     """What the entry gives. An entry without a name stands for a device that no policy speaks about."""
+    device = deviceid.parse(conf.device_id or "")
+    if device and device[1] >= entry.devices:
+        raise _refusal(
+            "deviceID",
+            conf.device_id,
+            f"interface {entry.name} offers {entry.devices} devices, {deviceid.format(entry.name, 0)} to "
+            f"{deviceid.format(entry.name, entry.devices - 1)}; raise its capacity, or restart the pod",
+        )
     mode = conf.mode
     if mode is None:
         possible = [mode for mode in entry.modes or MODES if not _impossible(entry, conf, mode)]
@@ -137,7 +147,10 @@ def _grant(entry: Interface, conf: NetConf) -> Grant:
         raise _refusal("mode", mode, f"interface {entry.name} allows {', '.join(entry.modes)}")
     if reason := _impossible(entry, conf, mode):
         raise _refusal("mode", mode, reason)
-    return Grant(entry.name or None, entry.dev, conf.device, mode, entry.type)
+    # What a kubelet allocates is a device node, which a tap has not got.
+    return Grant(
+        entry.name or None, entry.dev, conf.device or ("macvtap" if device else None), mode, entry.type
+    )
 
 
 def _impossible(entry: Interface, conf: NetConf, mode: str) -> str | None:

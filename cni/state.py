@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 
-from cni import lock
+from cni import deviceid, lock
 from cni.errors import CniError
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 
@@ -81,6 +81,10 @@ class Record:
     """CNI_ARGS, kept for the same reason."""
     cni_path: str = ""
     """CNI_PATH, too: where ADD found the delegate."""
+    device_id: str | None = None
+    """The device that the kubelet allocated, if the config named one."""
+    cdi: str | None = None
+    """The CDI spec file that ADD wrote for it, if it was asked to."""
 
     @property
     def id(self) -> str:
@@ -256,21 +260,31 @@ class Store:
 
     def forget(self, record: Record) -> None:
         """Remove the record and give its ifindex back. Nothing to do is fine."""
-        self.forget_id(record.id)
-        self.release(record.ifindex, record.id)
+        self.forget_id(record.id, record.ifindex)
 
-    def forget_id(self, id: str) -> None:
-        """The same where no record could be read."""
+    def forget_id(self, id: str, *numbers: int) -> None:
+        """The same where no record could be read. numbers: indexes that it may have besides those derived from id."""
         with _io(self.folder):
             for suffix in ("json", "new"):
                 _unlink(self._path(id, suffix))
             _unlink(f"{self.holders}/{id}")
-            for number in _candidates(id):
+            for number in (*numbers, *_candidates(id)):
                 self.release(number, id)
 
-    def reserve_ifindex(self, id: str) -> int:
-        """An interface index that no other attachment on this host has, or had reserved, until forget()."""
+    def reserve_ifindex(self, id: str, device_id: str | None = None) -> int:
+        """An interface index that no other attachment on this host has, or had reserved, until forget().
+
+        With a device_id (see deviceid.py) its own. Raises CniError 11 if another attachment has that still.
+        """
         with _io(self._ifindex):
+            if number := deviceid.index_of(device_id):
+                if self._hold(number, id):
+                    return number
+                raise CniError(
+                    TRY_AGAIN_LATER,
+                    f"deviceID {device_id}: attachment {self.reserved_by(number)} has it still; try again when that "
+                    "has ended",
+                )
             for number in _candidates(id):
                 if self._hold(number, id):
                     return number
@@ -279,7 +293,8 @@ class Store:
     def adopt(self, record: Record) -> bool:
         """Keep a record of a link that was found without one, if its index is one that we would have given it."""
         with _io(self._ifindex):
-            if record.ifindex not in _candidates(record.id) or not self._hold(record.ifindex, record.id):
+            ours = record.ifindex >= deviceid.BASE or record.ifindex in _candidates(record.id)
+            if not ours or not self._hold(record.ifindex, record.id):
                 return False
         self.save(record, sealed=True)
         return True

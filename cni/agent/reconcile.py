@@ -379,9 +379,7 @@ class Reconciler:
         with self._store.locked(id, wait=False):
             if self._store.load(id):
                 return
-            self._store.forget_id(id)
-            for number in numbers:
-                self._store.release(number, id)
+            self._store.forget_id(id, *numbers)
         self._removed.inc("state")
         log(INFO, "leftover removed", kind="state", id=id)
 

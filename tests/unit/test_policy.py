@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cni import netconf, nodefile, policy, spec
+from cni import deviceid, netconf, nodefile, policy, spec
 from cni.errors import CniError
 from cni.policy import Grant, Interface, Policy
 
@@ -309,11 +309,11 @@ OPEN = Policy(LISTED, allow_unlisted=True)
         (OPEN, {"source": "eth1"}, Grant("dataplane", "eth1", None, "vepa", "ethernet")),
         (CLOSED, {"source": "eth2", "mode": "pepa"}, Grant("storage", "eth2", None, "pepa", "ethernet")),
         # what the kubelet allocated
-        (CLOSED, {"deviceID": "dataplaneMvp12"}, Grant("dataplane", "eth1", None, "vepa", "ethernet")),
+        (CLOSED, {"deviceID": "dataplaneMvp12"}, Grant("dataplane", "eth1", "macvtap", "vepa", "ethernet")),
         (CLOSED, {"deviceID": "dataplaneMvp0", "interface": "dataplane"},
-         Grant("dataplane", "eth1", None, "vepa", "ethernet")),
+         Grant("dataplane", "eth1", "macvtap", "vepa", "ethernet")),
         (CLOSED, {"deviceID": "dataplaneMvp0", "source": "eth1"},
-         Grant("dataplane", "eth1", None, "vepa", "ethernet")),
+         Grant("dataplane", "eth1", "macvtap", "vepa", "ethernet")),
         (CLOSED, {"deviceID": "0000:04:00.5", "interface": "storage"},
          Grant("storage", "eth2", None, "bridge", "ethernet")),
         # no wire
@@ -433,4 +433,6 @@ def test_a_configuration_never_widens_the_policy(rules: Policy, fields: dict[str
     assert entry.modes is None or grant.mode in entry.modes
     assert (grant.type, grant.mode) != ("sr-iov", "pepa")
     assert fields.get("mode", grant.mode) == grant.mode
-    assert fields.get("device") == grant.device
+    device = deviceid.parse(fields.get("deviceID") or "")
+    assert grant.device == (fields.get("device") or ("macvtap" if device else None))
+    assert device is None or device[1] < entry.devices

@@ -187,7 +187,7 @@ def test_explain_agrees_with_jsonschema(data: st.DataObject) -> None:
         ),
         (
             {"interfaces": [{"name": "a", "source": {"dev": "eth0"}, "capacity": 0}]},
-            "interfaces[0].capacity: 0 is not allowed; give an integer of 1 or more",
+            "interfaces[0].capacity: 0 is not allowed; give an integer from 1 to 4096",
         ),
         (
             {"interfaces": [{"name": "a", "source": {"dev": "eth0"}, "Mode": []}]},
