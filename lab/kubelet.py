@@ -1,0 +1,340 @@
+"""A kubelet, as device plugins see one: registration, ListAndWatch, Allocate, and who has which device (pod-resources).
+
+It does what the real one's device manager does: a new one deletes every socket in its folder before it makes its own;
+it calls a plugin back on the socket that the plugin registered, a later registration takes an earlier one's place, and
+a resource whose stream has ended is unhealthy. It runs no pods: that is the caller's part.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when it is loaded
+
+import grpc
+
+from cni.agent.deviceplugin import v1beta1_pb2 as api
+from cni.agent.deviceplugin import v1beta1_pb2_grpc as services
+from lab.proto import podresources_pb2 as pods
+from lab.proto import podresources_pb2_grpc as pods_services
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+FOLDER = Path("/var/lib/kubelet/device-plugins")
+"""Where a real kubelet's is."""
+SOCKET = "kubelet.sock"
+_SECONDS = 30.0
+"""For what takes milliseconds."""
+_OPTIONS = (("grpc.enable_http_proxy", 0),)
+
+
+@dataclass(frozen=True)
+class Device:
+    healthy: bool
+    nodes: tuple[int, ...] = ()
+    """NUMA nodes."""
+
+
+@dataclass
+class _Plugin:
+    """One registration, and what was heard from it."""
+
+    endpoint: str
+    options: api.DevicePluginOptions
+    channel: grpc.Channel
+    devices: dict[str, Device] | None = None
+    """None: no list has come yet."""
+    connected: bool = True
+    stream: grpc.Call | None = None
+    thread: threading.Thread | None = None
+
+    @property
+    def stub(self) -> services.DevicePluginStub:
+        return services.DevicePluginStub(self.channel)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a container was given."""
+
+    pod: tuple[str, str]
+    """Namespace and name."""
+    container: str
+    resource: str
+    devices: tuple[str, ...]
+    response: api.ContainerAllocateResponse = field(compare=False)
+
+
+class Kubelet:
+    """One node's device manager, running inside its with block.
+
+    folder: of the plugins' sockets, whose paths must fit into a unix socket's 107 bytes. The pod-resources socket is at
+    pod_resources, beside the folder as a real one's.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] = FOLDER) -> None:
+        self.folder = Path(folder)
+        self.pod_resources = self.folder.parent / "pod-resources" / SOCKET
+        self.claims: list[Claim] = []
+        self.refused: list[str] = []
+        """Registrations that were, and why."""
+        self._plugins: dict[str, _Plugin] = {}
+        self._counts: dict[str, int] = {}
+        self._changed = threading.Condition()
+        self._servers: list[grpc.Server] = []
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Wipe the folder's sockets and serve; claims are kept, as in a real one's checkpoint."""
+        for folder in (self.folder, self.pod_resources.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.iterdir():
+                with suppress(FileNotFoundError):  # a plugin that ends removes its own
+                    if stat.S_ISSOCK(path.lstat().st_mode):
+                        path.unlink()
+        lister = _server(self.pod_resources)
+        pods_services.add_PodResourcesListerServicer_to_server(_PodResources(self), lister)
+        registration = _server(self.folder / SOCKET)
+        services.add_RegistrationServicer_to_server(_Registration(self), registration)
+        self._servers = [lister, registration]
+        for server in self._servers:
+            server.start()
+
+    def stop(self) -> None:
+        """End, as a kubelet does: its own sockets go, the plugins' stay, and it forgets the plugins."""
+        for server in self._servers:
+            server.stop(None).wait(_SECONDS)
+        self._servers = []
+        with self._changed:
+            plugins, self._plugins, self._counts = self._plugins, {}, {}
+        for plugin in plugins.values():
+            _hang_up(plugin)
+
+    def restart(self) -> None:
+        """A new kubelet on the same node: every socket in the folder goes, and all plugins must register again."""
+        self.stop()
+        self.start()
+
+    # What is registered
+
+    def wait_resource(self, resource: str, *, times: int = 1) -> dict[str, Device]:
+        """Until it was registered that often since start() and has sent a list; its devices."""
+
+        def listed() -> bool:
+            plugin = self._plugins.get(resource)
+            return bool(plugin and plugin.devices is not None and self._counts[resource] >= times)
+
+        with self._changed:
+            if not self._changed.wait_for(listed, _SECONDS):
+                raise AssertionError(
+                    f"{resource} was not registered: {self._counts}, refused: {self.refused}"
+                )
+            return self._devices(resource)
+
+    def wait_devices(self, resource: str, wanted: Callable[[dict[str, Device]], bool]) -> dict[str, Device]:
+        """Until the resource's devices are as wanted; what they are then."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: wanted(self._devices(resource)), _SECONDS):
+                raise AssertionError(f"{resource} did not come to be as wanted: {self._devices(resource)}")
+            return self._devices(resource)
+
+    def devices(self, resource: str) -> dict[str, Device]:
+        """By id, as last heard; all of them unhealthy if the plugin's stream has ended."""
+        with self._changed:
+            return self._devices(resource)
+
+    def registrations(self, resource: str) -> int:
+        """How often the resource was registered since start()."""
+        with self._changed:
+            return self._counts.get(resource, 0)
+
+    def _devices(self, resource: str) -> dict[str, Device]:
+        plugin = self._plugins.get(resource)
+        known = (plugin and plugin.devices) or {}
+        if plugin and plugin.connected:
+            return dict(known)
+        return {id: Device(False, device.nodes) for id, device in known.items()}
+
+    # What pods get
+
+    def allocate(
+        self,
+        resource: str,
+        ids: Sequence[str],
+        *,
+        pod: tuple[str, str] = ("default", "pod"),
+        container: str = "main",
+    ) -> api.ContainerAllocateResponse:
+        """Ask the plugin for these devices, and note whose they are. Raises grpc.RpcError as the plugin does."""
+        request = api.AllocateRequest(container_requests=[api.ContainerAllocateRequest(devices_ids=ids)])
+        answer: api.AllocateResponse = self._plugin(resource).stub.Allocate(request, timeout=_SECONDS)
+        (response,) = answer.container_responses
+        with self._changed:
+            self.claims.append(Claim(pod, container, resource, tuple(ids), response))
+        return response
+
+    def admit(self, resource: str, count: int = 1, *, pod: tuple[str, str], container: str = "main") -> Claim:
+        """Choose that many devices as a kubelet does, healthy ones that nobody has and that the plugin prefers, and
+        allocate them. Raises LookupError if there are too few."""
+        with self._changed:
+            taken = {id for claim in self.claims if claim.resource == resource for id in claim.devices}
+        free = [id for id, device in self.devices(resource).items() if device.healthy and id not in taken]
+        if len(free) < count:
+            raise LookupError(f"{resource}: {count} devices are wanted and {len(free)} are left")
+        if self._plugin(resource).options.get_preferred_allocation_available:
+            free = self.preferred(resource, free, size=count)
+        self.allocate(resource, free[:count], pod=pod, container=container)
+        return self.claims[-1]
+
+    def release(self, pod: tuple[str, str]) -> None:
+        """The pod is gone, and its devices are free. No plugin is told (there is no such call)."""
+        with self._changed:
+            self.claims = [claim for claim in self.claims if claim.pod != pod]
+
+    def preferred(
+        self, resource: str, available: Sequence[str], *, must: Sequence[str] = (), size: int = 1
+    ) -> list[str]:
+        """Which of the available devices the plugin would choose."""
+        request = api.PreferredAllocationRequest(
+            container_requests=[
+                api.ContainerPreferredAllocationRequest(
+                    available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=size
+                )
+            ]
+        )
+        answer: api.PreferredAllocationResponse = self._plugin(resource).stub.GetPreferredAllocation(
+            request, timeout=_SECONDS
+        )
+        return list(answer.container_responses[0].deviceIDs)
+
+    def _plugin(self, resource: str) -> _Plugin:
+        with self._changed:
+            return self._plugins[resource]
+
+    # What plugins say
+
+    def register(self, request: api.RegisterRequest) -> str | None:
+        """Take a plugin on, as Register asks; or why not."""
+        path = self.folder / request.endpoint
+        if request.version != "v1beta1" or "/" not in request.resource_name or "/" in request.endpoint:
+            return f"{request.resource_name}: version {request.version}, endpoint {request.endpoint}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:  # the real one connects before it answers, too
+                probe.connect(os.fspath(path))
+            except OSError as error:
+                return f"{request.resource_name}: {path}: {error}"
+        plugin = _Plugin(
+            request.endpoint, request.options, grpc.insecure_channel(f"unix:{path}", options=_OPTIONS)
+        )
+        plugin.thread = threading.Thread(
+            target=self._watch, args=(request.resource_name, plugin), daemon=True
+        )
+        with self._changed:
+            before = self._plugins.get(request.resource_name)
+            self._plugins[request.resource_name] = plugin
+            self._counts[request.resource_name] = self._counts.get(request.resource_name, 0) + 1
+            self._changed.notify_all()
+        if before:
+            _hang_up(before)
+        plugin.thread.start()
+        return None
+
+    def _watch(self, resource: str, plugin: _Plugin) -> None:
+        """Note what the plugin lists, until it ends or is hung up on."""
+        try:
+            with self._changed:
+                if self._plugins.get(resource) is not plugin:
+                    return
+                plugin.stream = stream = plugin.stub.ListAndWatch(api.Empty())
+            for message in stream:
+                with self._changed:
+                    plugin.devices = {
+                        each.ID: Device(
+                            each.health == "Healthy", tuple(node.ID for node in each.topology.nodes)
+                        )
+                        for each in message.devices
+                    }
+                    self._changed.notify_all()
+        except (grpc.RpcError, ValueError):  # ValueError: the channel was closed in between
+            pass
+        finally:
+            with self._changed:
+                plugin.connected = False
+                self._changed.notify_all()
+
+
+def _hang_up(plugin: _Plugin) -> None:
+    if plugin.stream:
+        plugin.stream.cancel()
+    plugin.channel.close()
+    if plugin.thread and plugin.thread.ident:
+        plugin.thread.join(_SECONDS)
+
+
+def _server(path: Path) -> grpc.Server:
+    server = grpc.server(ThreadPoolExecutor(4))
+    server.add_insecure_port(f"unix:{path}")
+    return server
+
+
+class _Registration(services.RegistrationServicer):
+    def __init__(self, kubelet: Kubelet) -> None:
+        self._kubelet = kubelet
+
+    def Register(self, request: api.RegisterRequest, context: grpc.ServicerContext) -> api.Empty:  # noqa: N802
+        if why := self._kubelet.register(request):
+            self._kubelet.refused.append(why)
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
+        return api.Empty()
+
+
+class _PodResources(pods_services.PodResourcesListerServicer):
+    def __init__(self, kubelet: Kubelet) -> None:
+        self._kubelet = kubelet
+
+    def List(  # noqa: N802
+        self, request: pods.ListPodResourcesRequest, context: grpc.ServicerContext
+    ) -> pods.ListPodResourcesResponse:
+        names = dict.fromkeys(claim.pod for claim in self._kubelet.claims)
+        return pods.ListPodResourcesResponse(pod_resources=map(self._of, names))
+
+    def Get(  # noqa: N802
+        self, request: pods.GetPodResourcesRequest, context: grpc.ServicerContext
+    ) -> pods.GetPodResourcesResponse:
+        pod = (request.pod_namespace, request.pod_name)
+        if all(claim.pod != pod for claim in self._kubelet.claims):
+            context.abort(grpc.StatusCode.NOT_FOUND, f"pod {'/'.join(pod)} has no devices here")
+        return pods.GetPodResourcesResponse(pod_resources=self._of(pod))
+
+    def _of(self, pod: tuple[str, str]) -> pods.PodResources:
+        claims = [claim for claim in self._kubelet.claims if claim.pod == pod]
+        return pods.PodResources(
+            namespace=pod[0],
+            name=pod[1],
+            containers=[
+                pods.ContainerResources(
+                    name=container,
+                    devices=[
+                        pods.ContainerDevices(resource_name=claim.resource, device_ids=claim.devices)
+                        for claim in claims
+                        if claim.container == container
+                    ],
+                )
+                for container in dict.fromkeys(claim.container for claim in claims)
+            ],
+        )
