@@ -49,6 +49,7 @@ RTM_SETLINK = 19
 RTM_NEWNSID = 88
 RTM_DELNSID = 89
 RTM_GETNSID = 90
+RTNLGRP_LINK = 1
 RTNLGRP_NSID = 28
 NETNSA_NSID = 1
 NETNSA_FD = 3
@@ -73,9 +74,12 @@ IFLA_MACVLAN_BC_QUEUE_LEN = 7
 RTEXT_FILTER_SKIP_STATS = 0x8
 
 IFF_UP = 0x1
+IFF_LOOPBACK = 0x8
+IFF_RUNNING = 0x40
 IFF_NOARP = 0x80
 IFF_PROMISC = 0x100
 IFF_ALLMULTI = 0x200
+IFF_LOWER_UP = 0x10000
 
 ARPHRD_ETHER = 1
 
@@ -319,6 +323,16 @@ def _found(outcome: OSError | Link | int | None) -> Link | None:
             return None
         raise outcome
     return outcome if isinstance(outcome, Link) else None
+
+
+def link_events(data: bytes) -> Iterator[tuple[int, Link]]:
+    """What one datagram of the group RTNLGRP_LINK says: (RTM_NEWLINK or RTM_DELLINK, the link).
+
+    Others' words of a link are left out: a port that leaves its bridge is an RTM_DELLINK, of the family AF_BRIDGE.
+    """
+    for kind, _, _, body in _messages(data):
+        if kind in (RTM_NEWLINK, RTM_DELLINK) and body[0] == AF_UNSPEC:
+            yield kind, _link(body)
 
 
 def _messages(data: bytes) -> list[tuple[int, int, int, bytes]]:
