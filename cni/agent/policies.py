@@ -1,29 +1,47 @@
-"""The policy file as it is now: read again when it changes; while a new one is bad, the last good one stays."""
+"""The node's policy as it is now, of the file and of what stands beside it: kubevirt/macvtap-cni's DP_MACVTAP_CONF.
+
+The file is read again when it changes; while a new one is bad, the last good one stays. Where a name stands in both,
+the file's entry counts.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import threading
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 
-from cni import policy
+from cni import policy, schema
 from cni.agent.log import log
 from cni.errors import CniError
+from cni.netconf import canonical
+from cni.policy import Interface, Policy
+from cni.spec import INVALID_NETWORK_CONFIG
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from cni.policy import Policy
+    from collections.abc import Iterable
+
+VARIABLE = "DP_MACVTAP_CONF"
 
 
 class Policies:
-    """Looks at the file's identity at each request: one stat(2), and never a stale answer."""
+    """Looks at the file's identity at each request: one stat(2), and never a stale answer.
 
-    def __init__(self, path: str) -> None:
+    conf: DP_MACVTAP_CONF, if it is set. Raises CniError 7 if it cannot be understood.
+    """
+
+    def __init__(self, path: str, conf: str | None = None) -> None:
         self.path = path
         self.error: CniError | None = None
         """What is wrong with the file as it is now; None if nothing is."""
+        self._named = () if conf is None else interfaces(conf)
+        self.discovers = conf is not None and not self._named
+        """Whether the variable names nothing, which asks for every suitable link."""
+        self._found: tuple[str, ...] = ()
         self._lock = threading.Lock()
         self._seen: object = ()
+        self._file: Policy | None = None
         self._good: Policy | None = None
         self._any_good = False
 
@@ -42,9 +60,15 @@ class Policies:
             raise self.error
         return self._good
 
+    def discovered(self, links: Iterable[str]) -> None:
+        """These links are suitable now: each an interface of its own name, unless the file has the name or the link."""
+        with self._lock:
+            self._found = tuple(links)
+            self._good = self._merged()
+
     def _read(self) -> None:
         try:
-            self._good = policy.load(self.path)
+            self._file = policy.load(self.path)
         except CniError as error:
             self.error = error
             log(
@@ -52,8 +76,27 @@ class Policies:
             )
         else:
             self.error, self._any_good = None, True
-            names = [entry.name for entry in self._good.interfaces] if self._good else None
+            names = [entry.name for entry in self._file.interfaces] if self._file else None
             log(INFO, "policy read", path=self.path, interfaces=names)
+            if both := {entry.name for entry in self._named} & set(names or ()):
+                log(WARNING, f"the policy file goes before {VARIABLE}", interfaces=sorted(both))
+            self._good = self._merged()
+
+    def _merged(self) -> Policy | None:
+        if not self._named and not self._found:
+            return self._file
+        listed = self._file.interfaces if self._file else ()
+        names, sources = {entry.name for entry in listed}, {entry.dev for entry in listed}
+        # Who restricts a link in the file has not meant it to be had without restriction under another name.
+        free = [link for link in self._found if link not in names | sources]
+        return Policy(
+            (
+                *listed,
+                *(entry for entry in self._named if entry.name not in names),
+                *(Interface(link, link, "ethernet", None, None) for link in free),
+            ),
+            allow_unlisted=self._file.allow_unlisted if self._file else not self._named,
+        )
 
     def _identity(self) -> object:
         try:
@@ -61,3 +104,22 @@ class Policies:
         except OSError as error:
             return error.errno
         return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
+
+def interfaces(conf: str) -> tuple[Interface, ...]:
+    """What DP_MACVTAP_CONF names. Raises CniError 7 that says where it is wrong."""
+    rules = schema.load("macvtap-cni")
+    try:
+        document = json.loads(conf)
+        if not schema.accepts(rules, document):
+            schema.explain(rules, document)
+    except (ValueError, RecursionError, CniError) as error:
+        raise CniError(INVALID_NETWORK_CONFIG, f"{VARIABLE}: {error}") from error
+    entries = [schema.defaults(rules["items"]) | each for each in document]
+    names = [each["name"] for each in entries]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise CniError(INVALID_NETWORK_CONFIG, f"{VARIABLE}: it names {', '.join(sorted(twice))} twice")
+    return tuple(
+        Interface(each["name"], each["lowerDevice"], "ethernet", (canonical(each["mode"]),), each["capacity"])
+        for each in entries
+    )
