@@ -17,12 +17,13 @@ from cni.agent import config, health, metrics, node, server
 from cni.agent import log as logs
 from cni.agent.broker import Broker
 from cni.agent.log import log
-from cni.agent.policies import Policies
+from cni.agent.policies import VARIABLE, Policies
 from cni.agent.reconcile import Reconciler
 from cni.agent.unlink import Unlinker
 from cni.agent.wire import Asked
 from cni.errors import CniError
 from cni.lock import nothing
+from cni.netns import libc
 from cni.rtnl import Host
 from cni.state import Store
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cni.agent.config import Config
+    from cni.agent.deviceplugin.plugin import DevicePlugin
     from cni.agent.server import Reply
     from cni.plugin import Response
 
@@ -39,6 +41,9 @@ _YOUNG = 20_000
 """Objects made between two collections: a request makes some hundred, nearly none of them in a cycle."""
 _SPARE = 8
 """Sockets and namespaces that are kept for the next requests."""
+_M_ARENA_MAX = -8  # malloc.h
+_ARENAS = 2
+"""glibc begins a heap for nearly every thread, and with the device plugin there are dozens: it was 2 to 7 MB of 45."""
 _COMMANDS = ("ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION")
 
 
@@ -51,7 +56,7 @@ class Agent:
 
     def __init__(self, settings: Config, registry: metrics.Registry) -> None:
         self.settings = settings
-        self.policies = Policies(settings.policy)
+        self.policies = Policies(settings.policy, os.environ.get(VARIABLE))
         self.unlink: attachment.DeleteLink = Unlinker()
         self._hosts: list[Host] = []
         """Not in use now: a request takes one, or makes one, and puts it back."""
@@ -143,6 +148,8 @@ def main() -> int:
         print(f"vmtapd: {error}", file=sys.stderr)
         return 64
     logs.start(settings.log_level)
+    with suppress(AttributeError):  # another libc than glibc
+        libc.mallopt(_M_ARENA_MAX, _ARENAS)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))  # threads inherit it
     try:
         return _run(settings)
@@ -177,16 +184,21 @@ def _run(settings: Config) -> int:
     serving = server.Server(lent or server.listen(path), agent.answer, agent.refused, lent=lent is not None)
     broker = Broker(settings.run, registry)
     broker.start()
+    offering = _device_plugin(settings, agent.policies, store, registry)
     gc.collect()
     gc.freeze()  # what is there now stays: no collection need look at it again
     gc.set_threshold(_YOUNG)
     serving.start()
+    if offering:
+        offering.start()
     told = _health(settings.metrics, path, store, agent, registry)
     _notify("READY=1")
     log(INFO, "ready", socket=path)
     number = signal.sigwait((signal.SIGTERM, signal.SIGINT))
     _notify("STOPPING=1")
     log(INFO, "ending", signal=signal.Signals(number).name)
+    if offering:
+        offering.stop()
     broker.stop()
     done = serving.stop(settings.drain_seconds)
     if not done:
@@ -195,6 +207,18 @@ def _run(settings: Config) -> int:
     if told:
         told.stop()
     return 0
+
+
+def _device_plugin(
+    settings: Config, policies: Policies, store: Store, registry: metrics.Registry
+) -> DevicePlugin | None:
+    if not settings.device_plugin:
+        if policies.discovers:
+            log(WARNING, f"{VARIABLE} asks for discovery, which is the device plugin's, and that is off")
+        return None
+    from cni.agent.deviceplugin.plugin import DevicePlugin  # noqa: PLC0415 - gRPC is 25 MB
+
+    return DevicePlugin(settings, policies, store, registry)
 
 
 def _health(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 
 from cni import nodefile, schema
@@ -27,6 +28,12 @@ class Config:
     drain_seconds: int
     reconcile_seconds: int
     metrics: str
+    device_plugin: bool
+    resource_namespace: str
+    kubelet: str
+    device_route: str
+    cdi: str
+    broker_mount: bool
     log_level: str
 
 
@@ -43,9 +50,12 @@ def load(argv: Sequence[str]) -> Config:
         "--config", metavar="FILE", default=None, help=f"default: {DEFAULT_FILE}, if it is there"
     )
     for name, rule in rules["properties"].items():
-        kind = int if rule["type"] == "integer" else str
-        text = f"{rule['description']} Default: {rule['default']}".replace("%", "%%")
-        parser.add_argument(_flag(name), dest=name, metavar=kind.__name__.upper(), type=kind, help=text)
+        text = f"{rule['description']} Default: {json.dumps(rule['default'])}".replace("%", "%%")
+        if rule["type"] == "boolean":
+            parser.add_argument(_flag(name), dest=name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            kind = int if rule["type"] == "integer" else str
+            parser.add_argument(_flag(name), dest=name, metavar=kind.__name__.upper(), type=kind, help=text)
     flags = vars(parser.parse_args(argv))
     file = flags.pop("config")
     document = nodefile.read(file or DEFAULT_FILE, rules)

@@ -30,9 +30,11 @@ def start(level: str) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json())
-    LOG.handlers = [handler]
-    LOG.setLevel(level.upper())
-    LOG.propagate = False
+    # gRPC tells of an exception in what we serve to it; it is not loaded for that.
+    for logger in (LOG, logging.getLogger("grpc")):
+        logger.handlers = [handler]
+        logger.setLevel(level.upper())
+        logger.propagate = False
 
 
 def log(level: int, msg: str, **fields: object) -> None:

@@ -1,0 +1,76 @@
+"""The links of the host's network namespace, kept as they are by the kernel's own events."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from cni.rtnl import (
+    NETLINK_ADD_MEMBERSHIP,
+    NETLINK_ROUTE,
+    RTM_NEWLINK,
+    RTNLGRP_LINK,
+    SOL_NETLINK,
+    Link,
+    Rtnl,
+    link_events,
+)
+
+_BUFFER = 1 << 20
+"""Bytes: a node's pods come and go in crowds, and each has a veth here."""
+
+
+class Links:
+    """by_name is true as of the last take(). Readable (fileno) when there is more."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Link] = {}
+        self._by_index: dict[int, Link] = {}
+        self._stale = False
+        self._events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_ROUTE)
+        self._events.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+        self._events.bind(
+            (0, 0)
+        )  # one without an address of its own is taken for the sender, and told nothing
+        self._events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_LINK)
+        try:
+            self._list()
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """For poll()."""
+        return self._events.fileno()
+
+    def close(self) -> None:
+        """End."""
+        self._events.close()
+
+    def take(self) -> None:
+        """All that was said so far. Raises OSError if it was too much and the links cannot be listed now."""
+        while True:
+            try:
+                data = self._events.recv(1 << 16)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self._stale = True
+                continue
+            for kind, link in link_events(data):
+                if kind == RTM_NEWLINK and link.name:  # without: a wireless driver has something to say
+                    self._by_index[link.index] = link
+                elif link.name:
+                    self._by_index.pop(link.index, None)
+        if self._stale:
+            self._list()
+        self.by_name = {link.name: link for link in self._by_index.values()}
+
+    def _list(self) -> None:
+        """From the start; what happens meanwhile is told by the events."""
+        with Rtnl() as host:
+            self._by_index = {link.index: link for link in host.links()}
+        self._stale = False
+        self.by_name = {link.name: link for link in self._by_index.values()}

@@ -1,0 +1,359 @@
+"""Offers what the policy names to the kubelet, for as long as the agent runs.
+
+One thread looks after everything, by events: of links (rtnetlink), of the policy's folder and of the kubelet's
+(inotify), and of a registration's answer. After any of them it compares what should be with what is:
+
+    policy, links   → offers → a Resource each, on a socket of its own, shown whatever changes
+    kubelet.sock    → another than it was, or a socket of ours is gone (a new kubelet wipes its folder): serve, register
+    an answer       → registered, or tried again later: each time later, up to _LATEST seconds
+
+A socket has a name that no other process of ours uses: an agent that replaces another would else take away its
+socket and lose its own to the other's end.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import stat
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from logging import ERROR, INFO, WARNING
+from queue import Empty, SimpleQueue
+
+from cni import mount
+from cni.agent.deviceplugin.devices import Offer, State, offers, state, suitable
+from cni.agent.deviceplugin.links import Links
+from cni.agent.deviceplugin.registration import Registration
+from cni.agent.deviceplugin.serving import HEALTHY, UNHEALTHY, Answers, Resource
+from cni.agent.inotify import Folders
+from cni.agent.log import log
+from cni.errors import CniError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.agent.config import Config
+    from cni.agent.metrics import Labels, Registry
+    from cni.agent.policies import Policies
+    from cni.state import Store
+
+_SOONEST = 1.0
+_LATEST = 30.0
+"""Seconds between attempts."""
+_STOP_SECONDS = 5.0
+_PREFIX = "vmtap-"
+
+
+@dataclass
+class _Served:
+    """One resource, and how far its registration is."""
+
+    offer: Offer
+    state: State
+    resource: Resource | None = None
+    """None: there is no folder to serve it in, or it cannot be served now."""
+    registered: bool = False
+    asked: Registration | None = None
+    """One that is on its way."""
+    due: float = 0.0
+    """When to try again, by time.monotonic()."""
+    failures: int = 0
+    error: str = ""
+
+    def later(self) -> float:
+        """Seconds until the next attempt, which is put off by them."""
+        self.failures += 1
+        pause = min(_LATEST, _SOONEST * 2.0 ** (self.failures - 1))
+        self.due = time.monotonic() + pause
+        return pause
+
+    def at_once(self) -> None:
+        """Whatever was, is over: serve and register now."""
+        self.registered, self.due, self.failures, self.error = False, 0.0, 0, ""
+        if self.asked:
+            self.asked.close()
+            self.asked = None
+
+
+class DevicePlugin:
+    """Made before requests are served, so that ADD knows discovered interfaces; works from start() to stop().
+
+    Raises CniError or OSError if the kernel gives no events or no sysfs.
+    """
+
+    def __init__(self, settings: Config, policies: Policies, store: Store, registry: Registry) -> None:
+        self._settings = settings
+        self._policies = policies
+        self._folder = settings.kubelet
+        self._socket = f"{settings.kubelet}/kubelet.sock"
+        self._token = os.urandom(4).hex()
+        self._sockets = 0
+        self._served: dict[str, _Served] = {}
+        self._left: dict[str, tuple[str, str]] = {}
+        self._kubelet: tuple[int, ...] | None = ()  # not looked for yet
+        self._answered: SimpleQueue[Registration] = SimpleQueue()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="device-plugin", daemon=True)
+
+        self._answers = Answers(
+            settings,
+            store,
+            registry.counter(
+                "vmtap_device_plugin_allocations_total", "Devices that the kubelet was told of.", "resource"
+            ),
+        )
+        self._registrations = registry.counter(
+            "vmtap_device_plugin_registrations_total", "Registrations that the kubelet took.", "resource"
+        )
+        self._failures = registry.counter(
+            "vmtap_device_plugin_registration_failures_total",
+            "Registrations that failed; each is tried again.",
+            "resource",
+        )
+        registry.seen(
+            "vmtap_device_plugin_devices",
+            "Devices offered to the kubelet.",
+            "resource",
+            "health",
+            look=self._count,
+        )
+        registry.seen(
+            "vmtap_device_plugin_registered",
+            "1 if the kubelet that is there has taken the resource's registration.",
+            "resource",
+            look=lambda: {(self._name(name),): each.registered for name, each in list(self._served.items())},
+        )
+        registry.seen(
+            "vmtap_device_plugin_not_offered",
+            "Interfaces of the policy that are not offered; the log says why.",
+            look=lambda: {(): len(self._left)},
+        )
+
+        with ExitStack() as stack:
+            self._links = stack.enter_context(closing(Links()))
+            watched = (self._folder, os.path.dirname(policies.path))
+            self._folders = stack.enter_context(closing(Folders(watched)))
+            sysfs = mount.detached(b"sysfs")
+            stack.callback(os.close, sysfs)
+            self._sysfs = f"/proc/self/fd/{sysfs}"
+            self._woken, self._waker = (stack.enter_context(end) for end in socket.socketpair())
+            self._woken.setblocking(False)
+            self._waker.setblocking(False)
+            self._discover()
+            self._stack = stack.pop_all()
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End. The kubelet keeps what it knows of the devices for a while, and of pods that have some for good."""
+        self._stopping = True
+        self._awake()
+        self._thread.join(_STOP_SECONDS)
+
+    def _awake(self) -> None:
+        with suppress(OSError):  # full: it will wake; closed: it is over
+            self._waker.send(b".")
+
+    # The loop
+
+    def _run(self) -> None:
+        poll = select.poll()
+        for each in (self._links, self._folders, self._woken):
+            poll.register(each, select.POLLIN)
+        with self._stack:
+            self._sweep()
+            while not self._stopping:
+                try:
+                    due = self._look()
+                except Exception as error:  # the last wall: pods that run must find their devices again
+                    log(ERROR, "device plugin: a step failed; it is tried again", error=repr(error))
+                    due = time.monotonic() + _LATEST
+                poll.poll(None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1)
+                with suppress(BlockingIOError):
+                    self._woken.recv(1 << 10)
+            for served in self._served.values():
+                served.at_once()
+                if served.resource:
+                    served.resource.close()
+
+    def _look(self) -> float | None:
+        """Make what is be what should be. When to look again without an event, by time.monotonic()."""
+        self._folders.take()
+        self._links.take()
+        self._hear()
+        self._discover()
+        self._offer()
+        kubelet = _identity(self._socket)
+        if kubelet != self._kubelet:
+            if kubelet is None:
+                log(INFO, "there is no kubelet: its socket is waited for", socket=self._socket)
+            self._kubelet = kubelet
+            for served in self._served.values():
+                served.at_once()
+        for name, served in self._served.items():
+            self._serve(name, served)
+            self._register(name, served)
+        return min((each.due for each in self._served.values() if self._waits(each)), default=None)
+
+    # Policy and links
+
+    def _discover(self) -> None:
+        if self._policies.discovers:
+            self._policies.discovered(suitable(self._links.by_name, self._sysfs))
+
+    def _offer(self) -> None:
+        """Serve what the policy names now, and nothing else."""
+        try:
+            policy = self._policies()
+        except CniError:  # it is logged, and never was a good one
+            policy = None
+        offered, left = offers(policy.interfaces if policy else ())
+        for name, (why, next_step) in left.items():
+            if self._left.get(name) != (why, next_step):
+                log(
+                    WARNING,
+                    "interface is not offered to the kubelet",
+                    interface=name,
+                    why=why,
+                    next=next_step,
+                )
+        self._left = left
+        for name in self._served.keys() - {offer.name for offer in offered}:
+            self._withdraw(name)
+        for offer in offered:
+            now = state(offer.dev, self._links.by_name, self._sysfs)
+            served = self._served.get(offer.name)
+            if served is None:
+                served = self._served[offer.name] = _Served(offer, State())
+                log(INFO, "interface is offered", **self._fields(served))
+            elif served.offer != offer:
+                log(INFO, "interface is offered otherwise", **self._fields(_Served(offer, now)))
+            if served.state.fault != now.fault:
+                _tell(now, self._fields(served))
+            served.offer, served.state = offer, now
+            if served.resource:
+                served.resource.show(offer, now)
+
+    def _withdraw(self, name: str) -> None:
+        served = self._served.pop(name)
+        served.at_once()
+        log(INFO, "interface is withdrawn", **self._fields(served))
+        if served.resource:
+            served.resource.close(withdraw=True)
+
+    # The kubelet
+
+    def _serve(self, name: str, served: _Served) -> None:
+        if served.resource and not os.path.exists(served.resource.path):
+            log(INFO, "our socket was removed: serving anew", **self._fields(served))
+            served.resource.close()
+            served.resource = None
+            served.at_once()
+        if served.resource or served.due > time.monotonic() or not os.path.isdir(self._folder):
+            return
+        self._sockets += 1
+        path = f"{self._folder}/{_PREFIX}{self._token}-{self._sockets}.sock"
+        try:
+            served.resource = Resource(self._name(name), served.offer, served.state, self._answers, path)
+        except RuntimeError as error:
+            self._failed(served, f"{path} cannot be served: {error}")
+
+    def _waits(self, served: _Served) -> bool:
+        """Whether there is something to be done at the time that is due."""
+        if served.registered or served.asked:
+            return False
+        return self._kubelet is not None if served.resource else os.path.isdir(self._folder)
+
+    def _register(self, name: str, served: _Served) -> None:
+        if served.resource and self._waits(served) and served.due <= time.monotonic():
+            served.asked = Registration(self._socket, name, served.resource, self._answer)
+
+    def _answer(self, registration: Registration) -> None:
+        """In a thread of gRPC's."""
+        self._answered.put(registration)
+        self._awake()
+
+    def _hear(self) -> None:
+        """Take the kubelet's answers."""
+        while True:
+            try:
+                registration = self._answered.get_nowait()
+            except Empty:
+                return
+            registration.close()
+            served = self._served.get(registration.interface)
+            if served is None or served.asked is not registration:
+                continue  # another kubelet is there meanwhile, or nothing is offered any more
+            served.asked = None
+            if registration.error:
+                self._failed(served, registration.error)
+                continue
+            served.registered, served.failures, served.error = True, 0, ""
+            self._registrations.inc(self._name(registration.interface))
+            log(INFO, "registered with the kubelet", **self._fields(served))
+
+    def _failed(self, served: _Served, error: str) -> None:
+        self._failures.inc(self._name(served.offer.name))
+        pause = served.later()
+        if error != served.error:
+            log(WARNING, "not registered; tried again", error=error, seconds=pause, **self._fields(served))
+        served.error = error
+
+    def _sweep(self) -> None:
+        """Remove the sockets of agents that were killed."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in os.listdir(self._folder):
+                path = f"{self._folder}/{name}"
+                if name.startswith(_PREFIX) and stat.S_ISSOCK(os.lstat(path).st_mode) and _dead(path):
+                    os.unlink(path)
+
+    # What is said of it
+
+    def _name(self, interface: str) -> str:
+        return f"{self._settings.resource_namespace}/{interface}"
+
+    def _fields(self, served: _Served) -> dict[str, object]:
+        offer = served.offer
+        return {"resource": self._name(offer.name), "source": offer.dev, "capacity": offer.capacity}
+
+    def _count(self) -> dict[Labels, float]:
+        found: Counter[Labels] = Counter()
+        for name, served in list(self._served.items()):
+            sick = bool(served.state.fault)
+            found[self._name(name), UNHEALTHY] += served.offer.capacity if sick else 0
+            found[self._name(name), HEALTHY] += 0 if sick else served.offer.capacity
+        return dict(found)
+
+
+def _tell(now: State, fields: dict[str, object]) -> None:
+    if now.fault:
+        log(WARNING, "devices are unhealthy", why=now.fault, next=now.next_step, **fields)
+    else:
+        log(INFO, "devices are healthy again", **fields)
+
+
+def _identity(path: str) -> tuple[int, ...] | None:
+    """What tells a socket from one that takes its place."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
+
+
+def _dead(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            pass
+        return False

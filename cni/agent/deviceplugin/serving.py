@@ -1,0 +1,183 @@
+"""One resource's devices, served to the kubelet on a socket of their own.
+
+Allocate makes nothing and remembers nothing: what it answers follows from the device's id (deviceid.py), so the same
+question has the same answer after any restart, and ADD makes what was answered.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from logging import INFO, WARNING
+
+import grpc
+
+from cni import deviceid
+from cni.agent.deviceplugin import v1beta1_pb2 as api
+from cni.agent.deviceplugin import v1beta1_pb2_grpc as services
+from cni.agent.deviceplugin.devices import Offer, State, preferred
+from cni.agent.log import log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from cni.agent.config import Config
+    from cni.agent.metrics import Counter
+    from cni.state import Store
+
+    Context = grpc.ServicerContext
+
+HEALTHY = "Healthy"
+UNHEALTHY = "Unhealthy"
+_THREADS = 4
+"""A kubelet has one stream and asks one thing at a time; an old one's stream may not have ended yet."""
+_GOODBYE_SECONDS = 1.0
+OPTIONS = api.DevicePluginOptions(get_preferred_allocation_available=True)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is the same for every resource."""
+
+    settings: Config
+    store: Store
+    allocated: Counter
+
+    def container(self, ids: Collection[str]) -> api.ContainerAllocateResponse:
+        """What a container gets for these devices, each id a good one."""
+        answer = api.ContainerAllocateResponse()
+        for id in ids:
+            if self.settings.device_route == "cdi":
+                answer.cdi_devices.add(name=f"vmtap.dev/tap={id}")
+                continue
+            parsed = deviceid.parse(id)
+            assert parsed  # noqa: S101 - the caller has looked
+            index = deviceid.ifindex(*parsed)
+            path = self.store.node(index)
+            answer.devices.add(container_path=f"/dev/tap{index}", host_path=path, permissions="rw")
+        if self.settings.broker_mount:
+            folder = f"{self.settings.run}/launcher"
+            answer.mounts.add(container_path=folder, host_path=folder, read_only=True)
+        return answer
+
+    def used(self) -> set[int]:
+        """The interface indexes that an attachment has now."""
+        return {index for index, _ in self.store.reserved()}
+
+
+class Resource(services.DevicePluginServicer):
+    """Serves one offer until close(). path: of its socket, which is there when this returns.
+
+    Raises RuntimeError if it cannot be.
+    """
+
+    def __init__(self, name: str, offer: Offer, state: State, answers: Answers, path: str) -> None:
+        self.name = name
+        self.path = path
+        self._answers = answers
+        self._changed = threading.Condition()
+        self._offer, self._state = offer, state
+        self._version = 0
+        self._ending = False
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="device-plugin")
+        self._server = grpc.server(self._threads)
+        services.add_DevicePluginServicer_to_server(self, self._server)
+        self._server.add_insecure_port(f"unix:{path}")
+        self._server.start()
+
+    def show(self, offer: Offer, state: State) -> None:
+        """This is so from now on: told at once to who watches."""
+        with self._changed:
+            if (offer, state) != (self._offer, self._state):
+                self._offer, self._state = offer, state
+                self._version += 1
+                self._changed.notify_all()
+
+    def close(self, *, withdraw: bool = False) -> None:
+        """End. withdraw: say first that there are no devices any more; else a kubelet waits for them to come back."""
+        with self._changed:
+            if withdraw:
+                self._offer = Offer(self._offer.name, self._offer.dev, 0)
+            self._version += 1
+            self._ending = True
+            self._changed.notify_all()
+        self._server.stop(_GOODBYE_SECONDS if withdraw else None).wait(2 * _GOODBYE_SECONDS)
+        self._threads.shutdown(wait=False)
+
+    def _listed(self) -> api.ListAndWatchResponse:
+        node = self._state.node
+        topology = None if node is None else api.TopologyInfo(nodes=[api.NUMANode(ID=node)])
+        health = UNHEALTHY if self._state.fault else HEALTHY
+        return api.ListAndWatchResponse(
+            devices=[
+                api.Device(ID=deviceid.format(self._offer.name, number), health=health, topology=topology)
+                for number in range(self._offer.capacity)
+            ]
+        )
+
+    def _foreign(self, id: str) -> str | None:
+        """Why that is no device of this resource; None if it is one."""
+        offer = self._offer
+        parsed = deviceid.parse(id)
+        if parsed is None or parsed[0] != offer.name:
+            return f"{id!r} is no device of {self.name}: they are {deviceid.format(offer.name, 0)} and so on"
+        if parsed[1] >= offer.capacity:
+            return f"{id!r} is beyond the capacity of {self.name}, which is {offer.capacity}"
+        return None
+
+    # What a kubelet calls; the names are the API's
+
+    def GetDevicePluginOptions(self, request: api.Empty, context: Context) -> api.DevicePluginOptions:  # noqa: N802
+        return OPTIONS
+
+    def ListAndWatch(self, request: api.Empty, context: Context) -> Iterator[api.ListAndWatchResponse]:  # noqa: N802
+        def gone() -> None:
+            with self._changed:
+                self._changed.notify_all()
+
+        if not context.add_callback(gone):
+            return
+        seen = -1
+        while True:
+            with self._changed:
+                while self._version == seen and context.is_active():
+                    self._changed.wait()
+                if not context.is_active():
+                    return
+                seen, message, last = self._version, self._listed(), self._ending
+            yield message
+            if last:
+                return
+
+    def GetPreferredAllocation(  # noqa: N802
+        self, request: api.PreferredAllocationRequest, context: Context
+    ) -> api.PreferredAllocationResponse:
+        used = self._answers.used()
+        return api.PreferredAllocationResponse(
+            container_responses=[
+                api.ContainerPreferredAllocationResponse(
+                    deviceIDs=preferred(
+                        each.available_deviceIDs, each.must_include_deviceIDs, each.allocation_size, used
+                    )
+                )
+                for each in request.container_requests
+            ]
+        )
+
+    def Allocate(self, request: api.AllocateRequest, context: Context) -> api.AllocateResponse:  # noqa: N802
+        wanted = [list(each.devices_ids) for each in request.container_requests]
+        for id in (id for ids in wanted for id in ids):
+            if why := self._foreign(id):
+                log(WARNING, "allocation refused", resource=self.name, why=why)
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
+        for ids in wanted:
+            self._answers.allocated.inc(self.name, by=len(ids))
+            log(INFO, "allocated", resource=self.name, devices=ids)
+        return api.AllocateResponse(container_responses=map(self._answers.container, wanted))
+
+    def PreStartContainer(  # noqa: N802
+        self, request: api.PreStartContainerRequest, context: Context
+    ) -> api.PreStartContainerResponse:
+        return api.PreStartContainerResponse()
