@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when it is loaded
+from cni.agent.deviceplugin import v1beta1_pb2 as api  # tells gRPC to be quiet, so it goes first
 
+# isort: split
 import grpc
 
-from cni.agent.deviceplugin import v1beta1_pb2 as api
 from cni.agent.deviceplugin import v1beta1_pb2_grpc as services
 from lab.proto import podresources_pb2 as pods
 from lab.proto import podresources_pb2_grpc as pods_services
@@ -42,6 +42,10 @@ class Device:
     healthy: bool
     nodes: tuple[int, ...] = ()
     """NUMA nodes."""
+
+
+class PluginError(Exception):
+    """A plugin's refusal: the name of gRPC's code, and its words."""
 
 
 @dataclass
@@ -85,6 +89,8 @@ class Kubelet:
         self.folder = Path(folder)
         self.pod_resources = self.folder.parent / "pod-resources" / SOCKET
         self.claims: list[Claim] = []
+        self.refuse = False
+        """Whether it refuses every registration."""
         self.refused: list[str] = []
         """Registrations that were, and why."""
         self._plugins: dict[str, _Plugin] = {}
@@ -180,9 +186,12 @@ class Kubelet:
         pod: tuple[str, str] = ("default", "pod"),
         container: str = "main",
     ) -> api.ContainerAllocateResponse:
-        """Ask the plugin for these devices, and note whose they are. Raises grpc.RpcError as the plugin does."""
+        """Ask the plugin for these devices, and note whose they are. Raises PluginError."""
         request = api.AllocateRequest(container_requests=[api.ContainerAllocateRequest(devices_ids=ids)])
-        answer: api.AllocateResponse = self._plugin(resource).stub.Allocate(request, timeout=_SECONDS)
+        try:
+            answer: api.AllocateResponse = self._plugin(resource).stub.Allocate(request, timeout=_SECONDS)
+        except grpc.RpcError as error:
+            raise PluginError(error.code().name, error.details()) from error
         (response,) = answer.container_responses
         with self._changed:
             self.claims.append(Claim(pod, container, resource, tuple(ids), response))
@@ -231,6 +240,8 @@ class Kubelet:
     def register(self, request: api.RegisterRequest) -> str | None:
         """Take a plugin on, as Register asks; or why not."""
         path = self.folder / request.endpoint
+        if self.refuse:
+            return f"{request.resource_name}: not today"
         if request.version != "v1beta1" or "/" not in request.resource_name or "/" in request.endpoint:
             return f"{request.resource_name}: version {request.version}, endpoint {request.endpoint}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

@@ -56,7 +56,8 @@ class Agent:
             "",
             *self.flags,
         ]
-        env = {**os.environ, **self.env}
+        # What the tests' own gRPC was told is not for the agent's.
+        env = {k: v for k, v in os.environ.items() if not k.startswith("GRPC_")} | self.env
         self.process = subprocess.Popen(
             self.node.argv([str(word) for word in argv]), stderr=subprocess.PIPE, text=True, env=env
         )
@@ -99,7 +100,12 @@ class Agent:
         assert self.process
         if self.process.poll() is None:
             self.process.send_signal(number)
-        _, rest = self.process.communicate(timeout=60)
+        assert self.process.stderr
+        watchdog = threading.Timer(60, self.process.kill)
+        watchdog.start()
+        with self.process:
+            rest = self.process.stderr.read()  # not communicate(), which loses what wait_for() has read ahead
+        watchdog.cancel()
         self.log += [
             json.loads(line) if line.startswith("{") else {"msg": line} for line in rest.splitlines()
         ]

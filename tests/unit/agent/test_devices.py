@@ -1,0 +1,193 @@
+"""devices.py: what is offered, in what health, on which NUMA node; what discovery finds; what is preferred."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cni import deviceid
+from cni.agent.deviceplugin.devices import Offer, State, offers, preferred, state, suitable
+from cni.policy import Interface
+from cni.rtnl import IFF_LOOPBACK, IFF_LOWER_UP, IFF_RUNNING, IFF_UP, Link
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GOOD = IFF_UP | IFF_RUNNING | IFF_LOWER_UP
+ETHER = 1
+
+
+def link(
+    name: str,
+    index: int,
+    *,
+    kind: str | None = None,
+    flags: int = GOOD,
+    arphrd: int = ETHER,
+    lower: int | None = None,
+    lower_nsid: int | None = None,
+    master: int | None = None,
+) -> Link:
+    return Link(
+        *(index, name, arphrd, flags, "02:00:00:00:00:01", 1500),
+        kind=kind,
+        lower=lower,
+        lower_nsid=lower_nsid,
+        master=master,
+    )
+
+
+def links(*all_of: Link) -> dict[str, Link]:
+    return {each.name: each for each in all_of}
+
+
+def interface(name: str, type: str = "ethernet", capacity: int | None = None) -> Interface:
+    return Interface(name, "eth1", type, None, capacity)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "offered"), [(None, deviceid.DEFAULT_CAPACITY), (1, 1), (4096, 4096), (4097, deviceid.MOST)]
+)
+def test_capacity(capacity: int | None, offered: int) -> None:
+    assert offers([interface("data", capacity=capacity)]) == ([Offer("data", "eth1", offered)], {})
+
+
+@pytest.mark.parametrize("type", ["sr-iov", "vmdq"])
+def test_types_that_nothing_is_made_of_yet(type: str) -> None:
+    offered, left = offers([interface("data", type)])
+    assert not offered
+    assert type in left["data"][0]
+
+
+@pytest.mark.parametrize("name", ["a.", "a-", "a_"])
+def test_a_name_that_is_no_resources(name: str) -> None:
+    offered, left = offers([interface(name)])
+    assert not offered
+    assert name in left
+
+
+# NIC, bond, VLAN, bridge: as the kernel's RTM_NEWLINK describes them; the lab's kernel has no bonds and VLANs.
+NIC = link("eth1", 2)
+NIC2 = link("eth2", 3)
+SLAVES = (link("eth3", 4, master=6), link("eth4", 5, master=6))
+BOND = link("bond0", 6, kind="bond")
+VLAN = link("bond0.7", 7, kind="vlan", lower=6)
+BRIDGE = link("br0", 8, kind="bridge")
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (GOOD, ""),
+        (IFF_UP | IFF_LOWER_UP, "not running"),
+        (IFF_UP, "no carrier"),
+        (0, "is down"),
+        (IFF_RUNNING | IFF_LOWER_UP, "is down"),
+    ],
+)
+def test_health(flags: int, why: str, tmp_path: Path) -> None:
+    found = state("eth1", links(link("eth1", 2, flags=flags)), str(tmp_path))
+    assert (why in found.fault) if why else found == State()
+    assert bool(found.next_step) == bool(why)
+
+
+def test_a_source_that_is_not_there(tmp_path: Path) -> None:
+    assert "not on this node" in state("eth9", links(NIC), str(tmp_path)).fault
+
+
+def test_a_bridge_without_a_port_is_fine_as_long_as_it_is_up(tmp_path: Path) -> None:
+    assert state("br0", links(link("br0", 8, kind="bridge", flags=IFF_UP)), str(tmp_path)) == State()
+    assert state("br0", links(link("br0", 8, kind="bridge", flags=0)), str(tmp_path)).fault
+
+
+def numa(root: Path, **nodes: int | str) -> str:
+    """A sysfs in which these NICs are on these nodes. It is faked: the lab's NICs are veths, and have none."""
+    for name, node in nodes.items():
+        device = root / "class/net" / name / "device"
+        device.mkdir(parents=True)
+        (device / "numa_node").write_text(f"{node}\n")
+    return str(root)
+
+
+def test_the_numa_node_of_a_nic(tmp_path: Path) -> None:
+    sysfs = numa(tmp_path, eth1=1, eth2=-1, eth3="?")
+    assert state("eth1", links(NIC, NIC2), sysfs).node == 1
+    assert state("eth2", links(NIC, NIC2), sysfs).node is None, "the kernel does not know"
+    assert state("eth3", links(SLAVES[0]), sysfs).node is None
+    assert state("eth4", links(SLAVES[1]), sysfs).node is None, "it has no device"
+
+
+@pytest.mark.parametrize(("second", "node"), [(1, 1), (0, None), (-1, 1)])
+def test_the_numa_node_of_what_is_over_nics(second: int, node: int | None, tmp_path: Path) -> None:
+    """A bond, and a VLAN on it: where its NICs are, if they are all in one place."""
+    sysfs, there = numa(tmp_path, eth3=1, eth4=second, eth1=0), links(NIC, *SLAVES, BOND, VLAN)
+    assert state("bond0", there, sysfs).node == node
+    assert state("bond0.7", there, sysfs).node == node
+
+
+def test_links_that_go_round_in_a_circle_have_no_node(tmp_path: Path) -> None:
+    there = links(link("a", 2, kind="vlan", lower=3), link("b", 3, kind="vlan", lower=2))
+    assert state("a", there, numa(tmp_path)).node is None
+
+
+def test_a_lower_link_of_another_namespace_is_not_taken_for_one_here(tmp_path: Path) -> None:
+    there = links(NIC, link("v0", 9, kind="macvlan", lower=2, lower_nsid=4))
+    assert state("v0", there, numa(tmp_path, eth1=1)).node is None
+
+
+def test_discovery(tmp_path: Path) -> None:
+    vf = tmp_path / "class/net/eth1v0/device"
+    vf.mkdir(parents=True)
+    (vf / "physfn").symlink_to("../pf")
+    there = links(
+        *(NIC, NIC2, *SLAVES, BOND, VLAN, BRIDGE),
+        link("lo", 1, flags=GOOD | IFF_LOOPBACK, arphrd=772),
+        link("eth1v0", 10),
+        link("port", 11, master=8),
+        link("ovs-port", 12, master=99),
+        link("veth1a2b", 13, kind="veth", lower=2, lower_nsid=1),
+        link("tap0", 14, kind="tun"),
+        link("mv0", 15, kind="macvtap", lower=2),
+        link("wg0", 16, kind="wireguard", arphrd=65534),
+        link("ib0", 17, arphrd=32),
+        link("vrf0", 18, kind="vrf"),
+        link("eth5", 19, master=18),
+        link("odd@name", 20),
+        link("down0", 21, flags=0),
+    )
+    assert suitable(there, str(tmp_path)) == ["bond0", "bond0.7", "down0", "eth1", "eth2", "eth5"]
+
+
+ids = st.integers(0, 30).map(lambda number: deviceid.format("data", number))
+
+
+@given(
+    st.lists(ids, unique=True),
+    st.lists(ids, unique=True, max_size=5),
+    st.integers(0, 30),
+    st.sets(st.integers(0, 30)),
+)
+def test_preference(available: list[str], must: list[str], size: int, busy: set[int]) -> None:
+    used = {deviceid.ifindex("data", number) for number in busy}
+    chosen = preferred(available, must, size, used)
+    assert len(set(chosen)) == len(chosen)
+    assert chosen[: len(must)] == must
+    assert set(chosen) <= {*available, *must}
+    assert len(chosen) == max(len(must), min(size, len({*available, *must})))
+
+    def taken(id: str) -> bool:
+        parsed = deviceid.parse(id)
+        assert parsed
+        return parsed[1] in busy
+
+    rest = [taken(id) for id in chosen[len(must) :]]
+    assert rest == sorted(rest), "free ones first"
+    if any(rest):
+        assert all(id in chosen or taken(id) for id in available)
+
+
+def test_an_id_that_is_none_of_ours_is_preferred_last() -> None:
+    assert preferred(["else", "dataMvp1"], [], 1, ()) == ["dataMvp1"]
