@@ -17,6 +17,8 @@ class Settings:
     run: str
     policy: str
     metrics: str
+    device_plugin: bool
+    kubelet: str
     fault: CniError | None = None
 
 
@@ -31,5 +33,7 @@ def load(*, run: str | None, policy: str | None, file: str | None) -> Settings:
         run=run or os.environ.get("VMTAP_STATE") or agent["run"],
         policy=policy or os.environ.get("VMTAP_POLICY") or agent["policy"],
         metrics=agent["metrics"],
+        device_plugin=bool(agent.get("device_plugin")),  # not there: it stands in, and is off
+        kubelet=agent["kubelet"],
         fault=fault,
     )

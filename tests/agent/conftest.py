@@ -82,12 +82,16 @@ class Agent:
             watchdog.cancel()
         raise AssertionError(f"the agent ended without saying {msg!r}: {self.log[-5:]}")
 
+    @property
+    def port(self) -> int:
+        """Of its HTTP server; for an agent with a flag --metrics 127.0.0.1:0."""
+        return int(next(line["port"] for line in reversed(self.log) if line["msg"] == "health and metrics"))
+
     def get(self, path: str, method: str = "GET") -> tuple[int, str, str]:
-        """(status, content type, body) of its HTTP server; for an agent with a flag --metrics 127.0.0.1:0."""
-        port = next(line["port"] for line in reversed(self.log) if line["msg"] == "health and metrics")
+        """(status, content type, body) of its HTTP server."""
 
         def ask() -> tuple[int, str, str]:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
             with closing(connection):
                 connection.request(method, path)
                 answer = connection.getresponse()

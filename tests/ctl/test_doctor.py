@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 from contextlib import contextmanager
 from fcntl import ioctl
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cni.ctl.ethtool import SIOCETHTOOL
+from lab.kubelet import Kubelet
 from tests.agent.conftest import Agent
 from tests.ctl.conftest import Ctl
 from tests.runner import BIN
@@ -39,6 +41,7 @@ def good(ctl: Ctl) -> Ctl:
 def wrong(ctl: Ctl, *words: str | Path) -> dict[str, tuple[str, str, str]]:
     """check → (severity, message, next step) of what is not ok. vhost is left out: it is the test machine's."""
     done = ctl("doctor", "--json", *words, status=None)
+    assert done.stdout, done.stderr
     document = json.loads(done.stdout)
     found = {}
     for each in document["findings"]:
@@ -208,6 +211,50 @@ def test_the_agent(lab: Lab, tmp_path: Path) -> None:
     assert severity == "error"
     assert "does not answer" in message
     assert "systemctl start vmtapd.socket" in step
+
+
+def test_the_device_plugin(lab: Lab, tmp_path: Path) -> None:
+    check, settings = "device plugin", tmp_path / "agent.yaml"
+    with tempfile.TemporaryDirectory() as folder, Kubelet(f"{folder}/device-plugins") as kubelet:
+        flags = ("--device-plugin", "--kubelet", str(kubelet.folder), "--metrics", "127.0.0.1:0")
+        agent = Agent(lab.node, tmp_path / "run", tmp_path / "interfaces.yaml", flags)
+        ctl = Ctl(agent.shim())
+        ctl.plugin.policy.write_text(POLICY)
+        agent.start()
+        try:
+            kubelet.wait_resource("macvtap.network.kubevirt.io/data")
+            agent.wait_for("registered with the kubelet")
+            settings.write_text(
+                f"{{devicePlugin: true, kubelet: {kubelet.folder}, metrics: '127.0.0.1:{agent.port}'}}"
+            )
+            assert check not in wrong(ctl, "--config", settings)
+            lab.node.ip("link set eth1 down")
+            kubelet.wait_devices(
+                "macvtap.network.kubevirt.io/data", lambda now: not any(each.healthy for each in now.values())
+            )
+            assert "2 devices are unhealthy" in wrong(ctl, "--config", settings)[check][1]
+            lab.node.ip("link set eth1 up")
+            ctl.plugin.policy.write_text("interfaces: [{name: q, source: {dev: eth1}, type: vmdq}]")
+            kubelet.wait_devices("macvtap.network.kubevirt.io/data", lambda now: not now)
+            assert "1 of the policy's interfaces" in wrong(ctl, "--config", settings)[check][1]
+            ctl.plugin.policy.write_text(POLICY)
+            kubelet.refuse = True
+            kubelet.restart()
+            agent.wait_for("not registered; tried again")
+            assert "is not registered" in wrong(ctl, "--config", settings)[check][1]
+            kubelet.stop()
+            severity, message, _ = wrong(ctl, "--config", settings)[check]
+            assert severity == "error"
+            assert "no kubelet answers" in message
+        finally:
+            agent.end()
+        kubelet.start()
+        agent.flags = ("--metrics", f"127.0.0.1:{agent.port}")
+        agent.start()
+        try:
+            assert "without the device plugin" in wrong(ctl, "--config", settings)[check][1]
+        finally:
+            agent.end()
 
 
 @contextmanager
