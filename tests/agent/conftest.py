@@ -82,6 +82,10 @@ class Agent:
             watchdog.cancel()
         raise AssertionError(f"the agent ended without saying {msg!r}: {self.log[-5:]}")
 
+    def said(self, msg: str) -> dict[str, Any]:
+        """The first log line with that msg, which may have come before "ready"; waits for it as wait_for() does."""
+        return next((line for line in self.log if line["msg"] == msg), None) or self.wait_for(msg)
+
     @property
     def port(self) -> int:
         """Of its HTTP server; for an agent with a flag --metrics 127.0.0.1:0."""

@@ -58,6 +58,12 @@ class Node:
         self.agent.env = env
         self.agent.start()
 
+    def registered(self, *resources: str) -> None:
+        """Until the agent has taken note of that, which is a moment after the kubelet has."""
+        msg = "registered with the kubelet"
+        while not {line["resource"] for line in self.agent.log if line["msg"] == msg}.issuperset(resources):
+            self.agent.wait_for(msg)
+
     def sockets(self) -> list[str]:
         """Of the agent, in the kubelet's folder."""
         return sorted(path.name for path in self.kubelet.folder.glob("vmtap-*"))
@@ -246,7 +252,7 @@ def test_a_dead_kubelets_socket_is_tried_in_silence(node: Node) -> None:
         dead.bind(str(node.kubelet.folder / SOCKET))
     node.policy(entry("data", capacity=3))
     node.start(*METRICS)
-    failed = node.agent.wait_for("not registered; tried again")
+    failed = node.agent.said("not registered; tried again")
     assert "UNAVAILABLE" in failed["error"]
     node.kubelet.start()
     node.kubelet.wait_resource(DATA)
@@ -259,7 +265,7 @@ def test_a_kubelet_that_refuses_is_asked_again(node: Node) -> None:
     node.kubelet.refuse = True
     node.policy(entry("data", capacity=3))
     node.start()
-    assert "not today" in node.agent.wait_for("not registered; tried again")["error"]
+    assert "not today" in node.agent.said("not registered; tried again")["error"]
     node.kubelet.refuse = False
     node.kubelet.wait_resource(DATA)
 
@@ -379,7 +385,7 @@ def test_what_cannot_be_offered_says_why(node: Node) -> None:
 
 def _log(node: Node) -> list[dict[str, Any]]:
     """The lines up to a registration, which comes after all that is said of the policy."""
-    node.agent.wait_for("registered with the kubelet")
+    node.agent.said("registered with the kubelet")
     return node.agent.log
 
 
@@ -492,8 +498,8 @@ def test_what_it_counts(node: Node) -> None:
     node.kubelet.start()
     node.policy(entry("data", capacity=3), entry("two", source={"dev": "none0"}, capacity=2))
     node.start(*METRICS)
-    for resource in (DATA, TWO):
-        node.kubelet.wait_resource(resource)
+    node.registered(DATA, TWO)
+    node.kubelet.wait_resource(DATA)
     node.kubelet.allocate(DATA, ["dataMvp0", "dataMvp1"])
     node.agent.wait_for("allocated")
 

@@ -223,7 +223,7 @@ def test_the_device_plugin(lab: Lab, tmp_path: Path) -> None:
         agent.start()
         try:
             kubelet.wait_resource("macvtap.network.kubevirt.io/data")
-            agent.wait_for("registered with the kubelet")
+            agent.said("registered with the kubelet")
             settings.write_text(
                 f"{{devicePlugin: true, kubelet: {kubelet.folder}, metrics: '127.0.0.1:{agent.port}'}}"
             )

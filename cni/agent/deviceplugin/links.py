@@ -16,15 +16,18 @@ from cni.rtnl import (
     link_events,
 )
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
 _BUFFER = 1 << 20
 """Bytes: a node's pods come and go in crowds, and each has a veth here."""
 
 
 class Links:
-    """by_name is true as of the last take(). Readable (fileno) when there is more."""
+    """As of the last take(). Readable (fileno) when there is more."""
 
     def __init__(self) -> None:
-        self.by_name: dict[str, Link] = {}
         self._by_index: dict[int, Link] = {}
         self._stale = False
         self._events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_ROUTE)
@@ -43,12 +46,20 @@ class Links:
         """For poll()."""
         return self._events.fileno()
 
+    def by_name(self) -> dict[str, Link]:
+        """All of them."""
+        return {link.name: link for link in self._by_index.values()}
+
     def close(self) -> None:
         """End."""
         self._events.close()
 
-    def take(self) -> None:
-        """All that was said so far. Raises OSError if it was too much and the links cannot be listed now."""
+    def take(self, sources: Collection[str] = ()) -> bool:
+        """All that was said so far; whether any of it may matter: veths, which every pod has, do only as a source.
+
+        Raises OSError if it was too much and the links cannot be listed now.
+        """
+        news = self._stale
         while True:
             try:
                 data = self._events.recv(1 << 16)
@@ -57,20 +68,21 @@ class Links:
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                self._stale = True
+                self._stale = news = True
                 continue
             for kind, link in link_events(data):
+                known = self._by_index.get(link.index, link)
+                news |= link.kind != "veth" or not {link.name, known.name}.isdisjoint(sources)
                 if kind == RTM_NEWLINK and link.name:  # without: a wireless driver has something to say
                     self._by_index[link.index] = link
                 elif link.name:
                     self._by_index.pop(link.index, None)
         if self._stale:
             self._list()
-        self.by_name = {link.name: link for link in self._by_index.values()}
+        return news
 
     def _list(self) -> None:
         """From the start; what happens meanwhile is told by the events."""
         with Rtnl() as host:
             self._by_index = {link.index: link for link in host.links()}
         self._stale = False
-        self.by_name = {link.name: link for link in self._by_index.values()}

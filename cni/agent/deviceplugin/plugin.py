@@ -174,13 +174,23 @@ class DevicePlugin:
                 except Exception as error:  # the last wall: pods that run must find their devices again
                     log(ERROR, "device plugin: a step failed; it is tried again", error=repr(error))
                     due = time.monotonic() + _LATEST
-                poll.poll(None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1)
-                with suppress(BlockingIOError):
-                    self._woken.recv(1 << 10)
+                self._wait(poll, due)
             for served in self._served.values():
                 served.at_once()
                 if served.resource:
                     served.resource.close()
+
+    def _wait(self, poll: select.poll, due: float | None) -> None:
+        """Until something has happened that may matter, or that time has come."""
+        sources = {served.offer.dev for served in self._served.values()}
+        while True:
+            ready = poll.poll(None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1)
+            with suppress(BlockingIOError):
+                self._woken.recv(1 << 10)
+            with suppress(OSError):  # it is tried again in _look, and said there
+                if [fd for fd, _ in ready] == [self._links.fileno()] and not self._links.take(sources):
+                    continue
+            return
 
     def _look(self) -> float | None:
         """Make what is be what should be. When to look again without an event, by time.monotonic()."""
@@ -205,7 +215,7 @@ class DevicePlugin:
 
     def _discover(self) -> None:
         if self._policies.discovers:
-            self._policies.discovered(suitable(self._links.by_name, self._sysfs))
+            self._policies.discovered(suitable(self._links.by_name(), self._sysfs))
 
     def _offer(self) -> None:
         """Serve what the policy names now, and nothing else."""
@@ -226,8 +236,9 @@ class DevicePlugin:
         self._left = left
         for name in self._served.keys() - {offer.name for offer in offered}:
             self._withdraw(name)
+        links = self._links.by_name()
         for offer in offered:
-            now = state(offer.dev, self._links.by_name, self._sysfs)
+            now = state(offer.dev, links, self._sysfs)
             served = self._served.get(offer.name)
             if served is None:
                 served = self._served[offer.name] = _Served(offer, State())
