@@ -95,6 +95,7 @@ class Agent:
             host=host,
             delegate_seconds=self.settings.delegate_seconds,
             delete_link=self.unlink,
+            cdi=self.settings.cdi if self.settings.device_route == "cdi" else None,
             waits=waits,
             note=_note,
         )

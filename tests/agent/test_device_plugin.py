@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,12 +121,19 @@ def test_allocate_answers_with_what_add_will_make_and_makes_nothing(running: Nod
 def test_by_configuration_a_cdi_name_and_no_mount(node: Node) -> None:
     node.kubelet.start()
     node.policy(entry("data"))
-    node.start("--device-route", "cdi", "--no-broker-mount", "--resource-namespace", "vmtap.example.org")
+    node.start(
+        *("--device-route", "cdi", "--cdi", str(node.folder / "cdi"), "--no-broker-mount"),
+        *("--resource-namespace", "vmtap.example.org"),
+    )
     node.kubelet.wait_resource("vmtap.example.org/data")
     answer = node.kubelet.allocate("vmtap.example.org/data", ["dataMvp7"])
     assert [each.name for each in answer.cdi_devices] == ["vmtap.dev/tap=dataMvp7"]
     assert not answer.devices
     assert not answer.mounts
+    node.agent.shim()("ADD", config(deviceID="dataMvp7"), netns=node.lab.pod()).ok()
+    (written,) = (node.folder / "cdi").iterdir()
+    spec = json.loads(written.read_text())
+    assert f"{spec['kind']}={spec['devices'][0]['name']}" == answer.cdi_devices[0].name
 
 
 @pytest.mark.parametrize(
@@ -152,10 +160,7 @@ def test_what_is_in_use_is_preferred_last(running: Node) -> None:
     ids = ["dataMvp2", "dataMvp0", "dataMvp1"]
     assert running.kubelet.preferred(DATA, ids, size=2) == ["dataMvp0", "dataMvp1"]
     assert running.kubelet.preferred(DATA, ids, must=["dataMvp2"], size=2) == ["dataMvp2", "dataMvp0"]
-    # An attachment that is still there while the kubelet believes its device free: what is left of it is its index.
-    (running.agent.run / "ifindex" / str(deviceid.ifindex("data", 0))).symlink_to(
-        "c1-0123456789abcdef01234567"
-    )
+    running.agent.shim()("ADD", config(deviceID="dataMvp0"), netns=running.lab.pod()).ok()
     assert running.kubelet.preferred(DATA, ids, size=3) == ["dataMvp1", "dataMvp2", "dataMvp0"]
 
 
@@ -164,29 +169,25 @@ def test_what_is_in_use_is_preferred_last(running: Node) -> None:
 
 def test_an_agent_that_restarts_gives_the_same_answers(running: Node) -> None:
     before = running.kubelet.allocate(DATA, ["dataMvp2"])
-    pod = running.lab.pod()
-    add = config(interface="data", mode="bridge")
-    running.agent.shim()("ADD", add, netns=pod).ok()
-    link = pod.links()["net1"]["ifindex"]
+    (device,) = before.devices
+    pod, shim, add = running.lab.pod(), running.agent.shim(), config(deviceID="dataMvp2", mode="bridge")
+    shim("ADD", add, netns=pod).ok()
+    made = os.stat(device.host_path)
+    assert stat.S_ISCHR(made.st_mode)
+    assert device.container_path == f"/dev/tap{pod.links()['net1']['ifindex']}"
     assert running.agent.end() == 0
     assert not running.sockets()
     gone = running.kubelet.wait_devices(DATA, lambda now: not any(each.healthy for each in now.values()))
     assert len(gone) == 3
     running.agent.start()
     running.kubelet.wait_resource(DATA, times=2)
-    assert all(device.healthy for device in running.kubelet.devices(DATA).values())
+    assert all(each.healthy for each in running.kubelet.devices(DATA).values())
     assert running.kubelet.allocate(DATA, ["dataMvp2"]) == before
-    assert pod.links()["net1"]["ifindex"] == link
-    running.agent.shim()("CHECK", {**add, "prevResult": _result(pod)}, netns=pod)
-    running.agent.shim()("DEL", add).ok()
-
-
-def _result(pod: Any) -> dict[str, object]:
-    mac = pod.links()["net1"]["address"]
-    return {
-        "cniVersion": "1.1.0",
-        "interfaces": [{"name": "net1", "mac": mac, "sandbox": str(pod.path)}],
-    }
+    assert running.kubelet.preferred(DATA, ["dataMvp2", "dataMvp0"], size=1) == ["dataMvp0"]
+    assert os.stat(device.host_path) == made
+    shim("ADD", add, netns=running.lab.pod(), container="c2").error(11)
+    shim("DEL", add, netns=pod).ok()
+    assert not Path(device.host_path).exists()
 
 
 def test_a_killed_agents_sockets_are_removed(running: Node) -> None:
@@ -284,7 +285,7 @@ def test_interfaces_and_capacities_follow_the_policy(running: Node) -> None:
     running.kubelet.wait_devices(f"{NAMESPACE}/new", lambda now: not now)
     with pytest.raises(PluginError, match="capacity"):
         running.kubelet.allocate(DATA, ["dataMvp2"])
-    running.policy(entry("data", capacity=9999))
+    running.policy(entry("data", capacity=deviceid.MOST))
     running.kubelet.wait_devices(DATA, lambda now: len(now) == deviceid.MOST)
 
 

@@ -65,8 +65,7 @@ def offers(interfaces: Iterable[Interface]) -> tuple[list[Offer], dict[str, tupl
                 "give it another name",
             )
             continue
-        capacity = deviceid.DEFAULT_CAPACITY if entry.capacity is None else entry.capacity
-        found.append(Offer(entry.name, entry.dev, min(capacity, deviceid.MOST)))
+        found.append(Offer(entry.name, entry.dev, entry.devices))
     return found, left
 
 
@@ -78,10 +77,13 @@ def state(dev: str, links: Links, sysfs: str) -> State:
     node = numa_node(link, links, sysfs)
     if not link.flags & IFF_UP:
         return State("it is down", f"ip link set {dev} up", node)
-    if link.kind == "bridge":  # without a port it has no carrier, and its guests have each other
-        return State(node=node)
     if not link.flags & IFF_LOWER_UP:
-        return State("it has no carrier", "look at the cable, and at the switch's port", node)
+        port = (
+            "give it a port that has one"
+            if link.kind == "bridge"
+            else "look at the cable, and at the switch's port"
+        )
+        return State("it has no carrier", port, node)
     if not link.flags & IFF_RUNNING:  # dormant, or in a test
         return State("it is not running", f"ip -d link show {dev}; 802.1X, if its port asks for it", node)
     return State(node=node)
@@ -140,8 +142,8 @@ def preferred(available: Iterable[str], must: Iterable[str], size: int, used: Co
     """
 
     def order(id: str) -> tuple[bool, int]:
-        parsed = deviceid.parse(id)
-        return (True, deviceid.MOST) if parsed is None else (deviceid.ifindex(*parsed) in used, parsed[1])
+        index = deviceid.index_of(id)
+        return index in used or not index, index
 
     chosen = list(dict.fromkeys(must))
     rest = sorted(set(available) - set(chosen), key=order)

@@ -13,7 +13,7 @@ from logging import INFO, WARNING
 
 import grpc
 
-from cni import deviceid
+from cni import cdi, deviceid
 from cni.agent.deviceplugin import v1beta1_pb2 as api
 from cni.agent.deviceplugin import v1beta1_pb2_grpc as services
 from cni.agent.deviceplugin.devices import Offer, State, preferred
@@ -50,11 +50,9 @@ class Answers:
         answer = api.ContainerAllocateResponse()
         for id in ids:
             if self.settings.device_route == "cdi":
-                answer.cdi_devices.add(name=f"vmtap.dev/tap={id}")
+                answer.cdi_devices.add(name=cdi.name(id))
                 continue
-            parsed = deviceid.parse(id)
-            assert parsed  # noqa: S101 - the caller has looked
-            index = deviceid.ifindex(*parsed)
+            index = deviceid.index_of(id)
             path = self.store.node(index)
             answer.devices.add(container_path=f"/dev/tap{index}", host_path=path, permissions="rw")
         if self.settings.broker_mount:

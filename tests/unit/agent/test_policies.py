@@ -38,6 +38,7 @@ def test_what_the_variable_says() -> None:
         ("null", "not allowed"),
         ('[{"name": "a", "lowerDevice": "eth1", "mode": "passthru"}]', "mode"),
         ('[{"name": "a", "lowerDevice": "eth1", "capacity": 0}]', "capacity"),
+        ('[{"name": "a", "lowerDevice": "eth1", "capacity": 4097}]', "4096"),
         ('[{"name": "a/b", "lowerDevice": "eth1"}]', "name"),
         ('[{"name": "a", "lowerdevice": "eth1"}]', "lowerDevice"),
         (json.dumps(2 * json.loads(CONF)), "twice"),
