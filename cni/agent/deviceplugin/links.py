@@ -6,6 +6,9 @@ import errno
 import socket
 
 from cni.rtnl import (
+    IFF_LOWER_UP,
+    IFF_RUNNING,
+    IFF_UP,
     NETLINK_ADD_MEMBERSHIP,
     NETLINK_ROUTE,
     RTM_NEWLINK,
@@ -22,6 +25,12 @@ if TYPE_CHECKING:
 
 _BUFFER = 1 << 20
 """Bytes: a node's pods come and go in crowds, and each has a veth here."""
+
+
+def _essence(link: Link) -> tuple[object, ...]:
+    """What an offer, a health or a NUMA node may depend on."""
+    flags = link.flags & (IFF_UP | IFF_RUNNING | IFF_LOWER_UP)
+    return link.name, flags, link.kind, link.lower, link.lower_nsid, link.master
 
 
 class Links:
@@ -55,7 +64,9 @@ class Links:
         self._events.close()
 
     def take(self, sources: Collection[str] = ()) -> bool:
-        """All that was said so far; whether any of it may matter: veths, which every pod has, do only as a source.
+        """All that was said so far; whether any of it may matter.
+
+        Veths, which every pod has, do only as a source; a link's promiscuity, which every ADD changes, does not.
 
         Raises OSError if it was too much and the links cannot be listed now.
         """
@@ -71,8 +82,10 @@ class Links:
                 self._stale = news = True
                 continue
             for kind, link in link_events(data):
-                known = self._by_index.get(link.index, link)
-                news |= link.kind != "veth" or not {link.name, known.name}.isdisjoint(sources)
+                known = self._by_index.get(link.index)
+                names = {link.name, known.name} if known else {link.name}
+                if link.kind != "veth" or not names.isdisjoint(sources):
+                    news |= kind != RTM_NEWLINK or known is None or _essence(known) != _essence(link)
                 if kind == RTM_NEWLINK and link.name:  # without: a wireless driver has something to say
                     self._by_index[link.index] = link
                 elif link.name:
