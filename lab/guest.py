@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Self, TypeVar
 
 from lab import assets
 
@@ -104,54 +104,22 @@ def qemu_command(
     ]
 
 
-class Guest:
-    """A started guest; close() kills it if it still runs.
+class Conversation:
+    """Commands to a guest and its answers, over two text streams; a context manager.
 
-    netns: the pod's; None: the one that the launcher runs in. under: the command that runs the launcher, if it is not
-    to run as we do; launch_options: its further options; words: further kernel command line; user_network: no
-    launcher but QEMU's own network, for comparison, on the first NIC; netns is then where its connections come from.
-    Several guests boot at once if they are all made before ready() is asked of the first.
+    Who makes one starts the guest, hands over the streams by _listen(), and says in _tail() what can be told of a
+    guest that does not answer.
     """
 
-    def __init__(
-        self,
-        image: Image,
-        netns: str | os.PathLike[str] | None,
-        nics: Sequence[Nic],
-        *,
-        under: Sequence[str | os.PathLike[str]] = (),
-        env: Mapping[str, str] | None = None,
-        launch_options: Sequence[str] = (),
-        words: Sequence[str] = (),
-        processors: int = 1,
-        user_network: bool = False,
-    ) -> None:
-        self._log = tempfile.TemporaryFile(mode="a+", errors="replace")  # noqa: SIM115 - until close()
-        os.fchmod(self._log.fileno(), 0o666)  # QEMU opens it once more, without privilege
+    _commands: IO[str]
+    _reader: threading.Thread
+
+    def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._ended = False
         self._ready: Future[None] = Future()
         self._waiting: dict[str, Future[Answer]] = {}
-        qemu = qemu_command(image, nics, words=words, processors=processors)
-        where = ["--netns", netns] if netns else []
-        argv: list[str | os.PathLike[str]] = [*under, LAUNCHER, *where, *launch_options, "--", *qemu]
-        if user_network:
-            device = f"virtio-net-pci,netdev=user,mac={nics[0].mac}"
-            inside = ["nsenter", f"--net={os.fspath(netns)}", "--"] if netns else []
-            argv = [*inside, *qemu, "-netdev", "user,id=user", "-device", device]
-        self.process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=env,
-            text=True,
-            errors="replace",
-            bufsize=1,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
 
     def ready(self, timeout: float = BOOT_DEADLINE) -> None:
         """Waits until the guest takes commands."""
@@ -185,22 +153,9 @@ class Guest:
         """Does one echo request get its reply within wait seconds?"""
         return self.run(f"ping -c 1 -W {wait} {address}", wait + ANSWER_DEADLINE).status == 0
 
-    def power_off(self, timeout: float = ANSWER_DEADLINE) -> int:
-        """Ends the guest from inside; QEMU's exit status."""
-        self._send("0 poweroff -f\n")
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired as error:
-            raise GuestError(f"the guest did not power off in {timeout} s{self._tail()}") from error
-
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join()
-        if self.process.stdin:
-            with contextlib.suppress(OSError):  # a line that the guest did not take before it ended
-                self.process.stdin.close()
-        self._log.close()
+        """Ends the guest if it still runs."""
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -208,19 +163,23 @@ class Guest:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _listen(self, commands: IO[str], answers: IO[str]) -> None:
+        self._commands = commands
+        self._reader = threading.Thread(target=self._read, args=(answers,), daemon=True)
+        self._reader.start()
+
     def _send(self, line: str) -> None:
-        assert self.process.stdin is not None
         try:
             with self._lock:
-                self.process.stdin.write(line)
+                self._commands.write(line)
+                self._commands.flush()
         except OSError as error:
             raise GuestError(f"the guest has ended{self._tail()}") from error
 
-    def _read(self) -> None:
+    def _read(self, answers: IO[str]) -> None:
         """Hands each answer to who waits for it, and at the end tells those who wait in vain."""
-        assert self.process.stdout is not None
-        with self.process.stdout as lines:
-            for line in lines:
+        with answers:
+            for line in answers:
                 words = line.split()
                 if words == ["ready"]:
                     self._ready.set_result(None)
@@ -243,6 +202,73 @@ class Guest:
             raise GuestError(f"the guest did not {what} in {timeout} s{self._tail()}") from error
         except GuestError as error:
             raise GuestError(f"{error}{self._tail()}") from error
+
+    def _tail(self) -> str:
+        """ "; it said: …", for an error."""
+        raise NotImplementedError
+
+
+class Guest(Conversation):
+    """A started guest; close() kills it if it still runs.
+
+    netns: the pod's; None: the one that the launcher runs in. under: the command that runs the launcher, if it is not
+    to run as we do; launch_options: its further options; words: further kernel command line; user_network: no
+    launcher but QEMU's own network, for comparison, on the first NIC; netns is then where its connections come from.
+    Several guests boot at once if they are all made before ready() is asked of the first.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        netns: str | os.PathLike[str] | None,
+        nics: Sequence[Nic],
+        *,
+        under: Sequence[str | os.PathLike[str]] = (),
+        env: Mapping[str, str] | None = None,
+        launch_options: Sequence[str] = (),
+        words: Sequence[str] = (),
+        processors: int = 1,
+        user_network: bool = False,
+    ) -> None:
+        super().__init__()
+        self._log = tempfile.TemporaryFile(mode="a+", errors="replace")  # noqa: SIM115 - until close()
+        os.fchmod(self._log.fileno(), 0o666)  # QEMU opens it once more, without privilege
+        qemu = qemu_command(image, nics, words=words, processors=processors)
+        where = ["--netns", netns] if netns else []
+        argv: list[str | os.PathLike[str]] = [*under, LAUNCHER, *where, *launch_options, "--", *qemu]
+        if user_network:
+            device = f"virtio-net-pci,netdev=user,mac={nics[0].mac}"
+            inside = ["nsenter", f"--net={os.fspath(netns)}", "--"] if netns else []
+            argv = [*inside, *qemu, "-netdev", "user,id=user", "-device", device]
+        self.process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=env,
+            text=True,
+            errors="replace",
+            bufsize=1,
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._listen(self.process.stdin, self.process.stdout)
+
+    def power_off(self, timeout: float = ANSWER_DEADLINE) -> int:
+        """Ends the guest from inside; QEMU's exit status."""
+        self._send("0 poweroff -f\n")
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise GuestError(f"the guest did not power off in {timeout} s{self._tail()}") from error
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        with contextlib.suppress(OSError):  # a line that the guest did not take before it ended
+            self._commands.close()
+        self._log.close()
 
     def _tail(self) -> str:
         """The end of what the launcher, QEMU and the guest's kernel said."""
