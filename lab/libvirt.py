@@ -1,0 +1,271 @@
+"""libvirt in a pod, as KubeVirt's virt-launcher has it: an unprivileged session daemon, a /dev of its own, a domain.
+
+What KubeVirt does is retraced, and its facts are marked so (pkg/network/namescheme, pkg/network/domainspec,
+pkg/virt-launcher/virtwrap/converter/network and virtwrap/util of KubeVirt 1.5); KubeVirt itself is not here. The
+daemon is Debian's monolithic libvirtd in place of virtqemud: the QEMU driver is the same. Must not make attachments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from lab.guest import Conversation
+from lab.wire import LabError, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from lab.guest import Image
+    from lab.wire import Netns
+
+QEMU_USER = 107
+"""uid and gid of KubeVirt's qemu user."""
+_TAIL = 2000
+
+_POD = """
+set -eu
+exec 3<&0 </dev/null
+user=$1 folder=$2 count=$3
+shift 3
+# The container's /dev, as runc makes one: a DeviceSpec's node gets the owner and the mode of the host's.
+mount -t tmpfs -o nosuid,noexec,mode=755 tmpfs /dev
+mkdir /dev/pts /dev/shm /dev/net
+mount -t devpts -o newinstance,ptmxmode=0666,mode=0620 devpts /dev/pts
+mount -t tmpfs -o nosuid,nodev,mode=1777 tmpfs /dev/shm
+ln -s pts/ptmx /dev/ptmx
+mknod -m 666 /dev/null c 1 3
+mknod -m 666 /dev/zero c 1 5
+mknod -m 666 /dev/full c 1 7
+mknod -m 666 /dev/random c 1 8
+mknod -m 666 /dev/urandom c 1 9
+mknod -m 666 /dev/tty c 5 0
+mknod -m 666 /dev/net/tun c 10 200 # KubeVirt's own device plugin hands it to every launcher
+while [ "$count" -gt 0 ]; do
+    numbers=$(stat -c '0x%t 0x%T' "$1")
+    mknod "/dev/${1##*/}" c ${numbers}
+    chown "$(stat -c %u:%g "$1")" "/dev/${1##*/}"
+    chmod "$(stat -c %a "$1")" "/dev/${1##*/}"
+    shift
+    count=$((count - 1))
+done
+mount -t sysfs -o ro sysfs /sys
+mount --bind "$folder/passwd" /etc/passwd
+umask 022
+# Not exec: the first process of a pod takes in the daemons that lost their parents.
+sh -euc 'export LISTEN_PID=$$; exec "$@"' sh \
+    setpriv --reuid="$user" --regid="$user" --clear-groups --no-new-privs \
+    --bounding-set=-all,+net_bind_service --inh-caps=-all,+net_bind_service --ambient-caps=-all,+net_bind_service \
+    "$@" &
+wait $!
+"""
+"""Runs in the pod's namespaces, its stdin being the socket that the daemon will listen on.
+
+Arguments: the user, the folder, the number of nodes, the nodes, the daemon's command line.
+"""
+
+
+def ifname(network: str) -> str:
+    """The name of the pod's interface for a network of the VM's spec (namescheme: 14 characters)."""
+    return f"pod{hashlib.sha256(network.encode()).hexdigest()[:11]}"
+
+
+@dataclass(frozen=True)
+class Nic:
+    """interfaces[] and networks[] of a VM's spec, as far as they matter here; address: the guest's own doing."""
+
+    network: str
+    address: str | None = None
+    mac: str | None = None
+
+
+def interface(link: Mapping[str, Any], nic: Nic, queues: int = 1) -> str:
+    """<interface> as virt-launcher writes it for a binding with domainAttachmentType tap.
+
+    link: what `ip -d -j link` says of the pod's. The MTU is always its; so is the MAC if the VM's spec has none.
+    queues: the VM's number of processors if its spec has networkInterfaceMultiqueue; the driver is vhost even where
+    there is none, which libvirt overlooks in a domain of type qemu.
+    """
+    driver = f'<driver name="vhost" queues="{queues}"/>' if queues > 1 else ""
+    return f"""<interface type="ethernet">
+      <alias name="ua-{nic.network}"/>
+      <target dev="{link["ifname"]}" managed="no"/>
+      <model type="virtio-non-transitional"/>
+      <mac address="{nic.mac or link["address"]}"/>
+      <mtu size="{link["mtu"]}"/>
+      {driver}
+      <rom enabled="no"/>
+    </interface>"""
+
+
+class Daemon:
+    """libvirtd in a pod's network namespace and a mount and process namespace of its own; a context manager.
+
+    nodes: device nodes of the host (/run/vmtap/dev/tapN) that the container gets as /dev/tapN, copied as they are now.
+    """
+
+    def __init__(self, pod: Netns, nodes: Sequence[str | os.PathLike[str]] = ()) -> None:
+        with contextlib.ExitStack() as stack:
+            # Short: libvirt's own sockets are below it, and a socket's path has 107 characters.
+            folder = tempfile.TemporaryDirectory(prefix=f"vmtap-kv-{os.getpid()}-", dir="/run")
+            self.folder = Path(stack.enter_context(folder))
+            self.pod = pod
+            (self.folder / "passwd").write_text(f"root:x:0:0::/:\nqemu:x:{QEMU_USER}:{QEMU_USER}::/:\n")
+            conf = self.folder / "conf/libvirt/qemu.conf"
+            conf.parent.mkdir(parents=True)
+            # The first is ours, for there is no virtlogd; the others are virt-launcher's.
+            conf.write_text(
+                'stdio_handler = "file"\nremember_owner = 0\nnamespaces = []\ncgroup_controllers = []\n'
+            )
+            (self.folder / "run/libvirt").mkdir(parents=True)
+            for path in (self.folder, *self.folder.rglob("*")):
+                os.chown(path, QEMU_USER, QEMU_USER)
+            self._log = stack.enter_context(tempfile.TemporaryFile(mode="a+", errors="replace"))
+            self._socket = self.folder / "run/libvirt/libvirt-sock"
+            self._process = self._start(nodes)
+            stack.callback(self._stop)
+            self._stack = stack.pop_all()
+
+    def _start(self, nodes: Sequence[str | os.PathLike[str]]) -> subprocess.Popen[bytes]:
+        """A client connects whenever it likes: the socket is there before its daemon is."""
+        env = {
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": str(self.folder),
+            "XDG_RUNTIME_DIR": str(self.folder / "run"),
+            "XDG_CONFIG_HOME": str(self.folder / "conf"),
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+            "LISTEN_FDS": "1",
+            "LISTEN_FDNAMES": "libvirtd.socket",
+        }
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(self._socket))
+            listening.listen()
+            os.chown(self._socket, QEMU_USER, QEMU_USER)
+            inside = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            words = [str(QEMU_USER), self.folder, str(len(nodes)), *nodes, "libvirtd"]
+            return subprocess.Popen(
+                self.pod.argv([*inside, "sh", "-c", _POD, "sh", *words]),
+                env=env,
+                stdin=listening.fileno(),
+                stdout=self._log,
+                stderr=self._log,
+            )
+
+    def virsh(self, *words: str) -> str:
+        """What virsh says; LabError with the daemon's log if it fails."""
+        try:
+            return run(["virsh", "-q", "-c", f"qemu+unix:///session?socket={self._socket}", *words]).stdout
+        except LabError as error:
+            raise LabError(f"{error}{self.tail()}") from error
+
+    def processes(self, name: str) -> list[int]:
+        """Pids, as the host sees them, of what runs in the pod under that name."""
+        init = Path(f"/proc/{self._process.pid}/ns/pid_for_children").readlink()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # ended meanwhile
+                if (entry / "ns/pid").readlink() == init and (entry / "comm").read_text().strip() == name:
+                    found.append(int(entry.name))
+        return found
+
+    def tail(self) -> str:
+        """The end of what the daemon said."""
+        self._log.seek(0)
+        said = [self._log.read()]
+        said += [log.read_text(errors="replace") for log in self.folder.glob("cache/libvirt/qemu/log/*")]
+        return f"; libvirtd and QEMU said: {' … '.join(text.strip()[-_TAIL:] for text in said) or 'nothing'}"
+
+    def _stop(self) -> None:
+        """The first process of a namespace is gone, for its parent to see, when all the others are."""
+        pid = self._process.pid
+        first = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        for process in first or [pid]:
+            os.kill(process, signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """Ends the daemon, and with the process namespace every guest of it."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Domain(Conversation):
+    """A started domain whose guest is the lab's; closing it destroys the domain."""
+
+    def __init__(self, daemon: Daemon, image: Image, nics: Iterable[Nic], *, queues: int = 1) -> None:
+        super().__init__()
+        self._daemon = daemon
+        self._name = "default_vm"  # namespace_name
+        self._console = daemon.folder / "console"
+        control = daemon.folder / "control"
+        links = daemon.pod.links()
+        words = ["console=ttyS0", "quiet", "panic=-1", "no_timer_check"]
+        interfaces = []
+        for nic in nics:
+            link = links[ifname(nic.network)]
+            interfaces.append(interface(link, nic, queues))
+            if nic.address:
+                words.append(f"nic={nic.mac or link['address']},{nic.address}")
+        definition = daemon.folder / "domain.xml"
+        definition.write_text(
+            f"""<domain type="qemu">
+              <name>{self._name}</name>
+              <memory unit="MiB">96</memory>
+              <vcpu>{queues}</vcpu>
+              <os>
+                <type arch="x86_64" machine="q35">hvm</type>
+                <kernel>{image.kernel}</kernel>
+                <initrd>{image.initramfs}</initrd>
+                <cmdline>{" ".join(words)}</cmdline>
+              </os>
+              <features><acpi/></features>
+              <on_reboot>destroy</on_reboot>
+              <devices>
+                <emulator>/usr/bin/qemu-system-x86_64</emulator>
+                {"".join(interfaces)}
+                <controller type="usb" model="none"/>
+                <memballoon model="none"/>
+                <serial type="file"><source path="{self._console}"/></serial>
+                <channel type="unix">
+                  <source mode="bind" path="{control}"/>
+                  <target type="virtio" name="vmtap.lab"/>
+                </channel>
+              </devices>
+            </domain>"""
+        )
+        daemon.virsh("define", str(definition))
+        daemon.virsh("start", self._name)
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(control))  # QEMU has listened since before it was said to have started
+        self._listen(self._socket.makefile("w"), self._socket.makefile("r", errors="replace"))
+
+    @property
+    def pid(self) -> int:
+        """QEMU's."""
+        (pid,) = self._daemon.processes("qemu-system-x86")
+        return pid
+
+    def close(self) -> None:
+        with contextlib.suppress(LabError):  # it has ended by itself
+            self._daemon.virsh("destroy", self._name)
+        self._reader.join()
+        with contextlib.suppress(OSError):  # a line that the guest did not take before it ended
+            self._commands.close()
+        self._socket.close()
+
+    def _tail(self) -> str:
+        said = self._console.read_text(errors="replace").strip()[-_TAIL:] if self._console.exists() else ""
+        return f"; its console said: {said or 'nothing'}{self._daemon.tail()}"

@@ -1,0 +1,113 @@
+"""libvirt's contract, with a real libvirt: what virt-launcher defines boots on our devices, and reaches the wire.
+
+libvirt takes the target of an <interface type='ethernet'> for a macvtap if its mount namespace has
+/dev/tap<ifindex>, opened once a queue; else it attaches to a tap of that name by /dev/net/tun.
+"""
+
+from __future__ import annotations
+
+import stat
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lab.libvirt import QEMU_USER, Daemon, Domain, Nic, ifname
+from lab.wire import PEER_ADDRESS
+from tests.kubevirt.conftest import LauncherPod, open_devices, status_of
+
+if TYPE_CHECKING:
+    from lab.guest import Image
+    from lab.wire import Lab
+    from tests.runner import Plugin
+
+pytestmark = pytest.mark.vm
+
+ADDRESS, PEER = "10.77.0.5/24", PEER_ADDRESS.partition("/")[0]
+SECOND_ADDRESS, SECOND_PEER = "10.77.1.5/24", "10.77.1.254"
+THIRD_ADDRESS, THIRD_PEER = "10.77.2.5/24", "10.77.2.254"
+NET_BIND_SERVICE = "0000000000000400"
+TUN = "/dev/net/tun"
+MACVTAP: dict[str, Any] = {"interface": "dataplane", "owner": QEMU_USER, "group": QEMU_USER}
+TAP: dict[str, Any] = {"interface": "segment", "device": "tap", "owner": QEMU_USER, "group": QEMU_USER}
+
+
+def test_names_are_kubevirts() -> None:
+    """One that was seen on a real KubeVirt."""
+    assert ifname("sec") == "podadd93534eeb"
+
+
+def test_a_macvtap_and_a_tap(lab: Lab, plugin: Plugin, image: Image) -> None:
+    """The spec has no MAC, so KubeVirt takes the links'; and it always takes the links' MTU."""
+    pod = LauncherPod(plugin, lab.pod())
+    pod.add("red", **MACVTAP, mtu=1400)
+    pod.add("blue", **TAP)
+    node = pod.node("red")
+    made = node.stat()
+    assert (made.st_uid, made.st_gid, stat.S_IMODE(made.st_mode)) == (QEMU_USER, QEMU_USER, 0o660)
+    assert not pod.node("blue").exists()  # nothing for a device plugin to announce
+    lab.peer.ip(f"address add {SECOND_PEER}/24 dev eth0")
+    nics = [Nic("red", ADDRESS), Nic("blue", SECOND_ADDRESS)]
+    with Daemon(pod.netns, [node]) as daemon, Domain(daemon, image, nics) as guest:
+        guest.ready()
+        _is_confined(daemon, guest)
+        assert _devices(guest) == [TUN, f"/dev/{node.name}"]
+        assert _nics(guest) == {pod.link("red")["address"]: "1400", pod.link("blue")["address"]: "1500"}
+        assert guest.ping(PEER)
+        assert guest.ping(SECOND_PEER)
+    # The domain's end leaves the links: the next domain of this pod finds them.
+    assert pod.link("red")["operstate"] == "UP"
+    assert "blue" in pod.link("blue")["ifalias"]
+
+
+def test_two_queues(lab: Lab, plugin: Plugin, image: Image) -> None:
+    """networkInterfaceMultiqueue is the VM's: each of its NICs has the queues. Only a tap must know them before."""
+    pod = LauncherPod(plugin, lab.pod())
+    pod.add("red", **MACVTAP)
+    pod.add("green", **MACVTAP)
+    pod.add("blue", **TAP, queues=2)
+    nodes = [pod.node("red"), pod.node("green")]
+    lab.peer.ip(f"address add {SECOND_PEER}/24 dev eth0", f"address add {THIRD_PEER}/24 dev eth0")
+    nics = [Nic("red", ADDRESS), Nic("green", SECOND_ADDRESS), Nic("blue", THIRD_ADDRESS)]
+    with Daemon(pod.netns, nodes) as daemon, Domain(daemon, image, nics, queues=2) as guest:
+        guest.ready()
+        assert _devices(guest) == sorted([*(f"/dev/{node.name}" for node in nodes), TUN] * 2)
+        for card in range(3):
+            assert len(guest.must(f"ls -d /sys/class/net/eth{card}/queues/rx-*").split()) == 2
+        for peer in (PEER, SECOND_PEER, THIRD_PEER):
+            # Longer than a frame: by the offloads that the vnet header speaks of.
+            assert guest.run(f"ping -c 1 -W 2 -s 8000 {peer}").status == 0
+
+
+def test_a_plain_tap_reaches_its_pod(lab: Lab, plugin: Plugin, image: Image) -> None:
+    """No wire: the other end is the pod's own kernel."""
+    pod = LauncherPod(plugin, lab.pod())
+    pod.add("blue", device="tap", owner=QEMU_USER, group=QEMU_USER)
+    pod.netns.ip(f"address add {PEER_ADDRESS} dev {ifname('blue')}")
+    with Daemon(pod.netns) as daemon, Domain(daemon, image, [Nic("blue", ADDRESS)]) as guest:
+        guest.ready()
+        assert _devices(guest) == [TUN]
+        assert guest.ping(PEER)
+
+
+def _nics(guest: Domain) -> dict[str, str]:
+    """The MTU of each of the guest's NICs, by MAC."""
+    words = guest.must("cd /sys/class/net; for each in eth*; do cat $each/address $each/mtu; done").split()
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def _devices(guest: Domain) -> list[str]:
+    """The network devices that QEMU has open, an entry a queue."""
+    return [device for device in open_devices(guest.pid) if device == TUN or device.startswith("/dev/tap")]
+
+
+def _is_confined(daemon: Daemon, guest: Domain) -> None:
+    """As KubeVirt's containers are: what QEMU could do here beyond that would prove nothing."""
+    for pid in (*daemon.processes("libvirtd"), guest.pid):
+        status = status_of(pid)
+        assert status["Uid"].split() == [str(QEMU_USER)] * 4
+        assert status["Gid"].split() == [str(QEMU_USER)] * 4
+        assert (status["CapEff"], status["CapBnd"], status["NoNewPrivs"]) == (
+            NET_BIND_SERVICE,
+            NET_BIND_SERVICE,
+            "1",
+        )
