@@ -32,12 +32,13 @@ interfaces:
 
 @dataclass(frozen=True)
 class LauncherPod:
-    """One of a VM's pods; a migration makes a second, with another suffix and container id."""
+    """One sandbox of one of a VM's pods: a migration makes another pod, a failed ADD another sandbox of the same."""
 
     plugin: Plugin
     netns: Netns
     vm: str = "vm"
     suffix: str = "x7k2p"
+    sandbox: int = 1
 
     def request(self, command: str, network: str, *, mac: str | None = None, **fields: Any) -> Answer:
         """One request for the network of the VM's spec. mac: of the VM's spec; Multus passes it in CNI_ARGS."""
@@ -64,7 +65,7 @@ class LauncherPod:
 
     @property
     def container(self) -> str:
-        return f"sandbox-{self.vm}-{self.suffix}"
+        return f"{self.vm}-{self.suffix}-{self.sandbox}"
 
     def link(self, network: str) -> dict[str, Any]:
         """What `ip -d link` says of the network's link."""

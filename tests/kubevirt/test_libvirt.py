@@ -25,6 +25,7 @@ pytestmark = pytest.mark.vm
 ADDRESS, PEER = "10.77.0.5/24", PEER_ADDRESS.partition("/")[0]
 SECOND_ADDRESS, SECOND_PEER = "10.77.1.5/24", "10.77.1.254"
 THIRD_ADDRESS, THIRD_PEER = "10.77.2.5/24", "10.77.2.254"
+MAC = "02:00:00:00:00:07"
 NET_BIND_SERVICE = "0000000000000400"
 TUN = "/dev/net/tun"
 MACVTAP: dict[str, Any] = {"interface": "dataplane", "owner": QEMU_USER, "group": QEMU_USER}
@@ -79,13 +80,18 @@ def test_two_queues(lab: Lab, plugin: Plugin, image: Image) -> None:
 
 
 def test_a_plain_tap_reaches_its_pod(lab: Lab, plugin: Plugin, image: Image) -> None:
-    """No wire: the other end is the pod's own kernel."""
+    """No wire: the other end is the pod's kernel, with an address of its own; the VM's is that of its spec."""
     pod = LauncherPod(plugin, lab.pod())
-    pod.add("blue", device="tap", owner=QEMU_USER, group=QEMU_USER)
+    pod.add("blue", device="tap", owner=QEMU_USER, group=QEMU_USER, mac=MAC)
+    assert pod.link("blue")["address"] != MAC
     pod.netns.ip(f"address add {PEER_ADDRESS} dev {ifname('blue')}")
-    with Daemon(pod.netns) as daemon, Domain(daemon, image, [Nic("blue", ADDRESS)]) as guest:
+    with (
+        Daemon(pod.netns) as daemon,
+        Domain(daemon, image, [Nic("blue", ADDRESS, mac=MAC)]) as guest,
+    ):
         guest.ready()
         assert _devices(guest) == [TUN]
+        assert _nics(guest) == {MAC: "1500"}
         assert guest.ping(PEER)
 
 

@@ -1,0 +1,162 @@
+"""Three faults that kubevirt/macvtap-cni has under KubeVirt and vmtap must not; pods ask as KubeVirt's would."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lab.frames import BROADCAST, ETHERTYPE, Frame, collect, packet_socket, write_tap
+from lab.wire import NIC, Netns
+from tests.kubevirt.conftest import LauncherPod
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from lab.wire import Lab, Switch
+    from tests.runner import Plugin
+
+MAC = "02:00:00:00:00:07"
+DEVICE: dict[str, Any] = {"deviceID": "dataplaneMvp3", "owner": 107, "group": 107}
+PEER_MAC = "02:00:00:00:00:fe"
+MAC_IN_USE = 103
+ETH_P_ALL = 0x0003
+ETH_P_IPV6 = 0x86DD
+ICMPV6, ROUTER_SOLICITATION = 58, 133
+DEADLINE = 30.0
+
+
+def test_a_refused_add_heals_at_the_kubelets_retry(lab: Lab, plugin: Plugin) -> None:
+    """The same pod and deviceID, another sandbox, and no Allocate in between: the kubelet allocates once a pod.
+
+    The old plugin made the link at Allocate and deletes it when ADD fails, so that every retry says "Link not
+    found", also when what had refused it is gone.
+    """
+    other = LauncherPod(plugin, lab.pod("other"), vm="other")
+    other.add("red", interface="dataplane", mac=MAC)
+    for sandbox in (1, 2):
+        pod = LauncherPod(plugin, lab.pod(f"sandbox{sandbox}"), sandbox=sandbox)
+        error = pod.request("ADD", "red", mac=MAC, **DEVICE).error(MAC_IN_USE)
+        assert "other" in error["msg"]
+        assert "red" not in str(pod.netns.links())
+        pod.request("DEL", "red", mac=MAC, **DEVICE).ok()  # the runtime's, of a sandbox that failed
+    other.request("DEL", "red", interface="dataplane").ok()
+    pod = LauncherPod(plugin, lab.pod("sandbox3"), sandbox=3)
+    pod.add("red", mac=MAC, **DEVICE)
+    assert pod.link("red")["address"] == MAC
+    with packet_socket(lab.peer, "eth0") as wire, _opened(pod.node("red")) as guest:
+        write_tap(guest.fd, Frame(BROADCAST, MAC, "healed"))
+        collect({"wire": wire}, until="healed")
+
+
+def test_a_vms_pods_on_two_nodes_have_one_mac(nodes: Nodes) -> None:
+    """The target of a migration gets the MAC that the guest has, though nobody gave one and all else differs.
+
+    The old plugin leaves the MAC to the kernel, which makes up another for each link: the guest is deaf on the target.
+    """
+    source = LauncherPod(nodes.first, nodes.lab.pod("source"), suffix="x7k2p")
+    target = LauncherPod(nodes.second, nodes.lab.pod("target"), suffix="9qwz4")
+    neighbour = LauncherPod(nodes.second, nodes.lab.pod("neighbour"), vm="vm2")
+    results = [
+        source.add("red", deviceID="dataplaneMvp3"),
+        target.add("red", deviceID="dataplaneMvp41"),
+        neighbour.add("red", deviceID="dataplaneMvp3"),
+    ]
+    macs = [pod.link("red")["address"] for pod in (source, target, neighbour)]
+    assert [result["interfaces"][0]["mac"] for result in results] == macs
+    assert macs[0] == macs[1] != macs[2]
+
+
+def test_the_targets_link_is_silent_until_the_guest_speaks(nodes: Nodes) -> None:
+    """While the guest still runs on the source, nothing that the target's pod does takes its MAC off the source's port.
+
+    The old plugin's link comes up with IPv6: the target's kernel sends MLD reports and neighbour and router
+    solicitations with the guest's MAC, the switch believes them, and what was for the guest goes to the target.
+    """
+    lab = nodes.lab
+    source = LauncherPod(nodes.first, lab.pod("source"), suffix="x7k2p")
+    target = LauncherPod(nodes.second, lab.pod("target"), suffix="9qwz4")
+    mac = source.add("red", **DEVICE)["interfaces"][0]["mac"]
+    with ExitStack() as stack:
+        wire = stack.enter_context(packet_socket(lab.peer, "eth0", ETH_P_ALL))
+        there = stack.enter_context(_opened(source.node("red")))
+        write_tap(there.fd, Frame(BROADCAST, mac, "here I am"))
+        collect({"wire": wire}, until="here I am")
+        assert _port_of(lab.switch, mac) == "node"
+
+        target.add("red", **DEVICE)
+        # What it would be like: a link beside it that nobody silenced. Its last word is a router solicitation.
+        control = lab.pod("control")
+        nodes.second.node.ip(f"link add link {NIC} name loud netns {control.path} type macvtap mode bridge")
+        control.ip("link set loud up")
+        loud = control.links()["loud"]["address"]
+        until = time.monotonic() + DEADLINE
+        heard: list[Frame] = []
+        sent = 0
+        while not any(frame.src == loud and _solicits_a_router(frame) for frame in heard):
+            assert time.monotonic() < until, "the control link never spoke"
+            wire.send(Frame(mac, PEER_MAC, f"to the guest {sent}").pack())
+            got = collect({"source": there.fd}, until=f"to the guest {sent}")  # none is lost
+            assert not [frame for frame in got["source"] if frame.dst == mac]
+            heard += collect({"wire": wire}, timeout=0)["wire"]
+            sent += 1
+        assert [frame for frame in heard if frame.src == mac and frame.ethertype != ETHERTYPE] == []
+        assert _port_of(lab.switch, loud) == "node2"
+        assert _port_of(lab.switch, mac) == "node"
+
+        # The guest has moved, and says so.
+        here = stack.enter_context(_opened(target.node("red")))
+        write_tap(here.fd, Frame(BROADCAST, mac, "here I am now"))
+        collect({"wire": wire}, until="here I am now")
+        assert _port_of(lab.switch, mac) == "node2"
+        wire.send(Frame(mac, PEER_MAC, "welcome").pack())
+        collect({"target": here.fd}, until="welcome")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Two nodes of a cluster at one switch, each with a plugin and a state of its own; their policies are the same."""
+
+    lab: Lab
+    first: Plugin
+    second: Plugin
+
+
+@pytest.fixture
+def nodes(lab: Lab, plugin: Plugin, tmp_path: Path) -> Iterator[Nodes]:
+    """The lab's node at the switch's port node, and another at the port node2."""
+    with Netns("node2", ipv6=False) as other:
+        lab.switch.plug("node2", other, NIC, 1500)
+        lab.switch.wait_until_up("node2")
+        other.wait_until_up(NIC)
+        yield Nodes(lab, plugin, replace(plugin, node=other, state=tmp_path / "state2"))
+
+
+class _opened:  # noqa: N801 - a context manager that reads like a function
+    """The device as the guest's QEMU has it: one queue, by the path that the container gets."""
+
+    def __init__(self, node: Path) -> None:
+        self.fd = os.open(node, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def __enter__(self) -> _opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+def _solicits_a_router(frame: Frame) -> bool:
+    payload = frame.token if frame.ethertype == ETH_P_IPV6 else ""
+    return payload[12:14] == f"{ICMPV6:02x}" and payload[80:82] == f"{ROUTER_SOLICITATION:02x}"
+
+
+def _port_of(switch: Switch, mac: str) -> str:
+    """The port that the switch sends frames for the MAC to."""
+    lines = switch.run(["bridge", "fdb", "show", "br", "sw"]).stdout.splitlines()
+    (port,) = [line.split()[2] for line in lines if line.startswith(mac)]
+    return port
