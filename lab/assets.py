@@ -1,5 +1,5 @@
-"""What the lab gets from Debian and from Go: a guest's kernel and initramfs, cnitool and its plugins; and what
-the benchmark builds.
+"""What the lab gets from Debian and from Go: a guest's kernel and initramfs, cnitool and its plugins, the shape of
+KubeVirt's objects; and what the benchmark builds.
 
     python -m lab.assets                  says which of them are missing
     python -m lab.assets guest clients    makes those
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import json
 import os
 import platform
 import re
@@ -36,6 +37,9 @@ PLUGINS_VERSION = "v1.9.1"
 PLUGIN_NAMES = ("ipam/host-local", "ipam/static", "meta/tuning", "meta/bandwidth")
 BENCH_NAMES = ("main/macvlan", "main/tap")
 """Plugins that only the benchmark compares with."""
+KUBEVIRT_API = "kubevirt.io/api"
+KUBEVIRT_VERSIONS = ("v1.5.0", "v1.9.0")
+"""The oldest that docs/kubevirt.md speaks of, and the newest when this was written."""
 OLDEST_GO = (1, 24)
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -53,6 +57,13 @@ _INIT = Path(__file__).with_name("guest.init")
 _SHIM = CHECKOUT / "cni/shim/vmtap.c"
 _BENCH_SOURCES = (Path(__file__).parent / "bench/spawn.c", Path(__file__).parent / "bench/moment.c")
 _PACKAGE_BUILD = CHECKOUT / "hatch_build.py"
+_GO_ENV = {
+    "GOPATH": str(CACHE / "go"),
+    "GOCACHE": str(CACHE / "go-build"),
+    "GOFLAGS": "-trimpath -modcacherw",
+    "GOTOOLCHAIN": "local",
+    "GOWORK": "off",
+}
 
 
 class AssetError(RuntimeError):
@@ -80,6 +91,14 @@ def clients() -> Path:
 def bench() -> Path:
     """The folder with the benchmark's programs: shim, macvlan, tap, spawn, moment; AssetError if it was not made."""
     return _made(_bench_folder(), "bench")
+
+
+def kubevirt() -> list[Path]:
+    """A folder for each of KUBEVIRT_VERSIONS: of each kind an object, in JSON, in which every field is set.
+
+    AssetError if they were not made yet.
+    """
+    return [_made(_kubevirt_folder(version), "test") for version in KUBEVIRT_VERSIONS]
 
 
 def make_guest() -> None:
@@ -113,17 +132,20 @@ def make_bench() -> None:
             _run(["musl-gcc", *FLAGS, "-o", parts / source.stem, source])
 
 
+def make_kubevirt() -> None:
+    """What the module of KubeVirt's types is tested with; nothing is built."""
+    for version in KUBEVIRT_VERSIONS:
+        folder = _kubevirt_folder(version)
+        if not folder.exists():
+            with _building(folder) as part:
+                env = {**os.environ, **_GO_ENV}
+                said = _run([_go(), "mod", "download", "-json", f"{KUBEVIRT_API}@{version}"], env=env)
+                module = Path(json.loads(said)["Dir"])
+                shutil.copytree(module / "apitesting/testdata/HEAD", part)
+
+
 def _go_install(packages: Sequence[str], folder: Path) -> None:
-    env = {
-        **os.environ,
-        "CGO_ENABLED": "0",
-        "GOBIN": str(folder),
-        "GOPATH": str(CACHE / "go"),
-        "GOCACHE": str(CACHE / "go-build"),
-        "GOFLAGS": "-trimpath -modcacherw",
-        "GOTOOLCHAIN": "local",
-        "GOWORK": "off",
-    }
+    env = {**os.environ, **_GO_ENV, "CGO_ENABLED": "0", "GOBIN": str(folder)}
     folder.mkdir(exist_ok=True)
     _run([_go(), "install", *packages], env=env)
 
@@ -140,6 +162,10 @@ def _initramfs_path() -> Path:
 def _clients_folder() -> Path:
     stamp = hashlib.sha256(" ".join((CNITOOL, PLUGINS_VERSION, *PLUGIN_NAMES)).encode()).hexdigest()[:12]
     return CACHE / f"clients-{stamp}"
+
+
+def _kubevirt_folder(version: str) -> Path:
+    return CACHE / f"kubevirt-{version}"
 
 
 def _bench_folder() -> Path:
@@ -264,6 +290,7 @@ def main(names: Sequence[str]) -> int:
     makers: dict[str, tuple[Callable[[], object], Callable[[], None]]] = {
         "guest": (guest, make_guest),
         "clients": (clients, make_clients),
+        "kubevirt": (kubevirt, make_kubevirt),
         "bench": (bench, make_bench),
     }
     unknown = [name for name in names if name not in makers]

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 QEMU_USER = 107
 """uid and gid of KubeVirt's qemu user."""
+_INSIDE = Path("/mnt")
+"""Where a daemon sees its folder; the same in each, so that a domain that moves finds its files."""
+_VIRSH_SECONDS = 60
 _TAIL = 2000
 
 _POD = """
@@ -59,6 +63,8 @@ while [ "$count" -gt 0 ]; do
 done
 mount -t sysfs -o ro sysfs /sys
 mount --bind "$folder/passwd" /etc/passwd
+mount --bind "$folder" /mnt
+echo "${folder##*/}" >/proc/sys/kernel/hostname # libvirt moves no domain to the host that it is on
 umask 022
 # Not exec: the first process of a pod takes in the daemons that lost their parents.
 sh -euc 'export LISTEN_PID=$$; exec "$@"' sh \
@@ -114,22 +120,23 @@ class Daemon:
 
     def __init__(self, pod: Netns, nodes: Sequence[str | os.PathLike[str]] = ()) -> None:
         with contextlib.ExitStack() as stack:
-            # Short: libvirt's own sockets are below it, and a socket's path has 107 characters.
             folder = tempfile.TemporaryDirectory(prefix=f"vmtap-kv-{os.getpid()}-", dir="/run")
             self.folder = Path(stack.enter_context(folder))
             self.pod = pod
             (self.folder / "passwd").write_text(f"root:x:0:0::/:\nqemu:x:{QEMU_USER}:{QEMU_USER}::/:\n")
-            conf = self.folder / "conf/libvirt/qemu.conf"
-            conf.parent.mkdir(parents=True)
+            conf = self.folder / "conf/libvirt"
+            conf.mkdir(parents=True)
             # The first is ours, for there is no virtlogd; the others are virt-launcher's.
-            conf.write_text(
+            (conf / "qemu.conf").write_text(
                 'stdio_handler = "file"\nremember_owner = 0\nnamespaces = []\ncgroup_controllers = []\n'
             )
+            (conf / "libvirtd.conf").write_text(f'host_uuid = "{uuid.uuid4()}"\n')
             (self.folder / "run/libvirt").mkdir(parents=True)
             for path in (self.folder, *self.folder.rglob("*")):
                 os.chown(path, QEMU_USER, QEMU_USER)
             self._log = stack.enter_context(tempfile.TemporaryFile(mode="a+", errors="replace"))
             self._socket = self.folder / "run/libvirt/libvirt-sock"
+            self.uri = f"qemu+unix:///session?socket={self._socket}"
             self._process = self._start(nodes)
             stack.callback(self._stop)
             self._stack = stack.pop_all()
@@ -138,10 +145,10 @@ class Daemon:
         """A client connects whenever it likes: the socket is there before its daemon is."""
         env = {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-            "HOME": str(self.folder),
-            "XDG_RUNTIME_DIR": str(self.folder / "run"),
-            "XDG_CONFIG_HOME": str(self.folder / "conf"),
-            "XDG_CACHE_HOME": str(self.folder / "cache"),
+            "HOME": str(_INSIDE),
+            "XDG_RUNTIME_DIR": str(_INSIDE / "run"),
+            "XDG_CONFIG_HOME": str(_INSIDE / "conf"),
+            "XDG_CACHE_HOME": str(_INSIDE / "cache"),
             "LISTEN_FDS": "1",
             "LISTEN_FDNAMES": "libvirtd.socket",
         }
@@ -149,7 +156,7 @@ class Daemon:
             listening.bind(str(self._socket))
             listening.listen()
             os.chown(self._socket, QEMU_USER, QEMU_USER)
-            inside = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            inside = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
             words = [str(QEMU_USER), self.folder, str(len(nodes)), *nodes, "libvirtd"]
             return subprocess.Popen(
                 self.pod.argv([*inside, "sh", "-c", _POD, "sh", *words]),
@@ -162,7 +169,7 @@ class Daemon:
     def virsh(self, *words: str) -> str:
         """What virsh says; LabError with the daemon's log if it fails."""
         try:
-            return run(["virsh", "-q", "-c", f"qemu+unix:///session?socket={self._socket}", *words]).stdout
+            return run(["virsh", "-q", "-c", self.uri, *words], timeout=_VIRSH_SECONDS).stdout
         except LabError as error:
             raise LabError(f"{error}{self.tail()}") from error
 
@@ -209,8 +216,6 @@ class Domain(Conversation):
         super().__init__()
         self._daemon = daemon
         self._name = "default_vm"  # namespace_name
-        self._console = daemon.folder / "console"
-        control = daemon.folder / "control"
         links = daemon.pod.links()
         words = ["console=ttyS0", "quiet", "panic=-1", "no_timer_check"]
         interfaces = []
@@ -238,9 +243,9 @@ class Domain(Conversation):
                 {"".join(interfaces)}
                 <controller type="usb" model="none"/>
                 <memballoon model="none"/>
-                <serial type="file"><source path="{self._console}"/></serial>
+                <serial type="file"><source path="{_INSIDE / "console"}"/></serial>
                 <channel type="unix">
-                  <source mode="bind" path="{control}"/>
+                  <source mode="bind" path="{_INSIDE / "control"}"/>
                   <target type="virtio" name="vmtap.lab"/>
                 </channel>
               </devices>
@@ -249,7 +254,9 @@ class Domain(Conversation):
         daemon.virsh("define", str(definition))
         daemon.virsh("start", self._name)
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(control))  # QEMU has listened since before it was said to have started
+        self._socket.connect(
+            str(daemon.folder / "control")
+        )  # QEMU has listened since before it was said to have started
         self._listen(self._socket.makefile("w"), self._socket.makefile("r", errors="replace"))
 
     @property
@@ -258,14 +265,33 @@ class Domain(Conversation):
         (pid,) = self._daemon.processes("qemu-system-x86")
         return pid
 
+    def migrate(self, target: Daemon) -> None:
+        """Live to another daemon, as virt-handler has it done. No command must be on its way."""
+        way = f"unix://{target.folder / 'migration'}"
+        self._daemon.virsh("migrate", "--live", "--p2p", "--migrateuri", way, self._name, target.uri)
+        self._disconnect()  # from the QEMU that has ended
+        self._daemon = target
+        self._connect()
+
     def close(self) -> None:
         with contextlib.suppress(LabError):  # it has ended by itself
             self._daemon.virsh("destroy", self._name)
+        self._disconnect()
+
+    def _connect(self) -> None:
+        """QEMU listens since before libvirt said that it runs."""
+        self._ended = False
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(self._daemon.folder / "control"))
+        self._listen(self._socket.makefile("w"), self._socket.makefile("r", errors="replace"))
+
+    def _disconnect(self) -> None:
         self._reader.join()
         with contextlib.suppress(OSError):  # a line that the guest did not take before it ended
             self._commands.close()
         self._socket.close()
 
     def _tail(self) -> str:
-        said = self._console.read_text(errors="replace").strip()[-_TAIL:] if self._console.exists() else ""
+        console = self._daemon.folder / "console"
+        said = console.read_text(errors="replace").strip()[-_TAIL:] if console.exists() else ""
         return f"; its console said: {said or 'nothing'}{self._daemon.tail()}"

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lab import libvirt
 from lab.guest import Image
+from lab.wire import NIC, Netns
 from tests.runner import config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-    from lab.wire import Netns
+    from lab.wire import Lab
     from tests.runner import Answer, Plugin
 
-POLICY = """
-interfaces:
-  - name: dataplane
-    source: {dev: eth1}
-    modes: [bridge, vepa]
-  - name: segment
-    source: {dev: br0}
-    modes: [bridge]
-"""
+DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class LauncherPod:
         }
         return self.plugin(
             command,
-            config(name=network, **fields),
+            config(**{"name": network, **fields}),
             netns=self.netns,
             container=self.container,
             ifname=libvirt.ifname(network),
@@ -78,10 +72,35 @@ class LauncherPod:
 
 @pytest.fixture
 def plugin(plugin: Plugin) -> Plugin:
-    """The plugin on a node whose policy offers a NIC and a bridge."""
-    plugin.policy.write_text(POLICY)
+    """The plugin on a node with the example's policy: dataplane is a NIC, lan a bridge."""
+    shutil.copyfile(DEPLOY / "examples/interfaces.yaml", plugin.policy)
     plugin.policy.chmod(0o644)
     return plugin
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Two nodes of a cluster at one switch, each with a plugin and a state of its own; their policies are the same."""
+
+    lab: Lab
+    first: Plugin
+    second: Plugin
+
+    def port_of(self, mac: str) -> str:
+        """The port, "node" or "node2", that the switch sends frames for the MAC to."""
+        lines = self.lab.switch.run(["bridge", "fdb", "show", "br", "sw"]).stdout.splitlines()
+        (port,) = [line.split()[2] for line in lines if line.startswith(mac)]
+        return port
+
+
+@pytest.fixture
+def nodes(lab: Lab, plugin: Plugin, tmp_path: Path) -> Iterator[Nodes]:
+    """The lab's node at the switch's port node, and another at the port node2."""
+    with Netns("node2", ipv6=False) as other:
+        lab.switch.plug("node2", other, NIC, 1500)
+        lab.switch.wait_until_up("node2")
+        other.wait_until_up(NIC)
+        yield Nodes(lab, plugin, replace(plugin, node=other, state=tmp_path / "state2"))
 
 
 @pytest.fixture(scope="package")

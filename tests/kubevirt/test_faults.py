@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from lab.frames import BROADCAST, ETHERTYPE, Frame, collect, packet_socket, write_tap
-from lab.wire import NIC, Netns
-from tests.kubevirt.conftest import LauncherPod
+from lab.wire import NIC
+from tests.kubevirt.conftest import LauncherPod, Nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    from lab.wire import Lab, Switch
+    from lab.wire import Lab
     from tests.runner import Plugin
 
 MAC = "02:00:00:00:00:07"
@@ -87,7 +83,7 @@ def test_the_targets_link_is_silent_until_the_guest_speaks(nodes: Nodes) -> None
         there = stack.enter_context(_opened(source.node("red")))
         write_tap(there.fd, Frame(BROADCAST, mac, "here I am"))
         collect({"wire": wire}, until="here I am")
-        assert _port_of(lab.switch, mac) == "node"
+        assert nodes.port_of(mac) == "node"
 
         target.add("red", **DEVICE)
         # What it would be like: a link beside it that nobody silenced. Its last word is a router solicitation.
@@ -106,35 +102,16 @@ def test_the_targets_link_is_silent_until_the_guest_speaks(nodes: Nodes) -> None
             heard += collect({"wire": wire}, timeout=0)["wire"]
             sent += 1
         assert [frame for frame in heard if frame.src == mac and frame.ethertype != ETHERTYPE] == []
-        assert _port_of(lab.switch, loud) == "node2"
-        assert _port_of(lab.switch, mac) == "node"
+        assert nodes.port_of(loud) == "node2"
+        assert nodes.port_of(mac) == "node"
 
         # The guest has moved, and says so.
         here = stack.enter_context(_opened(target.node("red")))
         write_tap(here.fd, Frame(BROADCAST, mac, "here I am now"))
         collect({"wire": wire}, until="here I am now")
-        assert _port_of(lab.switch, mac) == "node2"
+        assert nodes.port_of(mac) == "node2"
         wire.send(Frame(mac, PEER_MAC, "welcome").pack())
         collect({"target": here.fd}, until="welcome")
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """Two nodes of a cluster at one switch, each with a plugin and a state of its own; their policies are the same."""
-
-    lab: Lab
-    first: Plugin
-    second: Plugin
-
-
-@pytest.fixture
-def nodes(lab: Lab, plugin: Plugin, tmp_path: Path) -> Iterator[Nodes]:
-    """The lab's node at the switch's port node, and another at the port node2."""
-    with Netns("node2", ipv6=False) as other:
-        lab.switch.plug("node2", other, NIC, 1500)
-        lab.switch.wait_until_up("node2")
-        other.wait_until_up(NIC)
-        yield Nodes(lab, plugin, replace(plugin, node=other, state=tmp_path / "state2"))
 
 
 class _opened:  # noqa: N801 - a context manager that reads like a function
@@ -153,10 +130,3 @@ class _opened:  # noqa: N801 - a context manager that reads like a function
 def _solicits_a_router(frame: Frame) -> bool:
     payload = frame.token if frame.ethertype == ETH_P_IPV6 else ""
     return payload[12:14] == f"{ICMPV6:02x}" and payload[80:82] == f"{ROUTER_SOLICITATION:02x}"
-
-
-def _port_of(switch: Switch, mac: str) -> str:
-    """The port that the switch sends frames for the MAC to."""
-    lines = switch.run(["bridge", "fdb", "show", "br", "sw"]).stdout.splitlines()
-    (port,) = [line.split()[2] for line in lines if line.startswith(mac)]
-    return port

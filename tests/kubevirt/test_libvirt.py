@@ -13,7 +13,7 @@ import pytest
 
 from lab.libvirt import QEMU_USER, Daemon, Domain, Nic, ifname
 from lab.wire import PEER_ADDRESS
-from tests.kubevirt.conftest import LauncherPod, open_devices, status_of
+from tests.kubevirt.conftest import LauncherPod, Nodes, open_devices, status_of
 
 if TYPE_CHECKING:
     from lab.guest import Image
@@ -29,7 +29,7 @@ MAC = "02:00:00:00:00:07"
 NET_BIND_SERVICE = "0000000000000400"
 TUN = "/dev/net/tun"
 MACVTAP: dict[str, Any] = {"interface": "dataplane", "owner": QEMU_USER, "group": QEMU_USER}
-TAP: dict[str, Any] = {"interface": "segment", "device": "tap", "owner": QEMU_USER, "group": QEMU_USER}
+TAP: dict[str, Any] = {"interface": "lan", "device": "tap", "owner": QEMU_USER, "group": QEMU_USER}
 
 
 def test_names_are_kubevirts() -> None:
@@ -93,6 +93,27 @@ def test_a_plain_tap_reaches_its_pod(lab: Lab, plugin: Plugin, image: Image) -> 
         assert _devices(guest) == [TUN]
         assert _nics(guest) == {MAC: "1500"}
         assert guest.ping(PEER)
+
+
+def test_a_live_migration(nodes: Nodes, image: Image) -> None:
+    """Nobody gave a MAC, and the devices differ: the guest goes on as if nothing had been, its switch follows it."""
+    source = LauncherPod(nodes.first, nodes.lab.pod("source"), suffix="x7k2p")
+    target = LauncherPod(nodes.second, nodes.lab.pod("target"), suffix="9qwz4")
+    mac = source.add("red", **MACVTAP)["interfaces"][0]["mac"]
+    target.add("red", **MACVTAP)
+    with (
+        Daemon(source.netns, [source.node("red")]) as here,
+        Daemon(target.netns, [target.node("red")]) as there,
+        Domain(here, image, [Nic("red", ADDRESS)]) as guest,
+    ):
+        guest.ready()
+        assert guest.ping(PEER)
+        assert nodes.port_of(mac) == "node"
+        guest.migrate(there)
+        assert _devices(guest) == [f"/dev/{target.node('red').name}"]
+        assert guest.ping(PEER)
+        assert nodes.port_of(mac) == "node2"
+        assert _nics(guest) == {mac: "1500"}
 
 
 def _nics(guest: Domain) -> dict[str, str]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAC = "02:00:00:00:00:07"
 WAYS: dict[str, dict[str, Any]] = {
     "macvtap": {"deviceID": "dataplaneMvp3"},
-    "tap on a bridge": {"interface": "segment", "device": "tap", "owner": 107, "group": 107},
+    "tap on a bridge": {"interface": "lan", "device": "tap", "owner": 107, "group": 107},
 }
 
 
