@@ -30,6 +30,7 @@ NET_BIND_SERVICE = "0000000000000400"
 TUN = "/dev/net/tun"
 MACVTAP: dict[str, Any] = {"interface": "dataplane", "owner": QEMU_USER, "group": QEMU_USER}
 TAP: dict[str, Any] = {"interface": "lan", "device": "tap", "owner": QEMU_USER, "group": QEMU_USER}
+PLAIN_TAP: dict[str, Any] = {"device": "tap", "owner": QEMU_USER, "group": QEMU_USER}
 
 
 def test_names_are_kubevirts() -> None:
@@ -37,27 +38,35 @@ def test_names_are_kubevirts() -> None:
     assert ifname("sec") == "podadd93534eeb"
 
 
-def test_a_macvtap_and_a_tap(lab: Lab, plugin: Plugin, image: Image) -> None:
-    """The spec has no MAC, so KubeVirt takes the links'; and it always takes the links' MTU."""
+def test_each_kind_of_link(lab: Lab, plugin: Plugin, image: Image) -> None:
+    """A macvtap, a tap on a bridge, and a plain tap, whose other end is the pod's kernel.
+
+    The first two have no MAC in the VM's spec, so KubeVirt takes the links'; the last one's end in the pod has an
+    address of its own. It always takes the links' MTU.
+    """
     pod = LauncherPod(plugin, lab.pod())
     pod.add("red", **MACVTAP, mtu=1400)
     pod.add("blue", **TAP)
+    pod.add("green", **PLAIN_TAP, mac=MAC)
     node = pod.node("red")
     made = node.stat()
     assert (made.st_uid, made.st_gid, stat.S_IMODE(made.st_mode)) == (QEMU_USER, QEMU_USER, 0o660)
     assert not pod.node("blue").exists()  # nothing for a device plugin to announce
+    assert pod.link("green")["address"] != MAC
     lab.peer.ip(f"address add {SECOND_PEER}/24 dev eth0")
-    nics = [Nic("red", ADDRESS), Nic("blue", SECOND_ADDRESS)]
+    pod.netns.ip(f"address add {THIRD_PEER}/24 dev {ifname('green')}")
+    nics = [Nic("red", ADDRESS), Nic("blue", SECOND_ADDRESS), Nic("green", THIRD_ADDRESS, mac=MAC)]
     with Daemon(pod.netns, [node]) as daemon, Domain(daemon, image, nics) as guest:
         guest.ready()
         _is_confined(daemon, guest)
-        assert _devices(guest) == [TUN, f"/dev/{node.name}"]
-        assert _nics(guest) == {pod.link("red")["address"]: "1400", pod.link("blue")["address"]: "1500"}
-        assert guest.ping(PEER)
-        assert guest.ping(SECOND_PEER)
+        assert _devices(guest) == [TUN, TUN, f"/dev/{node.name}"]
+        links = [pod.link("red"), pod.link("blue")]
+        assert _nics(guest) == {links[0]["address"]: "1400", links[1]["address"]: "1500", MAC: "1500"}
+        for peer in (PEER, SECOND_PEER, THIRD_PEER):
+            assert guest.ping(peer)
     # The domain's end leaves the links: the next domain of this pod finds them.
     assert pod.link("red")["operstate"] == "UP"
-    assert "blue" in pod.link("blue")["ifalias"]
+    assert {ifname("blue"), ifname("green")} < set(pod.netns.links())
 
 
 def test_two_queues(lab: Lab, plugin: Plugin, image: Image) -> None:
@@ -77,22 +86,6 @@ def test_two_queues(lab: Lab, plugin: Plugin, image: Image) -> None:
         for peer in (PEER, SECOND_PEER, THIRD_PEER):
             # Longer than a frame: by the offloads that the vnet header speaks of.
             assert guest.run(f"ping -c 1 -W 2 -s 8000 {peer}").status == 0
-
-
-def test_a_plain_tap_reaches_its_pod(lab: Lab, plugin: Plugin, image: Image) -> None:
-    """No wire: the other end is the pod's kernel, with an address of its own; the VM's is that of its spec."""
-    pod = LauncherPod(plugin, lab.pod())
-    pod.add("blue", device="tap", owner=QEMU_USER, group=QEMU_USER, mac=MAC)
-    assert pod.link("blue")["address"] != MAC
-    pod.netns.ip(f"address add {PEER_ADDRESS} dev {ifname('blue')}")
-    with (
-        Daemon(pod.netns) as daemon,
-        Domain(daemon, image, [Nic("blue", ADDRESS, mac=MAC)]) as guest,
-    ):
-        guest.ready()
-        assert _devices(guest) == [TUN]
-        assert _nics(guest) == {MAC: "1500"}
-        assert guest.ping(PEER)
 
 
 def test_a_live_migration(nodes: Nodes, image: Image) -> None:
