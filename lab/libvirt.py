@@ -228,6 +228,7 @@ class Domain(Conversation):
         definition.write_text(
             f"""<domain type="qemu">
               <name>{self._name}</name>
+              <uuid>{uuid.uuid5(uuid.NAMESPACE_DNS, self._name)}</uuid>
               <memory unit="MiB">96</memory>
               <vcpu>{queues}</vcpu>
               <os>

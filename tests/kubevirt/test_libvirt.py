@@ -6,13 +6,14 @@ libvirt takes the target of an <interface type='ethernet'> for a macvtap if its 
 
 from __future__ import annotations
 
+import os
 import stat
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lab.libvirt import QEMU_USER, Daemon, Domain, Nic, ifname
-from lab.wire import PEER_ADDRESS
+from lab.wire import PEER_ADDRESS, LabError
 from tests.kubevirt.conftest import LauncherPod, Nodes, open_devices, status_of
 
 if TYPE_CHECKING:
@@ -86,6 +87,29 @@ def test_two_queues(lab: Lab, plugin: Plugin, image: Image) -> None:
         for peer in (PEER, SECOND_PEER, THIRD_PEER):
             # Longer than a frame: by the offloads that the vnet header speaks of.
             assert guest.run(f"ping -c 1 -W 2 -s 8000 {peer}").status == 0
+
+
+def test_what_libvirt_says_of_a_misfit(lab: Lab, plugin: Plugin, image: Image) -> None:
+    """The table of symptoms in docs/kubevirt.md."""
+    invalid = "Unable to create tap device pod.*: Invalid argument"
+    misfits: dict[
+        str, tuple[dict[str, Any], int, str]
+    ] = {  # network → config, the VM's queues, what libvirt says
+        "no-device": (MACVTAP, 1, invalid),
+        "device-of-root": (MACVTAP, 1, "cannot open macvtap tap device /dev/tap.*: Permission denied"),
+        "queue-too-few": (TAP, 2, invalid),
+        "queue-too-many": (TAP | {"queues": 2}, 1, invalid),
+        "tap-of-root": (TAP | {"owner": 0, "group": 0}, 1, "tap device pod.*: Operation not permitted"),
+    }
+    pod = LauncherPod(plugin, lab.pod())
+    for network, (fields, _, _) in misfits.items():
+        pod.add(network, **fields)
+    node = pod.node("device-of-root")
+    os.chown(node, 0, 0)
+    with Daemon(pod.netns, [node]) as daemon:
+        for network, (_, queues, said) in misfits.items():
+            with pytest.raises(LabError, match=said):
+                Domain(daemon, image, [Nic(network)], queues=queues)
 
 
 def test_a_live_migration(nodes: Nodes, image: Image) -> None:
