@@ -1,8 +1,8 @@
 """libvirt in a pod, as KubeVirt's virt-launcher has it: an unprivileged session daemon, a /dev of its own, a domain.
 
-What KubeVirt does is retraced, and its facts are marked so (pkg/network/namescheme, pkg/network/domainspec,
-pkg/virt-launcher/virtwrap/converter/network and virtwrap/util of KubeVirt 1.5); KubeVirt itself is not here. The
-daemon is Debian's monolithic libvirtd in place of virtqemud: the QEMU driver is the same. Must not make attachments.
+KubeVirt itself is not here; what it does is taken from its sources (1.5: pkg/network/namescheme and domainspec,
+pkg/virt-launcher/virtwrap/converter/network and util). The daemon is Debian's monolithic libvirtd in place of
+virtqemud: the QEMU driver is the same. There is no device cgroup around it. Must not make attachments.
 """
 
 from __future__ import annotations
