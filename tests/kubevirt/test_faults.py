@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from cni import deviceid
 from lab.frames import BROADCAST, ETHERTYPE, Frame, collect, packet_socket, write_tap
 from lab.wire import NIC
 from tests.kubevirt.conftest import LauncherPod, Nodes
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from tests.runner import Plugin
 
 MAC = "02:00:00:00:00:07"
-DEVICE: dict[str, Any] = {"deviceID": "dataplaneMvp3", "owner": 107, "group": 107}
+DEVICE: dict[str, Any] = {"deviceID": "dataplaneMvp3"}
 PEER_MAC = "02:00:00:00:00:fe"
 MAC_IN_USE = 103
 ETH_P_ALL = 0x0003
@@ -44,7 +45,8 @@ def test_a_refused_add_heals_at_the_kubelets_retry(lab: Lab, plugin: Plugin) -> 
     other.request("DEL", "red", interface="dataplane").ok()
     pod = LauncherPod(plugin, lab.pod("sandbox3"), sandbox=3)
     pod.add("red", mac=MAC, **DEVICE)
-    assert pod.link("red")["address"] == MAC
+    link = pod.link("red")
+    assert (link["address"], link["ifindex"]) == (MAC, deviceid.ifindex("dataplane", 3))
     with packet_socket(lab.peer, "eth0") as wire, _opened(pod.node("red")) as guest:
         write_tap(guest.fd, Frame(BROADCAST, MAC, "healed"))
         collect({"wire": wire}, until="healed")

@@ -29,7 +29,7 @@ THIRD_ADDRESS, THIRD_PEER = "10.77.2.5/24", "10.77.2.254"
 MAC = "02:00:00:00:00:07"
 NET_BIND_SERVICE = "0000000000000400"
 TUN = "/dev/net/tun"
-MACVTAP: dict[str, Any] = {"interface": "dataplane", "owner": QEMU_USER, "group": QEMU_USER}
+MACVTAP: dict[str, Any] = {"deviceID": "dataplaneMvp3"}
 TAP: dict[str, Any] = {"interface": "lan", "device": "tap", "owner": QEMU_USER, "group": QEMU_USER}
 PLAIN_TAP: dict[str, Any] = {"device": "tap", "owner": QEMU_USER, "group": QEMU_USER}
 
@@ -74,7 +74,7 @@ def test_two_queues(lab: Lab, plugin: Plugin, image: Image) -> None:
     """networkInterfaceMultiqueue is the VM's: each of its NICs has the queues. Only a tap must know them before."""
     pod = LauncherPod(plugin, lab.pod())
     pod.add("red", **MACVTAP)
-    pod.add("green", **MACVTAP)
+    pod.add("green", deviceID="dataplaneMvp4")
     pod.add("blue", **TAP, queues=2)
     nodes = [pod.node("red"), pod.node("green")]
     lab.peer.ip(f"address add {SECOND_PEER}/24 dev eth0", f"address add {THIRD_PEER}/24 dev eth0")
@@ -92,11 +92,11 @@ def test_two_queues(lab: Lab, plugin: Plugin, image: Image) -> None:
 def test_what_libvirt_says_of_a_misfit(lab: Lab, plugin: Plugin, image: Image) -> None:
     """The table of symptoms in docs/kubevirt.md."""
     invalid = "Unable to create tap device pod.*: Invalid argument"
-    misfits: dict[
-        str, tuple[dict[str, Any], int, str]
-    ] = {  # network → config, the VM's queues, what libvirt says
+    denied = "cannot open macvtap tap device /dev/tap.*: Permission denied"
+    # By network: the config, the VM's queues, what libvirt says.
+    misfits: dict[str, tuple[dict[str, Any], int, str]] = {
         "no-device": (MACVTAP, 1, invalid),
-        "device-of-root": (MACVTAP, 1, "cannot open macvtap tap device /dev/tap.*: Permission denied"),
+        "device-of-root": ({"deviceID": "dataplaneMvp4"}, 1, denied),
         "queue-too-few": (TAP, 2, invalid),
         "queue-too-many": (TAP | {"queues": 2}, 1, invalid),
         "tap-of-root": (TAP | {"owner": 0, "group": 0}, 1, "tap device pod.*: Operation not permitted"),
@@ -117,7 +117,7 @@ def test_a_live_migration(nodes: Nodes, image: Image) -> None:
     source = LauncherPod(nodes.first, nodes.lab.pod("source"), suffix="x7k2p")
     target = LauncherPod(nodes.second, nodes.lab.pod("target"), suffix="9qwz4")
     mac = source.add("red", **MACVTAP)["interfaces"][0]["mac"]
-    target.add("red", **MACVTAP)
+    target.add("red", deviceID="dataplaneMvp41")
     with (
         Daemon(source.netns, [source.node("red")]) as here,
         Daemon(target.netns, [target.node("red")]) as there,
