@@ -178,7 +178,7 @@ class Conversation:
 
     def _read(self, answers: IO[str]) -> None:
         """Hands each answer to who waits for it, and at the end tells those who wait in vain."""
-        with answers:
+        with answers, contextlib.suppress(ConnectionResetError):  # a socket whose other end was killed
             for line in answers:
                 words = line.split()
                 if words == ["ready"]:
