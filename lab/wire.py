@@ -41,6 +41,7 @@ BRIDGE_UPLINK = "eth2"
 PEER_ADDRESS = "10.77.0.254/24"
 
 _CARRIER_DEADLINE = 30.0
+_CLONE_FS = 0x200
 _CLONE_NEWNET = 0x40000000
 _RTMGRP_LINK = 1
 _MS_BIND = 4096
@@ -113,6 +114,10 @@ class Netns:
         """run() in this namespace."""
         return run(self.argv(argv), check=check, stdin=stdin, env=env, timeout=timeout)
 
+    def popen(self, argv: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess.Popen[Any]:
+        """subprocess.Popen in this namespace."""
+        return subprocess.Popen(self.argv(argv), **options)
+
     def ip(self, *commands: str) -> None:
         """ip(8) commands, without the word `ip`, in one process; the first that fails is a LabError."""
         self.run(["ip", "-batch", "-"], stdin="\n".join(commands))
@@ -142,12 +147,7 @@ class Netns:
     def call(self, function: Callable[[], T]) -> T:
         """Calls function in a thread that is in here: sockets that it opens stay in here for good."""
 
-        def inside() -> T:
-            with self.path.open("rb") as namespace:
-                _syscall("setns", namespace.fileno(), _CLONE_NEWNET)
-            return function()
-
-        return _in_thread(inside)
+        return in_namespaces([self.path], function)
 
     def close(self) -> None:
         """Removes the path; the kernel frees the namespace when its last process and fd are gone."""
@@ -215,6 +215,22 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def in_namespaces(namespaces: Sequence[Path], function: Callable[[], T]) -> T:
+    """Calls function in a thread of its own that is in them; of a pid namespace only what it starts is."""
+
+    def inside() -> T:
+        _syscall(
+            "unshare", _CLONE_FS
+        )  # from the other threads: a mount namespace has a root folder of its own
+        with contextlib.ExitStack() as stack:
+            # All are opened first: in another mount namespace a path may mean something else.
+            for namespace in [stack.enter_context(path.open("rb")) for path in namespaces]:
+                _syscall("setns", namespace.fileno(), 0)
+        return function()
+
+    return _in_thread(inside)
 
 
 def _link_events() -> socket.socket:

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 import cni
+from lab.wire import Netns
 from tests.runner import Answer, Plugin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lab.wire import Lab, Netns
+    from lab.machine import Machine
+    from lab.wire import Lab
 
 SHIM = Path(cni.__file__).parent / "shim" / "vmtap"
 """As the package's build made it."""
@@ -34,8 +36,9 @@ _PATIENCE = 30.0
 class Agent:
     """One vmtapd: start it, ask it through the shim, kill it, start it again."""
 
-    node: Netns
+    node: Netns | Machine
     run: Path
+    """As the node has it."""
     policy: Path
     flags: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
@@ -44,7 +47,7 @@ class Agent:
 
     def start(self) -> Self:
         """Returns when the agent says that it is ready."""
-        argv = [
+        argv: list[str | Path] = [
             sys.executable,
             "-m",
             "cni.agent",
@@ -58,9 +61,7 @@ class Agent:
         ]
         # What the tests' own gRPC was told is not for the agent's.
         env = {k: v for k, v in os.environ.items() if not k.startswith("GRPC_")} | self.env
-        self.process = subprocess.Popen(
-            self.node.argv([str(word) for word in argv]), stderr=subprocess.PIPE, text=True, env=env
-        )
+        self.process = self.node.popen(argv, stderr=subprocess.PIPE, text=True, env=env)
         self.wait_for("ready")
         return self
 
@@ -122,6 +123,7 @@ class Agent:
 
     def shim(self, *, wait: int = 5, name: str = "vmtap") -> Shim:
         """The plugin as a runtime on this node sees it."""
+        assert isinstance(self.node, Netns)  # on a machine, its runtime calls the shim
         executable = SHIM
         if name != SHIM.name:
             executable = self.run / name

@@ -1,0 +1,149 @@
+"""A node for a container runtime: a mount and a pid namespace beside a lab node's network namespace.
+
+/run is empty and new, /var/lib is the machine's with everything that is written to it kept apart, /proc knows the
+node's own processes. All of it goes when the node's first process ends, which it does when it is told to, and when the
+process that made it is no more. So nothing that a runtime starts, mounts or writes can outlive a test; whether the
+runtime itself leaves something, a test sees before that. Must not know which runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from lab.wire import LabError, in_namespaces, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lab.wire import Netns
+
+T = TypeVar("T")
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+# Process 1 of the node: `cat` ends with its stdin, and the kernel then ends every process of the node. SIGCHLD
+# ignored has the kernel reap what falls to it, which is how a shim starts its container.
+_FIRST = """
+mount -t tmpfs -o mode=755 none /run
+mkdir -p /run/lock /run/lab/upper /run/lab/work
+mount -t overlay -o lowerdir=/var/lib,upperdir=/run/lab/upper,workdir=/run/lab/work none /var/lib
+trap '' CHLD
+echo ready
+exec cat
+"""
+
+
+class Machine:
+    """A context manager. netns: a lab's node; must be closed after this."""
+
+    def __init__(self, netns: Netns) -> None:
+        self.netns = netns
+        self.cgroup = f"/vmtap-lab-{os.getpid()}-{secrets.token_hex(4)}"
+        """A parent for the containers' control groups; removed with the node."""
+        self._started: list[subprocess.Popen[Any]] = []
+        self._first = subprocess.Popen(
+            netns.argv(
+                [
+                    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+                    *("sh", "-euc", _FIRST),
+                ]
+            ),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self._first.stdout
+        assert self._first.stderr
+        if not self._first.stdout.readline():
+            said = self._first.stderr.read().decode().strip()
+            self.close()
+            raise LabError(f"the node's namespaces could not be made: {said or 'nothing was said'}")
+        self._proc = Path(f"/proc/{self._first.pid}")
+        self._mounted = {number for number, _ in self._mountinfo()}
+
+    def path(self, inside: str | os.PathLike[str]) -> Path:
+        """Where this process finds a path of the node, sockets included."""
+        return self._proc / "root" / os.fspath(inside).lstrip("/")
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Calls function in a thread that is in the node's network and mount namespaces.
+
+        Processes that it starts are in the node's pid namespace, too.
+        """
+        return in_namespaces(
+            [self.netns.path, self._proc / "ns/mnt", self._proc / "ns/pid_for_children"], function
+        )
+
+    def popen(self, argv: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess.Popen[Any]:
+        """subprocess.Popen of a program on the node; its pid is ours to signal. Killed with the node at the latest."""
+        started = self.call(lambda: subprocess.Popen(argv, **options))
+        self._started.append(started)
+        return started
+
+    def run(
+        self,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        check: bool = True,
+        stdin: str = "",
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60,
+    ) -> subprocess.CompletedProcess[str]:
+        """wire.run() on the node."""
+        return self.call(lambda: run(argv, check=check, stdin=stdin, env=env, timeout=timeout))
+
+    def processes(self) -> dict[int, str]:
+        """The command of each process of the node but its first, by the pid that it has there."""
+        found = {}
+        for entry in self.path("proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                if command and entry.name != "1":
+                    found[int(entry.name)] = command
+        return found
+
+    def mounts(self) -> list[str]:
+        """The mount points that came to be since the node was made."""
+        return sorted(point for number, point in self._mountinfo() if number not in self._mounted)
+
+    def cgroups(self) -> list[Path]:
+        """The folders below our control group, the deepest first."""
+        return [
+            Path(parent, name)
+            for top in self._cgroup_tops()
+            for parent, names, _ in os.walk(top, topdown=False)
+            for name in names
+        ]
+
+    def _mountinfo(self) -> list[tuple[int, str]]:
+        lines = (self._proc / "mountinfo").read_text().splitlines()
+        return [(int(words[0]), words[4]) for words in map(str.split, lines)]
+
+    def _cgroup_tops(self) -> list[Path]:
+        """Our control group in each hierarchy: of version 2 there is one, of version 1 one for each controller."""
+        name = self.cgroup.lstrip("/")
+        return [top for top in (_CGROUPS / name, *_CGROUPS.glob(f"*/{name}")) if top.exists()]
+
+    def close(self) -> None:
+        for each in self._started:  # who started a process must wait for it, or its namespace stays
+            each.kill()
+            each.wait()
+        assert self._first.stdin
+        self._first.stdin.close()
+        self._first.wait(30)
+        for stream in (self._first.stdout, self._first.stderr):
+            assert stream
+            stream.close()
+        for folder in [*self.cgroups(), *self._cgroup_tops()]:
+            folder.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
