@@ -1,0 +1,210 @@
+"""A container runtime's CRI, version 1, as a kubelet calls it: pods, and containers in them.
+
+lab/proto/cri.proto is the part of the API that is spoken. Must not know which runtime answers, nor what its pods are
+for.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+
+from lab.proto import cri_pb2 as api
+from lab.proto import cri_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+DEADLINE = 60.0
+"""Seconds that a call may take."""
+_LOOK_SECONDS = 0.02
+_NAMESPACES = api.NamespaceOption(pid=api.CONTAINER)
+"""As a kubelet has it: each container has its own pids, and the pod's network."""
+
+
+class CriError(RuntimeError):
+    """The runtime refused; the text is its own."""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A sandbox that runs, or did."""
+
+    id: str
+    config: api.PodSandboxConfig
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a kubelet would make of a container's part of a pod's spec."""
+
+    image: str
+    command: Sequence[str]
+    args: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    mounts: Sequence[api.Mount] = ()
+    devices: Sequence[api.Device] = ()
+    user: int | None = None
+    group: int | None = None
+    drop: Sequence[str] = ()
+    groups: Sequence[int] = ()
+    no_new_privs: bool = False
+    read_only: bool = False
+    seccomp: bool = False
+    """The runtime's default profile."""
+
+
+class Cri:
+    """A client; a context manager.
+
+    socket: the runtime's, as this process finds it; cgroup: the pods' parent; logs: a folder, as the runtime finds it,
+    for what containers say: POD/CONTAINER.log.
+    """
+
+    def __init__(self, socket: Path, cgroup: str, logs: str) -> None:
+        self._logs = logs
+        self._cgroup = cgroup
+        self._channel = grpc.insecure_channel(
+            f"unix:{socket}",
+            # A runtime that was killed is back soon.
+            options=[("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)],
+        )
+        self._runtime = cri_pb2_grpc.RuntimeServiceStub(self._channel)
+        self._images = cri_pb2_grpc.ImageServiceStub(self._channel)
+
+    def wait_ready(self, alive: Callable[[], bool]) -> str:
+        """The runtime's name and version, as soon as it takes requests; CriError if it does not while it is alive."""
+        until = time.monotonic() + DEADLINE
+        while True:
+            try:
+                version = self._call("Version", api.VersionRequest())
+            except CriError:
+                # It listens before it is initialised, and does not say when it is.
+                if time.monotonic() > until or not alive():
+                    raise
+                time.sleep(_LOOK_SECONDS)
+            else:
+                return f"{version.runtime_name} {version.runtime_version}"
+
+    def wait_image(self, name: str) -> None:
+        """Until an image that was imported is known to the runtime's CRI part, which hears of it a moment later."""
+        until = time.monotonic() + DEADLINE
+        request = api.ImageStatusRequest(image=api.ImageSpec(image=name))
+        while not self._call("ImageStatus", request, self._images).HasField("image"):
+            if time.monotonic() > until:
+                raise CriError(f"the image {name} did not come within {DEADLINE:g} s")
+            time.sleep(_LOOK_SECONDS)
+
+    def run_pod(self, name: str, *, annotations: Mapping[str, str] | None = None, attempt: int = 0) -> Pod:
+        """A sandbox with its networks attached. Raises CriError, with what the CNI plugin said."""
+        config = api.PodSandboxConfig(
+            metadata=api.PodSandboxMetadata(name=name, uid=f"uid-{name}", namespace="lab", attempt=attempt),
+            hostname=name,
+            log_directory=f"{self._logs}/{name}",
+            annotations=annotations or {},
+            linux=api.LinuxPodSandboxConfig(
+                cgroup_parent=self._cgroup,
+                security_context=api.LinuxSandboxSecurityContext(namespace_options=_NAMESPACES),
+            ),
+        )
+        answer = self._call("RunPodSandbox", api.RunPodSandboxRequest(config=config))
+        return Pod(answer.pod_sandbox_id, config)
+
+    def pods(self) -> dict[str, bool]:
+        """Whether it is ready, by the sandbox's id."""
+        items = self._call("ListPodSandbox", api.ListPodSandboxRequest()).items
+        return {each.id: each.state == api.SANDBOX_READY for each in items}
+
+    def details(self, pod: Pod) -> dict[str, Any]:
+        """What the runtime itself knows of the pod; containerd's has cniResult and runtimeSpec."""
+        request = api.PodSandboxStatusRequest(pod_sandbox_id=pod.id, verbose=True)
+        known: dict[str, Any] = json.loads(self._call("PodSandboxStatus", request).info["info"])
+        return known
+
+    def stop_pod(self, pod: str) -> None:
+        """Ends its containers and detaches its networks; may be repeated."""
+        self._call("StopPodSandbox", api.StopPodSandboxRequest(pod_sandbox_id=pod))
+
+    def remove_pod(self, pod: str) -> None:
+        """Stops it, and forgets it."""
+        self.stop_pod(pod)
+        self._call("RemovePodSandbox", api.RemovePodSandboxRequest(pod_sandbox_id=pod))
+
+    def create(self, pod: Pod, container: Container, name: str = "c") -> str:
+        """The new container's id."""
+        context = api.LinuxContainerSecurityContext(
+            capabilities=api.Capability(drop_capabilities=container.drop),
+            namespace_options=_NAMESPACES,
+            no_new_privs=container.no_new_privs,
+            readonly_rootfs=container.read_only,
+            supplemental_groups=container.groups,
+        )
+        if container.user is not None:
+            context.run_as_user.value = container.user
+        if container.group is not None:
+            context.run_as_group.value = container.group
+        profiles = api.SecurityProfile
+        context.seccomp.profile_type = profiles.RuntimeDefault if container.seccomp else profiles.Unconfined
+        config = api.ContainerConfig(
+            metadata=api.ContainerMetadata(name=name),
+            image=api.ImageSpec(image=container.image),
+            command=container.command,
+            args=container.args,
+            envs=[api.KeyValue(key=key, value=value) for key, value in container.env.items()],
+            mounts=container.mounts,
+            devices=container.devices,
+            log_path=f"{name}.log",
+            linux=api.LinuxContainerConfig(security_context=context),
+        )
+        request = api.CreateContainerRequest(pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config)
+        created: str = self._call("CreateContainer", request).container_id
+        return created
+
+    def start(self, container: str) -> None:
+        self._call("StartContainer", api.StartContainerRequest(container_id=container))
+
+    def run(self, pod: Pod, container: Container, name: str = "c") -> str:
+        """create() and start()."""
+        made = self.create(pod, container, name)
+        self.start(made)
+        return made
+
+    def status(self, container: str) -> api.ContainerStatus:
+        status: api.ContainerStatus = self._call(
+            "ContainerStatus", api.ContainerStatusRequest(container_id=container)
+        ).status
+        return status
+
+    def exec(self, container: str, command: Sequence[str]) -> str:
+        """What the command printed; CriError with what it said if its status is not 0."""
+        answer = self._call("ExecSync", api.ExecSyncRequest(container_id=container, cmd=command, timeout=30))
+        if answer.exit_code != 0:
+            said = (answer.stderr or answer.stdout).decode(errors="replace").strip()
+            raise CriError(f"{command} in the container: status {answer.exit_code}, said: {said}")
+        printed: str = answer.stdout.decode(errors="replace")
+        return printed
+
+    def remove(self, container: str) -> None:
+        """Kills and forgets it."""
+        self._call("StopContainer", api.StopContainerRequest(container_id=container, timeout=0))
+        self._call("RemoveContainer", api.RemoveContainerRequest(container_id=container))
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _call(self, method: str, request: Any, service: Any = None) -> Any:
+        try:
+            return getattr(service or self._runtime, method)(request, timeout=DEADLINE)
+        except grpc.RpcError as error:
+            raise CriError(f"{method}: {error.details()}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,145 @@
+"""Container images of what lies on this machine: one layer, as an OCI image layout in one tar file.
+
+No registry and no base image: a program goes in with the shared libraries that ldd(1) names. Must not know who imports
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cni
+from lab import assets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+BUSYBOX = Path("/bin/busybox")
+"""The static one, as the package busybox-static has it."""
+QEMU = Path("/usr/bin/qemu-system-x86_64")
+_QEMUS = (
+    "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so",
+    "/usr/share/seabios/bios-256k.bin",
+    "/usr/share/qemu/kvmvapic.bin",
+    "/usr/share/qemu/linuxboot_dma.bin",
+    "/usr/lib/ipxe/qemu/efi-virtio.rom",
+)
+_UNUSED = re.compile(r"/(config-[^/]*|test|lib2to3|pydoc_data|idlelib|ensurepip|__pycache__)(/|$)")
+"""Of Python's library; 25 of its 50 MB are a static libpython."""
+
+_LAUNCHER = """#!{python}
+import sys
+from cni.launcher.__main__ import main
+sys.exit(main())
+"""
+_ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+def busybox(target: Path, name: str) -> None:
+    """A shell and what goes with it; `sleep infinity` unless told otherwise, so that it is a sandbox's image, too."""
+    write(
+        target,
+        name,
+        {"bin/busybox": BUSYBOX, "bin/sh": "/bin/busybox"},
+        ["/bin/busybox", "sleep", "infinity"],
+    )
+
+
+def machine(target: Path, name: str) -> None:
+    """For VMs: vmtap-launch, QEMU, a guest's kernel and initramfs in /guest, and a shell."""
+    guest = assets.guest()
+    python = Path(sys.executable).resolve()
+    package = Path(cni.__file__).parent
+    tree: dict[str, Path | bytes | str] = {
+        "bin/busybox": BUSYBOX,
+        "bin/sh": "/bin/busybox",
+        "guest/initramfs": guest.initramfs,
+        "guest/vmlinuz": guest.kernel,
+        "usr/bin/vmtap-launch": _LAUNCHER.format(python=python).encode(),
+    }
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [QEMU, python, *map(Path, _QEMUS)]
+    files += (path for path in library.rglob("*") if path.is_file() and not _UNUSED.search(str(path)))
+    for path in {*files, *_libraries(QEMU), *_libraries(python)}:
+        tree[str(path).lstrip("/")] = path
+    for path in package.rglob("*.py"):
+        tree[f"{library}/{path.relative_to(package.parent)}".lstrip("/")] = path
+    write(target, name, tree, ["/bin/sh"])
+
+
+def _libraries(program: Path) -> Iterator[Path]:
+    said = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    return (Path(found) for found in re.findall(r"(/\S+) \(0x", said))
+
+
+def write(target: Path, name: str, tree: Mapping[str, Path | bytes | str], entrypoint: list[str]) -> None:
+    """An image of the tree, path → a file of this machine, an executable's text, or a link's target.
+
+    name: with registry and tag, as it will be asked for.
+    """
+    layer = io.BytesIO()
+    with tarfile.open(fileobj=layer, mode="w") as archive:
+        for folder in sorted({str(parent) for path in tree for parent in Path(path).parents} - {"."}):
+            archive.addfile(_entry(folder, tarfile.DIRTYPE))
+        for path, source in sorted(tree.items()):
+            if isinstance(source, str):
+                archive.addfile(_entry(path, tarfile.SYMTYPE, link=source))
+                continue
+            data = source if isinstance(source, bytes) else source.read_bytes()
+            executable = isinstance(source, bytes) or os.access(source, os.X_OK)
+            archive.addfile(
+                _entry(path, mode=0o755 if executable else 0o644, size=len(data)), io.BytesIO(data)
+            )
+    blobs: dict[str, bytes] = {}
+
+    def blob(kind: str, data: bytes) -> dict[str, Any]:
+        digest = hashlib.sha256(data).hexdigest()
+        blobs[digest] = data
+        return {
+            "mediaType": f"application/vnd.oci.image.{kind}",
+            "digest": f"sha256:{digest}",
+            "size": len(data),
+        }
+
+    described = blob("layer.v1.tar", layer.getvalue())
+    config = {
+        "architecture": _ARCHITECTURE[platform.machine()],
+        "os": "linux",
+        "config": {"Entrypoint": entrypoint, "Env": ["PATH=/usr/bin:/bin"]},
+        "rootfs": {"type": "layers", "diff_ids": [described["digest"]]},
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": blob("config.v1+json", json.dumps(config).encode()),
+        "layers": [described],
+    }
+    named = blob("manifest.v1+json", json.dumps(manifest).encode())
+    named["annotations"] = {"io.containerd.image.name": name}
+    with tarfile.open(target, "w") as archive:
+        for path, data in {
+            "oci-layout": b'{"imageLayoutVersion": "1.0.0"}',
+            "index.json": json.dumps({"schemaVersion": 2, "manifests": [named]}).encode(),
+            **{f"blobs/sha256/{digest}": data for digest, data in blobs.items()},
+        }.items():
+            archive.addfile(_entry(path, size=len(data)), io.BytesIO(data))
+
+
+def _entry(
+    path: str, kind: bytes = tarfile.REGTYPE, *, mode: int = 0o755, size: int = 0, link: str = ""
+) -> tarfile.TarInfo:
+    """Root's, and of no time, so that the same files make the same image."""
+    entry = tarfile.TarInfo(path)
+    entry.type, entry.mode, entry.size, entry.linkname = kind, mode, size, link
+    return entry
