@@ -1,0 +1,266 @@
+"""A virtual machine in a pod's container, without privilege: by the fds of the agent's broker, and by a device node."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from cni import deviceid
+from lab import image
+from lab.containerd import LOGS
+from lab.cri import Container
+from lab.guest import Conversation
+from lab.kubelet import Kubelet
+from lab.proto import cri_pb2 as api
+from tests.runtimes.conftest import RUN, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lab.containerd import Containerd
+    from tests.runtimes.conftest import Node
+
+pytestmark = pytest.mark.vm
+
+EXAMPLE = Path(__file__).parents[2] / "deploy/examples/vm-pod.yaml"
+ADDRESS, PEER = "10.77.0.5", "10.77.0.254"
+VOLUMES = "/run/lab/volumes"
+"""On the node: emptyDirs, whose place a kubelet chooses."""
+DEVICE_PLUGINS = Path("/run/kubelet/device-plugins")
+RESOURCE = "macvtap.network.kubevirt.io/dataplane"
+
+
+class InPod(Conversation):
+    """A guest whose channel is a unix socket of its container."""
+
+    def __init__(self, path: Path, log: Path) -> None:
+        super().__init__()
+        self._log = log
+        until(path.is_socket, f"QEMU did not start{self._tail()}")
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(path))
+        self._listen(self._socket.makefile("w"), self._socket.makefile("r", errors="replace"))
+
+    def close(self) -> None:
+        """The channel; the guest ends with its container."""
+        with suppress(OSError):  # the guest has ended
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._reader.join()
+        self._commands.close()
+        self._socket.close()
+
+    def _tail(self) -> str:
+        return f"; it said: {self._log.read_text()[-1500:]}" if self._log.exists() else ""
+
+
+class Spec:
+    """A pod's spec with one container, as a kubelet reads it; a key that this does not know fails the test.
+
+    The networks of the pod's annotation are Multus's to attach: here, the runtime's own second network stands for them.
+    """
+
+    def __init__(self, node: Node, document: dict[str, Any]) -> None:
+        spec = document["spec"]
+        assert spec.keys() <= {"automountServiceAccountToken", "securityContext", "containers", "volumes"}
+        self.name: str = document["metadata"]["name"]
+        [self._container] = spec["containers"]
+        self._pod = spec["securityContext"]
+        self._volumes = {each["name"]: self._volume(node, each) for each in spec["volumes"]}
+        self.image: str = self._container["image"]
+
+    def host_path(self, volume: str) -> str:
+        return self._volumes[volume]
+
+    def container(self) -> Container:
+        given = self._container
+        own = given["securityContext"]
+        assert given.keys() == {
+            "name", "image", "command", "args", "resources", "securityContext", "volumeMounts",
+        }  # fmt: skip
+        assert given["resources"].keys() == {"requests"}  # a request is a matter of scheduling and of shares
+        assert self._pod.keys() == {"runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "seccompProfile"}
+        assert own.keys() == {"allowPrivilegeEscalation", "readOnlyRootFilesystem", "capabilities"}
+        assert self._pod["runAsNonRoot"] is (self._pod["runAsUser"] != 0)
+        return Container(
+            image=self.image,
+            command=given["command"],
+            args=given["args"],
+            mounts=[
+                api.Mount(
+                    container_path=each["mountPath"],
+                    host_path=self._volumes[each["name"]],
+                    readonly=each.get("readOnly", False),
+                )
+                for each in given["volumeMounts"]
+            ],
+            user=self._pod["runAsUser"],
+            group=self._pod["runAsGroup"],
+            groups=[self._pod["fsGroup"]],
+            drop=own["capabilities"]["drop"],
+            no_new_privs=not own["allowPrivilegeEscalation"],
+            read_only=own["readOnlyRootFilesystem"],
+            seccomp=self._pod["seccompProfile"] == {"type": "RuntimeDefault"},
+        )
+
+    def _volume(self, node: Node, volume: dict[str, Any]) -> str:
+        if "hostPath" in volume:
+            path: str = volume["hostPath"]["path"]
+            assert node.machine.path(path).is_dir() is (volume["hostPath"]["type"] == "Directory")
+            return path
+        assert volume["emptyDir"] == {}
+        path = f"{VOLUMES}/{volume['name']}"
+        folder = node.machine.path(path)
+        folder.mkdir(parents=True)
+        os.chown(folder, 0, self._pod["fsGroup"])
+        folder.chmod(0o2777)
+        return path
+
+
+@pytest.fixture
+def spec(node: Node) -> Spec:
+    """The example's."""
+    return Spec(node, yaml.safe_load(EXAMPLE.read_text()))
+
+
+@pytest.fixture
+def dataplane(node: Node) -> None:
+    """The example's network."""
+    node.policy({"name": "dataplane", "source": {"dev": "eth1"}, "type": "ethernet"})
+    node.network("20-dataplane", {"type": "vmtap", "interface": "dataplane", "mode": "bridge"})
+
+
+@pytest.fixture
+def containerd(node: Node, spec: Spec, dataplane: None) -> Iterator[Containerd]:
+    """With an image of the example's name that was made for the test."""
+    with node.containerd() as started:
+        archive = node.folder / "machine.tar"
+        image.machine(archive, f"docker.io/library/{spec.image}")
+        started.load(archive, f"docker.io/library/{spec.image}")
+        yield started
+
+
+@pytest.fixture
+def kubelet(node: Node, dataplane: None) -> Iterator[Kubelet]:
+    """Which knows the agent's devices; the example's network asks it for one, by a stand-in for Multus."""
+    multus = node.plugins / "multus"
+    multus.write_text(f"#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name('multus.py')}\n")
+    multus.chmod(0o755)
+    config = {
+        "type": "multus",
+        "podResources": str(DEVICE_PLUGINS.parent / "pod-resources/kubelet.sock"),
+        "resourceName": RESOURCE,
+        "delegate": {"type": "vmtap", "mode": "bridge"},
+    }
+    node.network("20-dataplane", config)
+    node.agent.end()
+    node.agent.flags += ("--device-plugin", "--kubelet", str(DEVICE_PLUGINS))
+    with Kubelet(node.machine.path(DEVICE_PLUGINS)) as started:
+        node.agent.start()
+        yield started
+        node.agent.end()
+
+
+def _processes(containerd: Containerd, container: str) -> list[dict[str, str]]:
+    """/proc/PID/status of everything that runs in the container."""
+    look = ["/bin/busybox", "sh", "-c", "busybox cat /proc/[0-9]*/status"]
+    shown = containerd.cri.exec(container, look).split("Name:\t")[1:]
+    return [dict(line.split(":\t", 1) for line in f"Name:\t{each}".splitlines()) for each in shown]
+
+
+def _has_qemu(containerd: Containerd, container: str) -> bool:
+    return any(each["Name"].startswith("qemu-system-") for each in _processes(containerd, container))
+
+
+def _unprivileged(containerd: Containerd, container: str) -> None:
+    """What QEMU and all else in there is, by the kernel's account."""
+    assert _has_qemu(containerd, container)
+    for each in _processes(containerd, container):
+        assert each["Uid"].split() == ["107"] * 4, each
+        assert {int(each[name], 16) for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}, each
+        assert (each["NoNewPrivs"], each["Seccomp"]) == ("1", "2"), each
+
+
+def _works(node: Node, spec: Spec, containerd: Containerd, container: str) -> None:
+    """The guest, once it has an address, and the peer reach each other; it powers off, and the container ends well."""
+    log = node.machine.path(LOGS) / spec.name / "c.log"
+    with InPod(node.machine.path(f"{spec.host_path('channel')}/channel.sock"), log) as guest:
+        guest.ready()
+        guest.must(f"ip address add {ADDRESS}/24 dev eth0")
+        assert guest.ping(PEER)
+        node.lab.peer.run([image.BUSYBOX, "ping", "-c", "1", "-W", "2", ADDRESS])
+        _unprivileged(containerd, container)
+        guest.ask("poweroff -f")
+        until(lambda: containerd.cri.status(container).state == api.CONTAINER_EXITED, "QEMU still runs")
+    assert containerd.cri.status(container).exit_code == 0
+
+
+def test_from_allocate_to_a_guest_that_talks(
+    node: Node, kubelet: Kubelet, spec: Spec, containerd: Containerd
+) -> None:
+    """What a kubelet does with a pod that has the resource in its limits, up to QEMU on the device of its answer."""
+    before = node.traces()
+    kubelet.wait_resource(RESOURCE)
+    claim = kubelet.admit(RESOURCE, pod=("lab", spec.name))
+    assert node.attached() == []
+    [device] = claim.response.devices
+    [broker] = claim.response.mounts
+
+    pod = containerd.cri.run_pod(spec.name)
+    [record] = node.records()
+    number = deviceid.parse(claim.devices[0])
+    assert number
+    assert record["ifindex"] == deviceid.ifindex(*number)
+    assert device.container_path == f"/dev/tap{record['ifindex']}"
+
+    usual = spec.container()
+    qemu = shlex.join(["qemu-system-x86_64", *usual.args])
+    net = "-netdev tap,id=net0,fd=3 -device virtio-net-pci,netdev=net0,mac=$mac"
+    script = f"""
+        exec 3<>{device.container_path}
+        read -r mac </sys/class/net/eth1/address
+        exec {qemu} {net}
+    """
+    made = replace(
+        usual,
+        command=["/bin/busybox", "sh", "-euc", script],
+        args=[],
+        devices=[
+            api.Device(
+                container_path=device.container_path,
+                host_path=device.host_path,
+                permissions=device.permissions,
+            )
+        ],
+    )
+    assert (broker.host_path, broker.read_only) == (
+        spec.host_path("vmtap"),
+        True,
+    )  # the spec's own mount is it
+    container = containerd.cri.run(pod, made)
+    _works(node, spec, containerd, container)
+    containerd.cri.remove_pod(pod.id)
+    kubelet.release(("lab", spec.name))
+    node.left(before)
+
+
+def test_the_example_pod_boots_over_the_broker(node: Node, spec: Spec, containerd: Containerd) -> None:
+    before = node.traces()
+    pod = containerd.cri.run_pod(spec.name)
+    container = containerd.cri.run(pod, spec.container())
+    _works(node, spec, containerd, container)
+    # Its container is started again in the same sandbox, as the pod's restartPolicy has it.
+    containerd.cri.remove(container)
+    again = containerd.cri.run(pod, spec.container())
+    until(lambda: _has_qemu(containerd, again), "the launcher did not get the fds again")
+    assert len([*node.machine.path(RUN / "holders").iterdir()]) == 1
+    containerd.cri.remove_pod(pod.id)
+    node.left(before)
