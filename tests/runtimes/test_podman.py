@@ -59,3 +59,23 @@ def test_a_refusal_is_what_podman_says(node: Node) -> None:
         podman.run("vm", NETWORKS)
     podman.remove("vm")
     node.left(before)
+
+
+def test_a_container_gets_its_device_by_a_cdi_name(node: Node) -> None:
+    """As a kubelet would hand the name of Allocate's answer on; the deviceID is in the config, in Multus's place."""
+    node.agent.end()
+    node.agent.flags += ("--device-route", "cdi")
+    node.agent.start()
+    node.policy({"name": "dataplane", "source": {"dev": "eth1"}, "type": "ethernet"})
+    node.network("wire", {"type": "vmtap", "deviceID": "dataplaneMvp7", "mode": "bridge"})
+    podman = node.podman()
+    before = node.traces()
+    podman.run(
+        "vm", NETWORKS, "--device", "vmtap.dev/tap=dataplaneMvp7", "--user", "107:107", "--cap-drop", "all"
+    )
+    [record] = node.records()
+    device = f"/dev/tap{record['ifindex']}"
+    look = f"busybox stat -c '%u:%g %a' {device} && exec 3<>{device} && echo opened"
+    assert podman.exec("vm", "sh", "-c", look).splitlines() == ["107:107 660", "opened"]
+    podman.remove("vm")
+    node.left(before)
