@@ -13,6 +13,7 @@ socket and lose its own to the other's end.
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import socket
@@ -308,6 +309,8 @@ class DevicePlugin:
             served.registered, served.failures, served.error = True, 0, ""
             self._registrations.inc(self._name(registration.interface))
             log(INFO, "registered with the kubelet", **self._fields(served))
+            if all(each.registered for each in self._served.values()):
+                gc.collect()  # an old server of gRPC's ends in cycles, and the agent looks for these rarely
 
     def _failed(self, served: _Served, error: str) -> None:
         self._failures.inc(self._name(served.offer.name))
