@@ -322,6 +322,7 @@ def _make(call: Call, plan: Plan, record: Record) -> None:
             if record.cdi:
                 cdi.write(record, (device[0], device[1]), owner, group)
         if conf.addressing == "link" and record.ips:
+            call.waits()  # nobody else needs to wait for pyroute2
             from cni import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
 
             gateways = {
