@@ -50,16 +50,17 @@ class Asked:
     netns: int | None
 
 
-def receive(connection: _socket.socket, late: Callable[[], None] = nothing) -> Asked | None:
+def receive(connection: _socket.socket, late: Callable[[], None] | None = None) -> Asked | None:
     """The next request, from a blocking socket; None if the peer said nothing.
 
-    late: called when the peer keeps us waiting; sets the timeout of what is tried then. Raises WireError, OSError
-    (with it TimeoutError).
+    late: called when the peer keeps us waiting; sets the timeout of what is tried then. Without it there is no
+    timeout. Raises WireError, OSError (with it TimeoutError).
     """
     try:  # nearly always all of it is there: no timeout needs to be set and no poll(2) made
         first, fds = _first(connection, socket.MSG_DONTWAIT)
     except BlockingIOError:
-        connection.settimeout(_PROMPT_SECONDS)
+        if late:
+            connection.settimeout(_PROMPT_SECONDS)
         first, fds = _twice(lambda: _first(connection), late)
     netns = fds[0] if fds else None
     try:
@@ -108,10 +109,12 @@ def _first(connection: _socket.socket, flags: int = 0) -> tuple[bytes, list[int]
     ]
 
 
-def _twice(read: Callable[[], T], late: Callable[[], None]) -> T:
+def _twice(read: Callable[[], T], late: Callable[[], None] | None) -> T:
     try:
         return read()
     except TimeoutError:
+        if late is None:
+            raise
         late()
         return read()
 
@@ -132,8 +135,9 @@ def _asked(head: bytes, body: bytes, netns: int | None) -> Asked:
     return Asked("macvtap" if as_macvtap else "vmtap", env, body[env_length:], netns)
 
 
-def _exactly(connection: _socket.socket, length: int, late: Callable[[], None]) -> bytes:
-    connection.settimeout(_PROMPT_SECONDS)
+def _exactly(connection: _socket.socket, length: int, late: Callable[[], None] | None) -> bytes:
+    if late:
+        connection.settimeout(_PROMPT_SECONDS)
     data = bytearray(length)
     view, have = memoryview(data), 0
     while have < length:
