@@ -6,10 +6,10 @@ BIN := $(CACHE)/venv/bin
 T ?=
 A ?=
 
-.PHONY: help setup demo bench test lint clean
+.PHONY: help setup demo bench test test-hw lint clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## get what the demo and the tests need (they do it themselves)
 	@lab/setup test
@@ -24,7 +24,11 @@ bench: ## what it costs, beside the reference plugins: writes docs/benchmark.md;
 
 test: ## all tests, linters and types; T="tests/unit -k mac" for some
 	@lab/setup test
-	@$(BIN)/python -m pytest -n auto $(T)
+	@$(BIN)/python -m pytest -n auto --dist loadgroup $(T)
+
+test-hw: ## those that need an SR-IOV NIC, in a machine that emulates one; T="-k vlan" for some
+	@lab/setup test
+	@$(BIN)/python -m pytest tests/hw $(T)
 
 lint: ## format what can be formatted, then say what is wrong
 	@lab/setup test

@@ -1,5 +1,5 @@
 """What the lab gets from Debian and from Go: a guest's kernel and initramfs, cnitool and its plugins, the shape of
-KubeVirt's objects; and what the benchmark builds.
+KubeVirt's objects; what the benchmark builds; and the emulated machine with SR-IOV NICs.
 
     python -m lab.assets                  says which of them are missing
     python -m lab.assets guest clients    makes those
@@ -14,6 +14,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import platform
 import re
@@ -53,7 +54,19 @@ MODULES = {
 }
 """What guest.init loads for what, in this order."""
 
+BACKPORTS = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
+"""A QEMU that emulates an SR-IOV NIC is newer (8.0) than Debian 12's own, and needs none but its libraries."""
+HW_KERNEL_PACKAGE = "linux-image-amd64"
+"""The cloud kernel has no drivers for such a NIC."""
+HW_MODULES = (
+    *("9pnet_virtio", "9p", "virtio_net", "igb", "igbvf", "8021q", "bridge", "bonding", "dummy", "veth"),
+    *("macvtap", "tun"),
+)
+"""What hw.init loads, after what they depend on."""
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
 _INIT = Path(__file__).with_name("guest.init")
+_HW_INIT = Path(__file__).with_name("hw.init")
 _SHIM = CHECKOUT / "cni/shim/vmtap.c"
 _BENCH_SOURCES = (Path(__file__).parent / "bench/spawn.c", Path(__file__).parent / "bench/moment.c")
 _PACKAGE_BUILD = CHECKOUT / "hatch_build.py"
@@ -81,6 +94,25 @@ class Guest:
 def guest() -> Guest:
     """The guest's files; AssetError if they were not made yet."""
     return Guest(_made(_kernel_folder() / "vmlinuz"), _made(_initramfs_path()))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What lab/hw.py boots, and the QEMU that can."""
+
+    qemu: Path
+    firmware: tuple[Path, ...]
+    """QEMU's -L, each."""
+    kernel: Path
+    initramfs: Path
+
+
+def hardware() -> Hardware:
+    """The emulated machine's files; AssetError if they were not made yet."""
+    folder = _made(_hw_folder(), "test")
+    firmware = (folder / "usr/share/qemu", folder / "usr/share/seabios")
+    image = _made(_hw_initramfs_path(), "test")
+    return Hardware(folder / "usr/bin/qemu-system-x86_64", firmware, folder / "vmlinuz", image)
 
 
 def clients() -> Path:
@@ -113,6 +145,18 @@ def make_guest() -> None:
     if not image.exists():
         with _building(image) as part:
             part.write_bytes(gzip.compress(_initramfs(folder), compresslevel=6, mtime=0))
+
+
+def make_hardware() -> None:
+    """QEMU and a kernel from Debian's backports, unpacked only; and the initramfs, each if it is not there."""
+    folder = _hw_folder()
+    if not folder.exists():
+        with _building(folder) as parts:
+            _unpack_hardware(parts)
+    image = _hw_initramfs_path()
+    if not image.exists():
+        with _building(image) as part:
+            part.write_bytes(gzip.compress(_hw_initramfs(folder), compresslevel=6, mtime=0))
 
 
 def make_clients() -> None:
@@ -157,6 +201,15 @@ def _kernel_folder() -> Path:
 def _initramfs_path() -> Path:
     stamp = hashlib.sha256(_INIT.read_bytes() + repr(MODULES).encode()).hexdigest()[:12]
     return CACHE / f"guest-{stamp}.cpio.gz"
+
+
+def _hw_folder() -> Path:
+    return CACHE / "hw"
+
+
+def _hw_initramfs_path() -> Path:
+    stamp = hashlib.sha256(_HW_INIT.read_bytes() + repr(HW_MODULES).encode()).hexdigest()[:12]
+    return CACHE / f"hw-{stamp}.cpio.gz"
 
 
 def _clients_folder() -> Path:
@@ -204,18 +257,57 @@ def _unpack_kernel(parts: Path) -> None:
             modules.rename(parts / "modules")
 
 
-def _real_package(package: str) -> str:
+def _unpack_hardware(parts: Path) -> None:
+    """The packages as they are, without what nobody reads."""
+    if platform.machine() != "x86_64":
+        raise AssetError(f"the emulated machine is an x86_64, this one is {platform.machine()}")
+    parts.mkdir()
+    with tempfile.TemporaryDirectory(prefix="backports.", dir=CACHE) as scratch:
+        options = _backports(Path(scratch))
+        _run(["apt-get", "-q", *options, "update"])
+        for package in (*BACKPORTS, _real_package(HW_KERNEL_PACKAGE, options)):
+            _unpack(package, parts, options)
+    _unpack(BUSYBOX_PACKAGE, parts)
+    for kernel in (parts / "boot").glob("vmlinuz-*"):
+        kernel.rename(parts / "vmlinuz")
+    for needless in ("boot", "usr/share/doc"):
+        shutil.rmtree(parts / needless)
+
+
+def _backports(scratch: Path) -> list[str]:
+    """Options for apt to know the backports of this Debian and nothing else, with its lists in scratch."""
+    release = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+    known = _with_lists(["apt-get", "indextargets", "--format", "$(CODENAME) $(REPO_URI)", "Component: main"])
+    mirrors = [uri for codename, uri in map(str.split, known.splitlines()) if codename == release]
+    if not release or not mirrors:
+        raise AssetError("apt knows no mirror of this machine's release: is this Debian?")
+    sources = scratch / "sources.list"
+    sources.write_text(f"deb [signed-by={_KEYRING}] {mirrors[0]} {release}-backports main\n")
+    (scratch / "lists/partial").mkdir(parents=True)
+    settings = {
+        "Dir::Etc::sourcelist": sources,
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State::lists": scratch / "lists",
+        "Dir::Cache": scratch,
+        "APT::Sandbox::User": "root",
+    }
+    return [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+
+
+def _real_package(package: str, options: Sequence[str] = ()) -> str:
     """The package that a meta-package such as linux-image-cloud-amd64 stands for today."""
-    found = re.search(r"Depends: (linux-image-\S+)", _with_lists(["apt-cache", "depends", package]))
+    said = _with_lists(["apt-cache", *options, "depends", package])
+    found = re.search(r"Depends: (linux-image-\S+)", said)
     if not found:
         raise AssetError(f"apt-cache knows no kernel for {package}: is this Debian?")
     return found[1]
 
 
-def _unpack(package: str, root: Path) -> None:
+def _unpack(package: str, root: Path, options: Sequence[str] = ()) -> None:
     with tempfile.TemporaryDirectory(prefix="deb.", dir=CACHE) as scratch:
         _with_lists(
-            ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package], cwd=Path(scratch)
+            ["apt-get", "-q", "-o", "APT::Sandbox::User=root", *options, "download", package],
+            cwd=Path(scratch),
         )
         for archive in Path(scratch).glob("*.deb"):
             _run(["dpkg-deb", "-x", archive, root])
@@ -244,6 +336,36 @@ def _initramfs(kernel: Path) -> bytes:
         **{f"modules/{name}.ko": (0o100644, found[name].read_bytes()) for name in needed},
     }
     return _cpio(files)
+
+
+def _hw_initramfs(folder: Path) -> bytes:
+    """The emulated machine's first file system; its second is the host's."""
+    found = {path.name.split(".")[0]: path for path in (folder / "lib/modules").rglob("*.ko.xz")}
+    modules: dict[str, bytes] = {}
+
+    def add(name: str) -> None:
+        """A module after those that its .modinfo says it depends on; file names have either kind of dash."""
+        path = found.get(name) or found.get(name.replace("_", "-"))
+        if path is None:
+            raise AssetError(f"{folder} has no module {name}: remove the folder to unpack it again")
+        code = lzma.decompress(path.read_bytes())
+        depends = re.search(rb"\0depends=([^\0]*)\0", code)
+        for other in depends[1].decode().split(",") if depends and depends[1] else ():
+            if other not in modules:
+                add(other)
+        modules[name] = code
+
+    for name in HW_MODULES:
+        add(name)
+    return _cpio(
+        {
+            **dict.fromkeys(("bin", "dev", "host", "modules", "proc", "sys", "system"), (0o040755, b"")),
+            "bin/busybox": (0o100755, (folder / "bin/busybox").read_bytes()),
+            "init": (0o100755, _HW_INIT.read_bytes()),
+            "modules/order": (0o100644, _lines(list(modules))),
+            **{f"modules/{name}.ko": (0o100644, code) for name, code in modules.items()},
+        }
+    )
 
 
 def _lines(names: Sequence[str]) -> bytes:
@@ -292,6 +414,7 @@ def main(names: Sequence[str]) -> int:
         "clients": (clients, make_clients),
         "kubevirt": (kubevirt, make_kubevirt),
         "bench": (bench, make_bench),
+        "hardware": (hardware, make_hardware),
     }
     unknown = [name for name in names if name not in makers]
     if unknown:

@@ -1,0 +1,156 @@
+"""A machine with SR-IOV NICs, all emulated: Debian's kernel, two PFs with seven VFs each, and this checkout's tests.
+
+    pf0, pf1    QEMU's igb, each alone on a wire whose other end is
+    wire0, wire1    a NIC of the same machine
+
+Its root is the host's own, read-only, with a fresh /tmp, /run and /dev: no image has to be made, and what was installed
+for the tests is there. Inside, pytest collects tests/hw and runs one test for each request of the host's pytest
+(tests/hw/conftest.py). Everything that waits has a deadline. Must not know what a test is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from lab import assets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NICS = {"pf0": "52:54:00:00:01:00", "pf1": "52:54:00:00:02:00"}
+"""The PFs' MACs; the first bytes of the VFs' are the PF driver's to choose."""
+WIRES = {"wire0": "52:54:00:00:01:01", "wire1": "52:54:00:00:02:01"}
+"""The NICs at the other end of each PF's wire, in the same order."""
+BOOT_DEADLINE = 180.0
+"""Seconds; ten are usual on an idle machine."""
+TEST_DEADLINE = 120.0
+_LOG_TAIL = 3000
+_MARK = "vmtap_tests="
+_PORT = "vport*p1"
+
+
+class MachineError(RuntimeError):
+    """The machine did not start, or ended in the middle of a test; the text has the end of its console."""
+
+
+def inside() -> bool:
+    """Whether this is the emulated machine."""
+    return _MARK in Path("/proc/cmdline").read_text()
+
+
+def orders() -> Iterator[tuple[list[Any], Any]]:
+    """Inside: what the host asks for, each with a function that sends one answer; ends with the host's run."""
+    (path,) = Path("/dev").glob(_PORT)
+    with path.open("r+b", buffering=0) as port:
+
+        def answer(value: object) -> None:
+            left = json.dumps(value).encode() + b"\n"
+            while left:
+                left = left[port.write(left) :]
+
+        answer("ready")
+        while line := port.readline():
+            yield json.loads(line), answer
+
+
+class Machine:
+    """A started machine that runs tests (what pytest calls them on its command line); close() ends it."""
+
+    def __init__(self, tests: str) -> None:
+        ours, theirs = socket.socketpair()
+        self._socket = ours
+        self._lines = ours.makefile("rb")
+        self._log = tempfile.TemporaryFile(mode="a+", errors="replace")  # noqa: SIM115 - until close()
+        with theirs:
+            self._process = subprocess.Popen(
+                _command(assets.hardware(), tests, theirs.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=[theirs.fileno()],
+            )
+        try:
+            if self._receive(BOOT_DEADLINE) != "ready":
+                raise MachineError(f"the emulated machine did not boot{self._tail()}")
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, *order: object) -> Iterator[Any]:
+        """Sends an order; its answers, of which null is the last and left out."""
+        try:
+            self._socket.sendall(json.dumps(order).encode() + b"\n")
+        except OSError as error:
+            raise MachineError(f"the emulated machine has ended{self._tail()}") from error
+        while (answer := self._receive(TEST_DEADLINE)) is not None:
+            yield answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._lines.close()
+        self._socket.close()
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _receive(self, seconds: float) -> Any:
+        self._socket.settimeout(seconds)
+        line = b""
+        with contextlib.suppress(ConnectionError):
+            try:
+                line = self._lines.readline()
+            except TimeoutError as error:
+                raise MachineError(f"no answer in {seconds:g} s{self._tail()}") from error
+        if not line:
+            raise MachineError(f"the emulated machine has ended{self._tail()}")
+        return json.loads(line)
+
+    def _tail(self) -> str:
+        self._log.seek(0)
+        return f"; its console said: {self._log.read().strip()[-_LOG_TAIL:]}"
+
+
+def _command(hardware: assets.Hardware, tests: str, control: int) -> list[str]:
+    words = {
+        "vmtap_checkout": assets.CHECKOUT,
+        "vmtap_cache": assets.CACHE.resolve(),
+        "vmtap_python": sys.executable,
+        _MARK.rstrip("="): tests,
+    }
+    command = [
+        os.fspath(hardware.qemu),
+        *(word for folder in hardware.firmware for word in ("-L", os.fspath(folder))),
+        # Always tcg: a /dev/kvm may be there and not run this kernel.
+        *("-accel", "tcg", "-M", "q35", "-smp", "2", "-m", "1024", "-nodefaults", "-no-user-config"),
+        *("-no-reboot", "-display", "none", "-serial", "stdio"),
+        *("-kernel", os.fspath(hardware.kernel), "-initrd", os.fspath(hardware.initramfs), "-append"),
+        # no_timer_check: on a busy machine an emulated timer is late, and the kernel would give up for it.
+        "console=ttyS0 quiet panic=-1 no_timer_check net.ifnames=0 bonding.max_bonds=0 dummy.numdummies=0 "
+        + " ".join(f"{name}={value}" for name, value in words.items()),
+        *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),
+        *("-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
+        *("-chardev", f"socket,id=control,fd={control}", "-device", "virtio-serial-pci"),
+        *("-device", "virtserialport,chardev=control"),
+    ]
+    for number, (mac, end) in enumerate(zip(NICS.values(), WIRES.values(), strict=True)):
+        command += [
+            *("-netdev", f"hubport,id=pf{number},hubid={number}"),
+            *("-netdev", f"hubport,id=wire{number},hubid={number}"),
+            *("-device", f"pcie-root-port,id=root{number},chassis={number}"),
+            *("-device", f"igb,bus=root{number},netdev=pf{number},mac={mac},romfile="),
+            *("-device", f"virtio-net-pci,netdev=wire{number},mac={end},romfile="),
+        ]
+    return command

@@ -1,0 +1,115 @@
+"""Tests on an emulated SR-IOV NIC: on the host collected as usual, and then run, by name, inside lab/hw.py's machine.
+
+The machine is started with the first of them. A test that ends the machine fails, and the next one gets another.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from _pytest.runner import runtestprotocol
+
+from lab import assets, hw
+from tests.hw import nic
+from tests.hw.nic import Root
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+GROUP = "hw"
+"""One machine: with `pytest --dist loadgroup` all of these tests run by one worker."""
+_HERE = Path(__file__).resolve().parent
+_MACHINE = pytest.StashKey[hw.Machine]()
+
+try:
+    if not hw.inside():
+        assets.hardware()
+    left_out = ""
+except assets.AssetError as error:
+    left_out = str(error)
+    collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_report_header() -> str | None:
+    return f"tests/hw is left out: {left_out}" if left_out else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.config.pluginmanager.hasplugin("xdist"):
+        item.add_marker(pytest.mark.xdist_group(GROUP))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """On the host: have it run inside, and report what was reported there."""
+    if hw.inside() or _HERE not in item.path.parents:  # this hook is asked about all tests
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports: list[pytest.TestReport] = []
+    call = pytest.CallInfo.from_call(
+        lambda: reports.extend(_run_inside(item, nextitem)),
+        when="call",
+        reraise=(KeyboardInterrupt, pytest.exit.Exception),
+    )
+    if call.excinfo:
+        reports.append(pytest.TestReport.from_item_and_call(item, call))
+        _close(item.config)
+    for report in reports:
+        report.nodeid = item.nodeid  # where xdist added the group's name
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def _run_inside(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[pytest.TestReport]:
+    config = item.config
+    if _MACHINE not in config.stash:
+        config.stash[_MACHINE] = hw.Machine(str(_HERE.relative_to(assets.CHECKOUT)))
+        config.add_cleanup(lambda: _close(config))
+    for answer in config.stash[_MACHINE].ask(_name(item), nextitem and _name(nextitem)):
+        report: pytest.TestReport = config.hook.pytest_report_from_serializable(config=config, data=answer)
+        yield report
+
+
+def _close(config: pytest.Config) -> None:
+    if machine := config.stash.get(_MACHINE, None):
+        del config.stash[_MACHINE]
+        machine.close()
+
+
+def _name(item: pytest.Item) -> str:
+    return item.nodeid.removesuffix(f"@{GROUP}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Inside: run what the host names, until it is done."""
+    if not hw.inside():
+        return None
+    items = {item.nodeid: item for item in session.items}
+    to_serializable = session.config.hook.pytest_report_to_serializable
+    for (name, following), answer in hw.orders():
+        for report in runtestprotocol(items[name], log=False, nextitem=items.get(following)):
+            answer(to_serializable(config=session.config, report=report))
+        answer(None)
+    return True
+
+
+@pytest.fixture(scope="session")
+def node() -> Root:
+    """The machine's first namespace, with all NICs named and up."""
+    root = Root()
+    nic.name_all()
+    root.wait_until_up(*hw.NICS, *hw.WIRES)
+    return root
+
+
+@pytest.fixture
+def nics(node: Root) -> Iterator[tuple[nic.Nic, nic.Nic]]:
+    """Both NICs, without VFs; so they are left, too."""
+    both = nic.Nic("pf0", "wire0"), nic.Nic("pf1", "wire1")
+    yield both
+    for each in both:
+        each.make_vfs(0)

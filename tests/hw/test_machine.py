@@ -1,0 +1,34 @@
+"""The emulated machine itself: has it the NICs that the other tests are about, and do frames pass?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lab import hw
+from lab.frames import BROADCAST, Frame, collect, packet_socket
+from lab.wire import run
+
+if TYPE_CHECKING:
+    from tests.hw.nic import Nic, Root
+
+
+def test_these_tests_run_inside() -> None:
+    assert hw.inside()
+
+
+def test_virtual_functions_reach_each_other_and_the_wire(node: Root, nics: tuple[Nic, Nic]) -> None:
+    nic, _ = nics
+    nic.make_vfs(2)
+    names = [nic.netdev(0), nic.netdev(1)]
+    for name in names:
+        run(["ip", "link", "set", name, "up"])
+    node.wait_until_up(*names)
+    sender = node.links()[names[0]]["address"]
+    with (
+        packet_socket(node, names[0]) as first,
+        packet_socket(node, names[1]) as second,
+        packet_socket(node, nic.wire) as wire,
+    ):
+        first.send(Frame(BROADCAST, sender, "to all").pack())
+        got = collect({"second": second, "wire": wire}, until="to all")
+    assert not any(got.values())
