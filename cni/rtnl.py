@@ -145,10 +145,16 @@ def mac_bytes(mac: str) -> bytes:
 
 
 def link_message(
-    kind: int, *attrs: bytes, index: int = 0, flags: int = 0, change: int = 0, nlm: int = NLM_F_ACK
+    kind: int,
+    *attrs: bytes,
+    index: int = 0,
+    flags: int = 0,
+    change: int = 0,
+    nlm: int = NLM_F_ACK,
+    family: int = AF_UNSPEC,
 ) -> tuple[int, int, bytes]:
     """An RTM_*LINK message: (type, nlmsg flags, ifinfomsg and attributes)."""
-    return kind, nlm, _IFINFO.pack(AF_UNSPEC, 0, index, flags, change) + b"".join(attrs)
+    return kind, nlm, _IFINFO.pack(family, 0, index, flags, change) + b"".join(attrs)
 
 
 _NO_STATS = u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
@@ -216,17 +222,29 @@ class Rtnl:
         (outcome,) = self.talk(link_message(RTM_GETLINK, _NO_STATS, *attrs, index=index, nlm=0))
         return _found(outcome)
 
+    def details(self, index: int, mask: int) -> dict[int, bytes]:
+        """Every attribute of the link of that index, with what the IFLA_EXT_MASK asks for. Raises OSError."""
+        kind, nlm, body = link_message(RTM_GETLINK, u32(IFLA_EXT_MASK, mask), index=index, nlm=0)
+        self._sequence += 1
+        self._send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | nlm, self._sequence, 0) + body)
+        while True:
+            for answer, flags, sequence, payload in self._receive():
+                if sequence == self._sequence and answer == NLMSG_ERROR:
+                    raise _error(flags, payload) or OSError(errno.EPROTO, "an ACK and no answer")
+                if sequence == self._sequence:
+                    return attributes(payload[16:])
+
     def links(self, *, nsid: int | None = None) -> list[Link]:
         """Every link here or in the namespace nsid: for errors and the reconciler, never on the way of a request.
 
         Raises OSError: EAGAIN if links kept changing under the dump, EINVAL if no namespace has the id.
         """
         where = b"" if nsid is None else s32(IFLA_TARGET_NETNSID, nsid)
-        return [_link(body) for body in self._dump(RTM_GETLINK, _IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0) + where)]
+        return [_link(body) for body in self.dump(RTM_GETLINK, _IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0) + where)]
 
     def nsids(self) -> list[int]:
         """The ids by which this namespace knows others."""
-        return [_nsid(body) for body in self._dump(RTM_GETNSID, bytes(4))]
+        return [_nsid(body) for body in self.dump(RTM_GETNSID, bytes(4))]
 
     def known_nsid(self, netns: int) -> int | None:
         """The id that this namespace knows the namespace of fd netns by, if it has given it one."""
@@ -254,8 +272,11 @@ class Rtnl:
         assert isinstance(nsid, int)  # noqa: S101 - the kernel answers RTM_GETNSID with RTM_NEWNSID
         return _found(link[0]) if link else None, nsid
 
-    def _dump(self, kind: int, body: bytes) -> list[bytes]:
-        """The bodies of an answer of many messages; asked for again when it was interrupted (NLM_F_DUMP_INTR)."""
+    def dump(self, kind: int, body: bytes) -> list[bytes]:
+        """The bodies of an answer of many messages. Raises OSError: EAGAIN if what was listed kept changing.
+
+        Asked for again when it was interrupted (NLM_F_DUMP_INTR).
+        """
         for _ in range(_DUMP_TRIES):
             self._sequence += 1
             header = _HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, self._sequence, 0)
@@ -346,7 +367,8 @@ def _messages(data: bytes) -> list[tuple[int, int, int, bytes]]:
     return found
 
 
-def _attrs(data: bytes) -> dict[int, bytes]:
+def attributes(data: bytes) -> dict[int, bytes]:
+    """Kind → payload of each struct nlattr; junk at the end is left out."""
     found: dict[int, bytes] = {}
     at, last, unpack = 0, len(data) - 4, _ATTR.unpack_from
     while at <= last:  # fifty times for a link: nothing in here but what must be
@@ -363,23 +385,23 @@ def _error(nlm: int, body: bytes) -> OSError | None:
         return None
     said = b""
     if nlm & NLM_F_ACK_TLVS:
-        said = _attrs(body[20:]).get(NLMSGERR_ATTR_MSG, b"").rstrip(b"\0")
+        said = attributes(body[20:]).get(NLMSGERR_ATTR_MSG, b"").rstrip(b"\0")
     return OSError(-number, said.decode(errors="replace") or os.strerror(-number))
 
 
 def _nsid(body: bytes) -> int:
-    (number,) = struct.unpack("=i", _attrs(body[4:])[NETNSA_NSID])
+    (number,) = struct.unpack("=i", attributes(body[4:])[NETNSA_NSID])
     return int(number)
 
 
 def _link(body: bytes) -> Link:
     _, arphrd, index, flags, _ = _IFINFO.unpack_from(body)
-    found = _attrs(body[16:])
-    info = _attrs(found.get(IFLA_LINKINFO, b""))
+    found = attributes(body[16:])
+    info = attributes(found.get(IFLA_LINKINFO, b""))
     kind = info.get(IFLA_INFO_KIND)
     mode = None
     if kind and kind.startswith(b"macv"):
-        mode = _number(_attrs(info.get(IFLA_INFO_DATA, b"")), IFLA_MACVLAN_MODE)
+        mode = _number(attributes(info.get(IFLA_INFO_DATA, b"")), IFLA_MACVLAN_MODE)
     return Link(
         index=index,
         name=_text(found, IFLA_IFNAME),

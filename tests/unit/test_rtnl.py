@@ -24,12 +24,12 @@ def test_an_attribute_is_padded_and_read_back(kind: int, payload: bytes) -> None
     packed = attr(kind, payload)
     assert len(packed) % 4 == 0
     assert struct.unpack_from("=HH", packed) == (4 + len(payload), kind)
-    assert rtnl._attrs(packed + attr(1, b"next")) == {kind: payload} | {1: b"next"}
+    assert rtnl.attributes(packed + attr(1, b"next")) == {kind: payload} | {1: b"next"}
 
 
 @given(st.binary(max_size=200))
 def test_junk_attributes_end_the_reading_and_nothing_else(data: bytes) -> None:
-    assert isinstance(rtnl._attrs(data), dict)
+    assert isinstance(rtnl.attributes(data), dict)
 
 
 def test_a_mac_is_six_bytes() -> None:

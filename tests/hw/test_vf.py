@@ -1,0 +1,72 @@
+"""vf.py against a real driver: what is set is read back, with ip(8) as the second opinion."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cni import vf
+from cni.rtnl import Rtnl
+
+if TYPE_CHECKING:
+    from tests.hw.nic import Nic, Root
+
+
+def _index(host: Rtnl, name: str) -> int:
+    link = host.link(name=name)
+    assert link
+    return link.index
+
+
+def test_every_setting_that_the_driver_has(node: Root, nics: tuple[Nic, Nic]) -> None:
+    nic, _ = nics
+    nic.make_vfs(2)
+    node.wait_until_up(nic.pf)  # making them resets the NIC, and this one limits no rate without a carrier
+    wanted = {
+        "mac": "02:00:00:00:00:21",
+        "vlan": [100, 3, vf.ETH_P_8021Q],
+        "spoofchk": 0,
+        "trust": 1,
+        "rate": [0, 200],
+    }
+    with Rtnl() as host:
+        pf = _index(host, nic.pf)
+        before = vf.settings(host, pf)
+        assert vf.change(host, pf, 1, wanted) == {}
+        after = vf.settings(host, pf)
+    assert after == {0: before[0], 1: before[1] | wanted}
+    seen = nic.settings()[1]
+    assert (seen["address"], seen["vlan_list"]) == (wanted["mac"], [{"vlan": 100, "qos": 3}])
+    assert (seen["spoofchk"], seen["trust"], seen["rate"]["max_tx"]) == (False, True, 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "number"),
+    [
+        ("vlan", [100, 0, vf.ETH_P_8021AD], errno.EPROTONOSUPPORT),
+        ("rate", [10, 100], errno.EINVAL),
+        ("link_state", 1, errno.EOPNOTSUPP),
+    ],
+)
+def test_a_setting_that_the_driver_has_not_is_refused_by_itself(
+    nics: tuple[Nic, Nic], name: str, value: Any, number: int
+) -> None:
+    nic, _ = nics
+    nic.make_vfs(1)
+    with Rtnl() as host:
+        pf = _index(host, nic.pf)
+        refused = vf.change(host, pf, 0, {name: value, "trust": 1})
+        assert vf.settings(host, pf)[0]["trust"] == 1
+    assert {name: said.errno for name, said in refused.items()} == {name: number}
+
+
+def test_a_nic_without_switch_modes_says_so(nics: tuple[Nic, Nic]) -> None:
+    nic, _ = nics
+    with Rtnl() as host:
+        pf = _index(host, nic.pf)
+        assert vf.switch_mode(host, pf) is None
+        with pytest.raises(OSError, match="not supported") as refused:
+            vf.set_switch_mode(host, pf, vf.SWITCH_MODES["vepa"])
+    assert refused.value.errno == errno.EOPNOTSUPP
