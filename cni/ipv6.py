@@ -21,8 +21,25 @@ def keep_out(ifname: str, *, speaks: bool) -> None:
     The link is in the calling thread's namespace: /proc/sys/net is that of the thread that opens it. No such file
     means no IPv6 there. Raises OSError.
     """
-    path, value = ("accept_ra", "0") if speaks else ("disable_ipv6", "1")
-    path = _PATH.format(ifname=ifname, key=path)
+    _write(ifname, "accept_ra" if speaks else "disable_ipv6", "0" if speaks else "1")
+
+
+def let_in(ifname: str) -> None:
+    """Undo keep_out() on a link that does not speak."""
+    _write(ifname, "disable_ipv6", "0")
+
+
+def is_on(ifname: str) -> bool:
+    """Whether the kernel has IPv6 on that link."""
+    try:
+        with open(f"/proc/{_PATH.format(ifname=ifname, key='disable_ipv6')}", encoding="ascii") as file:
+            return file.read().strip() == "0"
+    except FileNotFoundError:
+        return False
+
+
+def _write(ifname: str, key: str, value: str) -> None:
+    path = _PATH.format(ifname=ifname, key=key)
     try:
         fd = os.open(f"/proc/{path}", os.O_WRONLY | os.O_CLOEXEC)
     except FileNotFoundError:

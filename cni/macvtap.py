@@ -9,6 +9,8 @@ Sources: drivers/net/macvlan.c, macvtap.c; net/core/rtnetlink.c.
 
 from __future__ import annotations
 
+import struct
+
 from cni.rtnl import (
     IFF_ALLMULTI,
     IFF_NOARP,
@@ -22,9 +24,11 @@ from cni.rtnl import (
     IFLA_LINK,
     IFLA_LINKINFO,
     IFLA_MACVLAN_BC_QUEUE_LEN,
+    IFLA_MACVLAN_FLAGS,
     IFLA_MACVLAN_MODE,
     IFLA_MTU,
     IFLA_NET_NS_FD,
+    MACVLAN_FLAG_NOPROMISC,
     NLM_F_ACK,
     NLM_F_CREATE,
     NLM_F_EXCL,
@@ -57,16 +61,25 @@ def create(
     mac: str,
     mtu: int,
     bcqueuelen: int | None,
+    promisc: bool = False,
+    allmulti: bool = False,
 ) -> None:
-    """Make the link in the namespace of fd netns, still down.
+    """Make the link in the namespace of fd netns, still down. promisc and allmulti count for passthru only.
+
+    There allmulti is set while the link is down, or the kernel would set it on the lower device too, and never take
+    it back (macvlan_stop).
 
     host is a socket of the lower device's namespace: asked from the pod's, with the host's as IFLA_LINK_NETNSID,
     kernels before 6.15 would make it in the host's and move it. Raises OSError: EEXIST, EBUSY, EINVAL, ENODEV (see
     refusal.py).
     """
     data = [u32(IFLA_MACVLAN_MODE, MODES[mode])]
+    if mode == "passthru" and not promisc:
+        # By itself it would make its lower device promiscuous, and a trusted VF could hear all the others.
+        data.append(attr(IFLA_MACVLAN_FLAGS, struct.pack("=H", MACVLAN_FLAG_NOPROMISC)))
     if bcqueuelen is not None:
         data.append(u32(IFLA_MACVLAN_BC_QUEUE_LEN, bcqueuelen))
+    flags = IFF_ALLMULTI if mode == "passthru" and allmulti else 0
     host.do(
         link_message(
             RTM_NEWLINK,
@@ -77,6 +90,8 @@ def create(
             u32(IFLA_MTU, mtu),
             nest(IFLA_LINKINFO, text(IFLA_INFO_KIND, "macvtap"), nest(IFLA_INFO_DATA, *data)),
             index=ifindex,
+            flags=flags,
+            change=flags,
             nlm=NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL,
         )
     )

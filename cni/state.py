@@ -6,6 +6,7 @@ reconciler can find what is left. DEL works without it. Must not touch the netwo
     FOLDER/lock                 cni/lock.py
     FOLDER/attachments/ID.json  a Record; ID names network, container and ifname; read-only once its ADD is through
     FOLDER/ifindex/N            a symbolic link to ID: interface index N is that attachment's, on this host
+    FOLDER/vf/PCI-ADDRESS       the same for a virtual function (cni/sriov.py)
     FOLDER/dev/tapN             device nodes that ADD was asked to make (cni/tapdev.py)
     FOLDER/holders/ID           the processes that hold its fds (cni/agent/holders.py)
 """
@@ -85,6 +86,8 @@ class Record:
     """The device that the kubelet allocated, if the config named one."""
     cdi: str | None = None
     """The CDI spec file that ADD wrote for it, if it was asked to."""
+    vf: dict[str, Any] | None = None
+    """The virtual function, what it was and what was made of it (cni/sriov.py)."""
 
     @property
     def id(self) -> str:
@@ -137,6 +140,7 @@ class Store:
         self._note = note
         self._attachments = f"{self.folder}/attachments"
         self._ifindex = f"{self.folder}/ifindex"
+        self._functions = f"{self.folder}/vf"
         self._dev = f"{self.folder}/dev"
         self.holders = f"{self.folder}/holders"
 
@@ -270,6 +274,8 @@ class Store:
             _unlink(f"{self.holders}/{id}")
             for number in (*numbers, *_candidates(id)):
                 self.release(number, id)
+            for pci in os.listdir(self._functions) if os.path.isdir(self._functions) else []:
+                self.release_function(pci, id)
 
     def reserve_ifindex(self, id: str, device_id: str | None = None) -> int:
         """An interface index that no other attachment on this host has, or had reserved, until forget().
@@ -347,15 +353,37 @@ class Store:
                 self.remove_node(number)  # before what says whose it is
                 os.unlink(path)
 
+    def hold_function(self, pci: str, id: str) -> bool:
+        """Reserve the VF of that PCI address; False if another attachment has it."""
+        with _io(self._functions):
+            os.makedirs(self._functions, mode=0o700, exist_ok=True)
+            return _hold(f"{self._functions}/{pci}", id)
+
+    def function_held_by(self, pci: str) -> str | None:
+        """The id that holds that VF, or None."""
+        with _io(self._functions), suppress(FileNotFoundError):
+            return os.readlink(f"{self._functions}/{pci}")
+        return None
+
+    def release_function(self, pci: str, id: str) -> None:
+        """Give the VF back if that id holds it."""
+        if self.function_held_by(pci) == id:
+            with _io(self._functions):
+                _unlink(f"{self._functions}/{pci}")
+
     def _hold(self, number: int, id: str) -> bool:
-        path = f"{self._ifindex}/{number}"
-        try:
-            os.symlink(id, path)
-        except FileExistsError:
-            with suppress(FileNotFoundError):
-                return os.readlink(path) == id
-            return False
-        return True
+        return _hold(f"{self._ifindex}/{number}", id)
+
+
+def _hold(path: str, id: str) -> bool:
+    """Make the symbolic link to id; False if there is one to another."""
+    try:
+        os.symlink(id, path)
+    except FileExistsError:
+        with suppress(FileNotFoundError):
+            return os.readlink(path) == id
+        return False
+    return True
 
 
 def in_netns(folder: str | os.PathLike[str], netns_id: tuple[int, int]) -> list[Record]:

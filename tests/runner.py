@@ -76,7 +76,10 @@ class Plugin:
                 variables.pop(name, None)
             else:
                 variables[name] = value
-        stdin = config if isinstance(config, bytes) else json.dumps(config).encode()
+        return self.execute(variables, config if isinstance(config, bytes) else json.dumps(config).encode())
+
+    def execute(self, variables: dict[str, str], stdin: bytes) -> Answer:
+        """One execution of it."""
         done = subprocess.run(
             self.argv(), input=stdin, env=variables, capture_output=True, timeout=60, check=False
         )
@@ -111,7 +114,7 @@ class Plugin:
 
     def leftovers(self) -> list[str]:
         """Files of state that speak of an attachment: [] at the baseline."""
-        folders = ("attachments", "ifindex", "dev", "holders")
+        folders = ("attachments", "ifindex", "vf", "dev", "holders")
         return sorted(str(path) for folder in folders for path in (self.state / folder).glob("*"))
 
 
