@@ -50,6 +50,15 @@ _UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
+class Vlan:
+    """A VLAN tag: id, priority (802.1p), and the protocol whose tag it is, "802.1Q" or "802.1ad"."""
+
+    id: int
+    priority: int = 0
+    protocol: str = "802.1Q"
+
+
+@dataclass(frozen=True)
 class NetConf:
     """A valid network configuration. None: not given, and the schema has no default."""
 
@@ -71,6 +80,7 @@ class NetConf:
     owner: int | None
     group: int | None
     addressing: str
+    vlan: Vlan | None
     ipam: Mapping[str, Any] | None
     """None also when it has no type, so nothing is to be delegated."""
     dns: Mapping[str, Any] | None
@@ -143,6 +153,7 @@ def _read(stdin: bytes, command: str, called_as: str) -> tuple[dict[str, Any], d
         owner=fields.get("owner"),
         group=fields.get("group"),
         addressing=fields["addressing"],
+        vlan=_vlan(fields),
         ipam=ipam if ipam and ipam.get("type") else None,
         dns=fields.get("dns"),
         prev_result=fields.get("prevResult"),
@@ -295,6 +306,13 @@ def _declared(fields: dict[str, Any]) -> dict[str, Any]:
     if capabilities is None:
         return runtime
     return {key: value for key, value in runtime.items() if capabilities.get(key)}
+
+
+def _vlan(fields: dict[str, Any]) -> Vlan | None:
+    """None on DEL and GC, too, where what belongs to it was wrong and counts as absent."""
+    if "vlan" in fields:
+        return Vlan(fields["vlan"], fields["vlanPriority"], fields["vlanProtocol"])
+    return None
 
 
 def _mac(runtime: dict[str, Any], arguments: dict[str, str], fields: dict[str, Any]) -> str | None:

@@ -8,14 +8,15 @@ exists, and what kind it is, is for the caller to find out.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cni import deviceid, nodefile, schema, spec
 from cni.errors import CniError
-from cni.netconf import canonical
+from cni.netconf import Vlan, canonical
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from cni.netconf import NetConf
@@ -29,6 +30,20 @@ IMPOSSIBLE = {
 }
 """(type or device, mode) → why it cannot be."""
 
+LINK_STATES = ("auto", "enable", "disable")
+"""By the kernel's numbers, IFLA_VF_LINK_STATE_*."""
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What an entry of type sr-iov says of its virtual functions. settings are vf.py's; absent: as it is."""
+
+    pool: tuple[str, ...]
+    """The PFs, in the order to try."""
+    vfs: int | None
+    """How many to make where there are none."""
+    settings: Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Interface:
@@ -36,10 +51,14 @@ class Interface:
 
     name: str
     dev: str
+    """The first one, where there are several."""
     type: str
     modes: tuple[str, ...] | None
     """None: no restriction."""
     capacity: int | None
+    functions: Functions | None = None
+    vlans: tuple[int, ...] | None = None
+    """None: no restriction, and no VLAN where none is asked for."""
 
     @property
     def devices(self) -> int:
@@ -66,6 +85,8 @@ class Grant:
     device: str | None
     mode: str | None
     type: str
+    functions: Functions | None = None
+    vlan: Vlan | None = None
 
 
 def authorize(policy: Policy | None, conf: NetConf) -> Grant:
@@ -74,13 +95,14 @@ def authorize(policy: Policy | None, conf: NetConf) -> Grant:
     name = _selected(conf)
     if name is not None:
         entry = _named(policy, name, conf)
-        if conf.source not in (None, entry.dev):
+        if conf.source is not None and conf.source not in _devices(entry):
+            known = ", ".join(_devices(entry))
             raise _refusal(
-                "source", conf.source, f"interface {entry.name} is {entry.dev}; leave one of the two out"
+                "source", conf.source, f"interface {entry.name} is {known}; leave one of the two out"
             )
         return _grant(entry, conf)
     if conf.source is not None:
-        listed = [entry for entry in entries if entry.dev == conf.source]
+        listed = [entry for entry in entries if conf.source in _devices(entry)]
         if listed:
             return _grant(_first_that_allows(listed, conf), conf)
         if policy and not policy.allow_unlisted:
@@ -97,6 +119,10 @@ def authorize(policy: Policy | None, conf: NetConf) -> Grant:
     if conf.device_id is not None:
         raise _refusal("deviceID", conf.device_id, f"it names no interface; {wanted}; {_choices(policy)}")
     raise CniError(spec.INVALID_NETWORK_CONFIG, f"interface: is missing; {wanted}; {_choices(policy)}")
+
+
+def _devices(entry: Interface) -> tuple[str, ...]:
+    return entry.functions.pool if entry.functions else (entry.dev,)
 
 
 def _selected(conf: NetConf) -> str | None:
@@ -147,10 +173,23 @@ def _grant(entry: Interface, conf: NetConf) -> Grant:
         raise _refusal("mode", mode, f"interface {entry.name} allows {', '.join(entry.modes)}")
     if reason := _impossible(entry, conf, mode):
         raise _refusal("mode", mode, reason)
+    functions, dev = entry.functions, entry.dev
+    if functions and conf.source:
+        functions, dev = replace(functions, pool=(conf.source,)), conf.source
     # What a kubelet allocates is a device node, which a tap has not got.
-    return Grant(
-        entry.name or None, entry.dev, conf.device or ("macvtap" if device else None), mode, entry.type
-    )
+    made = conf.device or ("macvtap" if device else None)
+    return Grant(entry.name or None, dev, made, mode, entry.type, functions, _vlan(entry, conf))
+
+
+def _vlan(entry: Interface, conf: NetConf) -> Vlan | None:
+    if entry.vlans is None:
+        return conf.vlan
+    asked = conf.vlan.id if conf.vlan else entry.vlans[0]
+    if asked not in entry.vlans:
+        raise _refusal(
+            "vlan", str(asked), f"interface {entry.name} allows {', '.join(map(str, entry.vlans))}"
+        )
+    return conf.vlan or Vlan(asked)
 
 
 def _impossible(entry: Interface, conf: NetConf, mode: str) -> str | None:
@@ -188,9 +227,40 @@ def of(path: str, document: dict[str, Any]) -> Policy:
             if known.name == entry["name"]:
                 where = f"{path}: interfaces[{number}].name"
                 raise _refusal(where, entry["name"], f"it is the name of interfaces[{other}] already")
+        dev = entry["source"]["dev"]
+        pool = tuple(dict.fromkeys([dev] if isinstance(dev, str) else dev))
+        if not pool:
+            raise _refusal(f"{path}: interfaces[{number}].source.dev", "", "the list is empty")
         modes = tuple(dict.fromkeys(map(canonical, entry.get("modes") or ())))
-        capacity = int(entry["capacity"]) if "capacity" in entry else None
         interfaces.append(
-            Interface(entry["name"], entry["source"]["dev"], entry["type"], modes or None, capacity)
+            Interface(
+                name=entry["name"],
+                dev=pool[0],
+                type=entry["type"],
+                modes=modes or None,
+                capacity=int(entry["capacity"]) if "capacity" in entry else None,
+                functions=_functions(path, number, entry, pool),
+                vlans=tuple(map(int, entry.get("vlans") or ())) or None,
+            )
         )
     return Policy(tuple(interfaces), (schema.defaults(rules) | document)["allowUnlisted"])
+
+
+def _functions(path: str, number: int, entry: dict[str, Any], pool: tuple[str, ...]) -> Functions | None:
+    """What the entry says of VFs. CniError 7 if it is of another type and says something."""
+    where = f"{path}: interfaces[{number}]"
+    if entry["type"] != "sr-iov":
+        for key in ("vfs", "spoofchk", "trust", "minTxRate", "maxTxRate", "linkState"):
+            if key in entry:
+                raise _refusal(
+                    f"{where}.{key}", str(entry[key]), f"type {entry['type']} has no virtual functions"
+                )
+        if len(pool) > 1:
+            raise _refusal(f"{where}.source.dev", ", ".join(pool), f"type {entry['type']} has one device")
+        return None
+    settings: dict[str, Any] = {key: int(entry[key]) for key in ("spoofchk", "trust") if key in entry}
+    if "minTxRate" in entry or "maxTxRate" in entry:
+        settings["rate"] = [int(entry.get("minTxRate", 0)), int(entry.get("maxTxRate", 0))]
+    if "linkState" in entry:
+        settings["link_state"] = LINK_STATES.index(entry["linkState"])
+    return Functions(pool, int(entry["vfs"]) if "vfs" in entry else None, settings)

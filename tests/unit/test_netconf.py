@@ -62,6 +62,7 @@ def test_minimal() -> None:
         owner=None,
         group=None,
         addressing="guest",
+        vlan=None,
         ipam=None,
         dns=None,
         prev_result=None,
