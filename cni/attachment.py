@@ -12,7 +12,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from cni import cdi, ipv6, macvtap, netns, refusal, result, tap, tapdev
+from cni import cdi, deviceid, ipv6, macvtap, netns, refusal, result, tap, tapdev
 from cni import mac as mac_rules
 from cni import plan as plans
 from cni.errors import CniError, refused
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from cni.netconf import NetConf
     from cni.plan import Plan
-    from cni.policy import Grant
+    from cni.policy import Functions, Grant
     from cni.rtnl import Link
 
     DeleteLink = Callable[[Rtnl, int, int | None], None]
@@ -98,8 +98,8 @@ class Call:
         return Delegate(str(self.conf.ipam["type"]), self.stdin, self.env, self.delegate_seconds, self.waits)
 
     def source(self, grant: Grant) -> Link | None:
-        """The device that was granted; None if there is none, or none was. Raises OSError."""
-        return self.host.link(name=grant.source) if grant.source else None
+        """The first device there is of those granted; None if there is none, or none was. Raises OSError."""
+        return next(filter(None, (self.host.link(name=name) for name in grant.sources)), None)
 
     def unlink(self, host: Rtnl, index: int, nsid: int | None) -> None:
         """Delete that link. Raises OSError."""
@@ -115,6 +115,8 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
         delegate.find()  # before there is anything to undo: its DEL could not be run either
     # In one message: the kernel's answer to each costs as much again.
     source, nsid = call.host.look(grant.source, call.netns)
+    if source is None and len(grant.sources) > 1:
+        source = call.source(grant)
     plan = plans.decide(source, call.conf, grant, call.container_id, call.ifname)
     call.store.prepare()
     with call.store.locked(call.id, waits=call.waits):
@@ -131,6 +133,8 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
         try:
             record = _record(call, grant, plan, nsid)
             call.store.save(record)
+            if plan.functions:
+                record = _take_function(call, plan.functions, record)
             leased = result.Result()
             if delegate:
                 delegated = True
@@ -275,12 +279,25 @@ def _record(call: Call, grant: Grant, plan: Plan, nsid: int) -> Record:
     )
 
 
+def _take_function(call: Call, functions: Functions, record: Record) -> Record:
+    from cni import sriov  # noqa: PLC0415 - most nodes have none
+
+    device = deviceid.parse(call.conf.device_id or "")
+    number = device[1] if device else None
+    return sriov.take(call.host, call.store, record, functions, number=number, waits=call.waits)
+
+
 def _make(call: Call, plan: Plan, record: Record) -> None:
     assert call.netns is not None  # noqa: S101 - as in add
     conf = call.conf
     # A plain tap's other end is the pod's kernel itself.
     speaks = conf.addressing == "link" or plan.source is None
     try:
+        if record.vf:
+            from cni import sriov  # noqa: PLC0415 - most nodes have none
+
+            lower = sriov.set_up(call.host, call.store, record, allmulti=conf.allmulti)
+            plan = replace(plan, source=lower, mode="passthru")
         if plan.device == "macvtap":
             assert plan.source is not None and plan.mode is not None  # noqa: S101 - _plan
             macvtap.create(
@@ -293,6 +310,8 @@ def _make(call: Call, plan: Plan, record: Record) -> None:
                 mac=record.mac,
                 mtu=record.mtu,
                 bcqueuelen=conf.bcqueuelen,
+                promisc=conf.promisc,
+                allmulti=conf.allmulti,
             )
         else:
             tap.create(
@@ -415,6 +434,10 @@ def end(
     Wants the attachment's lock to be held. The errors, [] if all of it is gone.
     """
     failed = _attempt(_remove_links, host, record, delete_link)
+    if record.vf and not failed:
+        from cni import sriov  # noqa: PLC0415 - most nodes have none
+
+        failed += _attempt(sriov.give_back, host, store, record)
     if record.cdi:
         failed += _attempt(cdi.remove, record.cdi)
     if record.node:
@@ -460,6 +483,10 @@ def _remove_unrecorded(call: Call) -> None:
         call.unlink(host, link.index, nsid)
         if link.kind == "tun":
             remove_port(host, link.index, link.alias, call.unlink)
+        elif link.lower and link.mode == macvtap.MODES["passthru"]:
+            from cni import sriov  # noqa: PLC0415 - most nodes have none
+
+            sriov.let_go(host, link.lower, link.alias)
 
 
 def remove_port(host: Rtnl, ifindex: int, mark: str, delete_link: DeleteLink) -> None:

@@ -6,6 +6,7 @@ Must change nothing, and open no queue: an open queue takes frames.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from cni import mac as mac_rules
 from cni import macvtap, netns, result, tapdev
@@ -41,6 +42,8 @@ def check(call: Call, grant: Grant) -> None:
             f"prevResult.interfaces has no {call.ifname} with sandbox {call.netns_path}: was ADD run?",
         )
     plan = plans.decide(call.source(grant), conf, grant, call.container_id, call.ifname)
+    if plan.functions:
+        plan = _check_function(call, plan)
     link = _check_link(call, plan, previous.interfaces[listed[0]].mac)
     if plan.device == "macvtap":
         _check_device(call)
@@ -88,6 +91,21 @@ def _check_link(call: Call, plan: Plan, mac: str) -> Link:
         if found != made:
             raise CniError(CHECK_FAILED, f"{call.ifname}: {what} is {found!r}, and ADD made it {made!r}")
     return link
+
+
+def _check_function(call: Call, plan: Plan) -> Plan:
+    """The VF as ADD left it; the plan as one of its link."""
+    from cni import sriov  # noqa: PLC0415 - most nodes have none
+
+    record = call.store.load(call.id)
+    if record is None or record.vf is None:
+        raise CniError(CHECK_FAILED, f"{call.ifname}: there is no record of its virtual function")
+    found = sriov.differences(call.host, record)
+    lower = sriov.lower(call.host, record)
+    if found or lower is None:
+        what = "; ".join(found) or "its link is gone"
+        raise CniError(CHECK_FAILED, f"{call.ifname}: VF {record.vf['number']} of {record.source}: {what}")
+    return replace(plan, source=lower, mode="passthru")
 
 
 def _check_device(call: Call) -> None:

@@ -5,7 +5,7 @@ Decided before anything is touched, from what the caller has looked up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cni import mac as mac_rules
 from cni.errors import CniError
@@ -15,9 +15,11 @@ from cni.spec import INVALID_NETWORK_CONFIG, SOURCE_MISSING
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cni.netconf import NetConf
-    from cni.policy import Grant
+    from cni.policy import Functions, Grant
     from cni.rtnl import Link
 
+VLAN_PROTOCOLS = {"802.1Q": 0x8100, "802.1ad": 0x88A8}
+"""Ethertypes of the tags."""
 PLAIN_TAP_MTU = 1500
 
 
@@ -30,11 +32,13 @@ class Plan:
     source: Link | None
     mac: str
     mtu: int
+    functions: Functions | None = None
+    """Where a virtual function carries it; source is one of the pool then, to go by."""
 
 
 def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, ifname: str) -> Plan:
-    """source: the link that grant.source names; None if there is none of that name. Raises CniError 7 or 104."""
-    if grant.type != "ethernet":
+    """source: the link that grant names; None if there is none of that name. Raises CniError 7 or 104."""
+    if grant.type == "vmdq":
         raise CniError(
             INVALID_NETWORK_CONFIG,
             f"interface {grant.interface!r} is of type {grant.type}, which this version cannot attach to yet",
@@ -45,7 +49,9 @@ def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, 
                 SOURCE_MISSING,
                 f"source device {grant.source!r} is not on this node: plug it in, or correct the policy",
             )
-        if source.name != grant.source:  # an altname must not get round what the policy says of the device
+        if (
+            source.name not in grant.sources
+        ):  # an altname must not get round what the policy says of the device
             raise CniError(
                 INVALID_NETWORK_CONFIG,
                 f"source {grant.source!r} is another name of {source.name!r}: use that",
@@ -54,6 +60,8 @@ def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, 
             raise CniError(
                 INVALID_NETWORK_CONFIG, f"source device {grant.source!r} is not an Ethernet device"
             )
+    if grant.vlan and not grant.functions:
+        raise CniError(INVALID_NETWORK_CONFIG, f"vlan: type {grant.type} cannot have one yet")
     bridge = source is not None and source.kind == "bridge"
     device = grant.device or ("tap" if source is None or (bridge and grant.mode == "bridge") else "macvtap")
     if device == "macvtap" and source is None:
@@ -83,4 +91,12 @@ def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, 
             f"mtu {mtu} is more than the {source.mtu} of source device {source.name!r}",
         )
     mac = conf.mac or mac_rules.derive(conf.name, container_id, ifname, conf.args)
-    return Plan(device, grant.mode if source else None, source, mac, mtu)
+    return Plan(device, grant.mode if source else None, source, mac, mtu, _functions(grant))
+
+
+def _functions(grant: Grant) -> Functions | None:
+    """The entry's, with the VLAN that the network config asks for."""
+    if grant.functions is None or grant.vlan is None:
+        return grant.functions
+    vlan = [grant.vlan.id, grant.vlan.priority, VLAN_PROTOCOLS[grant.vlan.protocol]]
+    return replace(grant.functions, settings={**grant.functions.settings, "vlan": vlan})

@@ -88,6 +88,11 @@ class Grant:
     functions: Functions | None = None
     vlan: Vlan | None = None
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The devices to choose from."""
+        return self.functions.pool if self.functions else tuple(filter(None, (self.source,)))
+
 
 def authorize(policy: Policy | None, conf: NetConf) -> Grant:
     """Raise CniError 7, with the list of what is allowed, for what the policy does not allow."""

@@ -58,6 +58,8 @@ def settings(host: Rtnl, pf: int) -> dict[int, dict[str, Any]]:
 
 def change(host: Rtnl, pf: int, vf: int, wanted: Mapping[str, Any]) -> dict[str, OSError]:
     """Ask for each setting, in order and one by one; what was refused, and how."""
+    if not wanted:
+        return {}
     outcomes = host.talk(
         *(
             link_message(

@@ -37,7 +37,7 @@ from contextlib import suppress
 from functools import partial
 from logging import DEBUG, ERROR, INFO, WARNING
 
-from cni import attachment, macvtap, netns
+from cni import attachment, macvtap, netns, sriov
 from cni.agent import wire
 from cni.agent.log import log
 from cni.errors import CniError
@@ -331,6 +331,7 @@ class Reconciler:
         lower = host.link(index=link.lower or 0)
         if lower is None:
             return None
+        vf = sriov.adopt(lower) if mode == "passthru" else None
         network, container_id, ifname = names
         try:
             known = self._policy()
@@ -355,6 +356,7 @@ class Reconciler:
             source=lower.name,
             mode=mode,
             node=node if os.path.exists(node) else None,
+            vf=vf,
         )
 
     def _look_at_leftovers(self, unrecorded: dict[str, int]) -> None:

@@ -5,18 +5,22 @@ The machine is started with the first of them. A test that ends the machine fail
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from _pytest.runner import runtestprotocol
 
+from cni.plugin import Request, handle
 from lab import assets, hw
+from lab.wire import Netns
 from tests.hw import nic
 from tests.hw.nic import Root
+from tests.runner import Answer, Plugin
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 GROUP = "hw"
 """One machine: with `pytest --dist loadgroup` all of these tests run by one worker."""
@@ -107,9 +111,35 @@ def node() -> Root:
 
 
 @pytest.fixture
-def nics(node: Root) -> Iterator[tuple[nic.Nic, nic.Nic]]:
-    """Both NICs, without VFs; so they are left, too."""
-    both = nic.Nic("pf0", "wire0"), nic.Nic("pf1", "wire1")
-    yield both
-    for each in both:
-        each.make_vfs(0)
+def bare(node: Root) -> Iterator[nic.Nic]:
+    """A NIC without VFs; and so it is left."""
+    nic.PF0.make_vfs(0)
+    yield nic.PF0
+    nic.PF0.make_vfs(0)
+
+
+class Resident(Plugin):
+    """The plugin in this process, as the agent has it: to start it takes seconds on an emulated CPU."""
+
+    def execute(self, variables: dict[str, str], stdin: bytes) -> Answer:
+        done = handle(Request(variables, stdin, variables["VMTAP_POLICY"], variables["VMTAP_STATE"]))
+        return Answer(done.status, done.stdout, "")
+
+
+@pytest.fixture
+def executable(node: Root, tmp_path: Path) -> Plugin:
+    """The installed vmtap on this machine, with no policy and no state yet."""
+    return Plugin(node=node, state=tmp_path / "state", policy=tmp_path / "interfaces.yaml")
+
+
+@pytest.fixture
+def plugin(node: Root, tmp_path: Path) -> Plugin:
+    """The same without its executable; they share policy and state."""
+    return Resident(node=node, state=tmp_path / "state", policy=tmp_path / "interfaces.yaml")
+
+
+@pytest.fixture
+def pods() -> Iterator[Callable[[], Netns]]:
+    """Makes namespaces for pods, as a runtime's."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(Netns("pod"))

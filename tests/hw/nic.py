@@ -40,6 +40,9 @@ class Nic:
         """0 takes them all away; the kernel takes no other number while there are some."""
         (self.device / "sriov_numvfs").write_text(str(count))
 
+    def count(self) -> int:
+        return int((self.device / "sriov_numvfs").read_text())
+
     def pci(self, vf: int) -> str:
         """The VF's PCI address."""
         return os.readlink(self.device / f"virtfn{vf}").rpartition("/")[2]
@@ -49,11 +52,38 @@ class Nic:
         (name,) = os.listdir(self.device / f"virtfn{vf}/net")
         return name
 
+    def rebind(self, vf: int) -> None:
+        """Its driver begins anew, with the MAC that the PF says."""
+        driver = (self.device / f"virtfn{vf}/driver").resolve()
+        for file in ("unbind", "bind"):
+            (driver / file).write_text(self.pci(vf))
+
+    def state(self) -> list[str]:
+        """All that an attachment could leave changed: each VF as the PF describes it, and its own link."""
+        links = Root().links()
+        found = []
+        for number, setting in enumerate(self.settings()):
+            name = self.netdev(number)
+            keys = ("address", "mtu", "flags", "ifalias", "promiscuity", "allmulti")
+            own: dict[str, Any] = {key: links[name].get(key) for key in keys}
+            own["flags"] = sorted(own["flags"])
+            own["disable_ipv6"] = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").read_text().strip()
+            found += [f"vf {number} {key} {value}" for key, value in setting.items()]
+            found += [f"{name} {key} {value}" for key, value in own.items()]
+        return found
+
+    def changed_since(self, state: list[str]) -> list[str]:
+        """What is in one of the two states only."""
+        return sorted({*state} ^ {*self.state()})
+
     def settings(self) -> list[dict[str, Any]]:
         """What the PF says of its VFs, in their order."""
         (link,) = json.loads(run(["ip", "-j", "-d", "link", "show", "dev", self.pf]).stdout)
         settings: list[dict[str, Any]] = link["vfinfo_list"]
         return settings
+
+
+PF0, PF1 = Nic("pf0", "wire0"), Nic("pf1", "wire1")
 
 
 def name_all() -> None:

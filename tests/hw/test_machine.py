@@ -16,10 +16,9 @@ def test_these_tests_run_inside() -> None:
     assert hw.inside()
 
 
-def test_virtual_functions_reach_each_other_and_the_wire(node: Root, nics: tuple[Nic, Nic]) -> None:
-    nic, _ = nics
-    nic.make_vfs(2)
-    names = [nic.netdev(0), nic.netdev(1)]
+def test_virtual_functions_reach_each_other_and_the_wire(node: Root, bare: Nic) -> None:
+    bare.make_vfs(2)
+    names = [bare.netdev(0), bare.netdev(1)]
     for name in names:
         run(["ip", "link", "set", name, "up"])
     node.wait_until_up(*names)
@@ -27,7 +26,7 @@ def test_virtual_functions_reach_each_other_and_the_wire(node: Root, nics: tuple
     with (
         packet_socket(node, names[0]) as first,
         packet_socket(node, names[1]) as second,
-        packet_socket(node, nic.wire) as wire,
+        packet_socket(node, bare.wire) as wire,
     ):
         first.send(Frame(BROADCAST, sender, "to all").pack())
         got = collect({"second": second, "wire": wire}, until="to all")

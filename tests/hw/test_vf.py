@@ -20,10 +20,9 @@ def _index(host: Rtnl, name: str) -> int:
     return link.index
 
 
-def test_every_setting_that_the_driver_has(node: Root, nics: tuple[Nic, Nic]) -> None:
-    nic, _ = nics
-    nic.make_vfs(2)
-    node.wait_until_up(nic.pf)  # making them resets the NIC, and this one limits no rate without a carrier
+def test_every_setting_that_the_driver_has(node: Root, bare: Nic) -> None:
+    bare.make_vfs(2)
+    node.wait_until_up(bare.pf)  # making them resets the NIC, and this one limits no rate without a carrier
     wanted = {
         "mac": "02:00:00:00:00:21",
         "vlan": [100, 3, vf.ETH_P_8021Q],
@@ -32,12 +31,12 @@ def test_every_setting_that_the_driver_has(node: Root, nics: tuple[Nic, Nic]) ->
         "rate": [0, 200],
     }
     with Rtnl() as host:
-        pf = _index(host, nic.pf)
+        pf = _index(host, bare.pf)
         before = vf.settings(host, pf)
         assert vf.change(host, pf, 1, wanted) == {}
         after = vf.settings(host, pf)
     assert after == {0: before[0], 1: before[1] | wanted}
-    seen = nic.settings()[1]
+    seen = bare.settings()[1]
     assert (seen["address"], seen["vlan_list"]) == (wanted["mac"], [{"vlan": 100, "qos": 3}])
     assert (seen["spoofchk"], seen["trust"], seen["rate"]["max_tx"]) == (False, True, 200)
 
@@ -51,21 +50,19 @@ def test_every_setting_that_the_driver_has(node: Root, nics: tuple[Nic, Nic]) ->
     ],
 )
 def test_a_setting_that_the_driver_has_not_is_refused_by_itself(
-    nics: tuple[Nic, Nic], name: str, value: Any, number: int
+    bare: Nic, name: str, value: Any, number: int
 ) -> None:
-    nic, _ = nics
-    nic.make_vfs(1)
+    bare.make_vfs(1)
     with Rtnl() as host:
-        pf = _index(host, nic.pf)
+        pf = _index(host, bare.pf)
         refused = vf.change(host, pf, 0, {name: value, "trust": 1})
         assert vf.settings(host, pf)[0]["trust"] == 1
     assert {name: said.errno for name, said in refused.items()} == {name: number}
 
 
-def test_a_nic_without_switch_modes_says_so(nics: tuple[Nic, Nic]) -> None:
-    nic, _ = nics
+def test_a_nic_without_switch_modes_says_so(bare: Nic) -> None:
     with Rtnl() as host:
-        pf = _index(host, nic.pf)
+        pf = _index(host, bare.pf)
         assert vf.switch_mode(host, pf) is None
         with pytest.raises(OSError, match="not supported") as refused:
             vf.set_switch_mode(host, pf, vf.SWITCH_MODES["vepa"])
