@@ -231,7 +231,7 @@ class Rtnl:
         self._sequence += 1
         self._send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | nlm, self._sequence, 0) + body)
         while True:
-            for answer, flags, sequence, payload in self._receive():
+            for answer, flags, sequence, payload in _messages(self._socket.recv(_DUMP_BYTES)):
                 if sequence == self._sequence and answer == NLMSG_ERROR:
                     raise _error(flags, payload) or OSError(errno.EPROTO, "an ACK and no answer")
                 if sequence == self._sequence:

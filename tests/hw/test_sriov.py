@@ -189,8 +189,9 @@ def test_what_the_nic_cannot_do_is_refused_and_nothing_is_left(
 def test_the_device_plugins_choice_counts(two: Nic, plugin: Plugin, pods: Callable[[], Netns]) -> None:
     plugin("ADD", _config(deviceID="fastMvp1"), netns=pods()).ok()
     assert (_record(plugin).vf or {})["number"] == 1
-    answer = plugin("ADD", _config(deviceID="fastMvp1"), netns=pods(), container="c2").error(11)
-    assert answer["msg"] == "VF 1 of 'pf0', which was allocated, is attached"
+    plugin("ADD", _config(), netns=pods(), container="c2").ok()
+    answer = plugin("ADD", _config(deviceID="fastMvp0"), netns=pods(), container="c3").error(11)
+    assert answer["msg"] == "VF 0 of 'pf0', which was allocated, is attached"
 
 
 def test_functions_are_made_where_the_entry_says_how_many(
