@@ -135,6 +135,10 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             call.store.save(record)
             if plan.functions:
                 record = _take_function(call, plan.functions, record)
+            if plan.vlan and plan.source:
+                from cni import vlan  # noqa: PLC0415 - for those who ask for one
+
+                record = vlan.take(call.host, call.store, record, plan.source, plan.vlan, waits=call.waits)
             leased = result.Result()
             if delegate:
                 delegated = True
@@ -250,6 +254,11 @@ def _record(call: Call, grant: Grant, plan: Plan, nsid: int) -> Record:
     conf = call.conf
     boot = boot_id()
     device_id = conf.device_id if conf.device_index else None
+    tagged = None
+    if plan.vlan and plan.source:
+        from cni import vlan  # noqa: PLC0415 - for those who ask for one
+
+        tagged = vlan.device(plan.source, plan.vlan)
     ifindex = call.store.reserve_ifindex(call.id, device_id)  # last: nothing that fails may follow
     wants_node = plan.device == "macvtap" and (
         device_id is not None or conf.owner is not None or conf.group is not None
@@ -275,6 +284,7 @@ def _record(call: Call, grant: Grant, plan: Plan, nsid: int) -> Record:
         args=call.env.get("CNI_ARGS", ""),
         cni_path=call.env.get("CNI_PATH", "") if conf.ipam else "",
         device_id=device_id,
+        vlan=tagged,
         cdi=cdi.path(call.cdi, device_id) if call.cdi and device_id else None,
     )
 
@@ -298,6 +308,10 @@ def _make(call: Call, plan: Plan, record: Record) -> None:
 
             lower = sriov.set_up(call.host, call.store, record, allmulti=conf.allmulti)
             plan = replace(plan, source=lower, mode="passthru")
+        if record.vlan:
+            from cni import vlan  # noqa: PLC0415 - for those who ask for one
+
+            plan = replace(plan, source=vlan.lower(call.host, record))
         if plan.device == "macvtap":
             assert plan.source is not None and plan.mode is not None  # noqa: S101 - _plan
             macvtap.create(
@@ -438,6 +452,10 @@ def end(
         from cni import sriov  # noqa: PLC0415 - most nodes have none
 
         failed += _attempt(sriov.give_back, host, store, record)
+    if record.vlan and not failed:
+        from cni import vlan  # noqa: PLC0415 - for those who ask for one
+
+        failed += _attempt(vlan.release, host, store, record.vlan["device"], record.id, delete_link)
     if record.cdi:
         failed += _attempt(cdi.remove, record.cdi)
     if record.node:

@@ -44,6 +44,10 @@ def check(call: Call, grant: Grant) -> None:
     plan = plans.decide(call.source(grant), conf, grant, call.container_id, call.ifname)
     if plan.functions:
         plan = _check_function(call, plan)
+    if plan.vlan and (record := call.store.load(call.id)) and record.vlan:
+        from cni import vlan  # noqa: PLC0415 - for those who ask for one
+
+        plan = replace(plan, source=vlan.lower(call.host, record))
     link = _check_link(call, plan, previous.interfaces[listed[0]].mac)
     if plan.device == "macvtap":
         _check_device(call)

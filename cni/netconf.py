@@ -57,6 +57,11 @@ class Vlan:
     priority: int = 0
     protocol: str = "802.1Q"
 
+    @property
+    def ethertype(self) -> int:
+        """Of the tag."""
+        return 0x88A8 if self.protocol == "802.1ad" else 0x8100
+
 
 @dataclass(frozen=True)
 class NetConf:

@@ -14,12 +14,10 @@ from cni.spec import INVALID_NETWORK_CONFIG, SOURCE_MISSING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from cni.netconf import NetConf
+    from cni.netconf import NetConf, Vlan
     from cni.policy import Functions, Grant
     from cni.rtnl import Link
 
-VLAN_PROTOCOLS = {"802.1Q": 0x8100, "802.1ad": 0x88A8}
-"""Ethertypes of the tags."""
 PLAIN_TAP_MTU = 1500
 
 
@@ -34,6 +32,8 @@ class Plan:
     mtu: int
     functions: Functions | None = None
     """Where a virtual function carries it; source is one of the pool then, to go by."""
+    vlan: Vlan | None = None
+    """Where a VLAN device of the source does."""
 
 
 def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, ifname: str) -> Plan:
@@ -49,9 +49,8 @@ def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, 
                 SOURCE_MISSING,
                 f"source device {grant.source!r} is not on this node: plug it in, or correct the policy",
             )
-        if (
-            source.name not in grant.sources
-        ):  # an altname must not get round what the policy says of the device
+        # An altname must not get round what the policy says of the device.
+        if source.name not in grant.sources:
             raise CniError(
                 INVALID_NETWORK_CONFIG,
                 f"source {grant.source!r} is another name of {source.name!r}: use that",
@@ -60,30 +59,14 @@ def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, 
             raise CniError(
                 INVALID_NETWORK_CONFIG, f"source device {grant.source!r} is not an Ethernet device"
             )
-    if grant.vlan and not grant.functions:
-        raise CniError(INVALID_NETWORK_CONFIG, f"vlan: type {grant.type} cannot have one yet")
     bridge = source is not None and source.kind == "bridge"
     device = grant.device or ("tap" if source is None or (bridge and grant.mode == "bridge") else "macvtap")
     if device == "macvtap" and source is None:
         raise CniError(INVALID_NETWORK_CONFIG, "device macvtap needs an interface or a source to sit on")
-    if device == "tap" and conf.device_id:
-        raise CniError(
-            INVALID_NETWORK_CONFIG,
-            f"device tap: {conf.device_id} was allocated, and a tap is no device of a device plugin's; take the "
-            "resource name out of the network, or use macvtap",
-        )
-    if device == "tap" and source is not None:
-        if not bridge:
-            raise CniError(
-                INVALID_NETWORK_CONFIG,
-                f"device tap: source {source.name!r} is no Linux bridge; use macvtap on a NIC, or name a bridge",
-            )
-        if grant.mode == "vepa":
-            raise CniError(
-                INVALID_NETWORK_CONFIG,
-                "mode vepa: a tap on a Linux bridge cannot have it, as the bridge delivers between its own ports; "
-                "use bridge, pepa, or a macvtap on the NIC",
-            )
+    if device == "tap":
+        _check_tap(conf, grant, source)
+    if conf.vlan and conf.vlan.priority and not grant.functions:
+        raise CniError(INVALID_NETWORK_CONFIG, "vlanPriority is refused: only type sr-iov can set it")
     mtu = conf.mtu or (source.mtu if source else PLAIN_TAP_MTU)
     if source and mtu > source.mtu:
         raise CniError(
@@ -91,12 +74,47 @@ def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, 
             f"mtu {mtu} is more than the {source.mtu} of source device {source.name!r}",
         )
     mac = conf.mac or mac_rules.derive(conf.name, container_id, ifname, conf.args)
-    return Plan(device, grant.mode if source else None, source, mac, mtu, _functions(grant))
+    return Plan(
+        device,
+        grant.mode if source else None,
+        source,
+        mac,
+        mtu,
+        _functions(grant),
+        None if grant.functions else grant.vlan,
+    )
+
+
+def _check_tap(conf: NetConf, grant: Grant, source: Link | None) -> None:
+    """Raises CniError 7 for what a tap cannot be."""
+    if conf.device_id:
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"device tap: {conf.device_id} was allocated, and a tap is no device of a device plugin's; take the "
+            "resource name out of the network, or use macvtap",
+        )
+    if grant.vlan or conf.vlan:
+        raise CniError(
+            INVALID_NETWORK_CONFIG, "vlan is refused: a bridge sorts its ports itself; use device macvtap"
+        )
+    if source is None:
+        return
+    if source.kind != "bridge":
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"device tap: source {source.name!r} is no Linux bridge; use macvtap on a NIC, or name a bridge",
+        )
+    if grant.mode == "vepa":
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            "mode vepa: a tap on a Linux bridge cannot have it, as the bridge delivers between its own ports; "
+            "use bridge, pepa, or a macvtap on the NIC",
+        )
 
 
 def _functions(grant: Grant) -> Functions | None:
     """The entry's, with the VLAN that the network config asks for."""
     if grant.functions is None or grant.vlan is None:
         return grant.functions
-    vlan = [grant.vlan.id, grant.vlan.priority, VLAN_PROTOCOLS[grant.vlan.protocol]]
-    return replace(grant.functions, settings={**grant.functions.settings, "vlan": vlan})
+    tag = [grant.vlan.id, grant.vlan.priority, grant.vlan.ethertype]
+    return replace(grant.functions, settings={**grant.functions.settings, "vlan": tag})

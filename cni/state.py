@@ -86,6 +86,8 @@ class Record:
     """The device that the kubelet allocated, if the config named one."""
     cdi: str | None = None
     """The CDI spec file that ADD wrote for it, if it was asked to."""
+    vlan: dict[str, Any] | None = None
+    """The VLAN device that its macvtap is on (cni/vlan.py)."""
     vf: dict[str, Any] | None = None
     """The virtual function, what it was and what was made of it (cni/sriov.py)."""
 

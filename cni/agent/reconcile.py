@@ -37,7 +37,7 @@ from contextlib import suppress
 from functools import partial
 from logging import DEBUG, ERROR, INFO, WARNING
 
-from cni import attachment, macvtap, netns, sriov
+from cni import attachment, macvtap, netns, sriov, vlan
 from cni.agent import wire
 from cni.agent.log import log
 from cni.errors import CniError
@@ -332,6 +332,9 @@ class Reconciler:
         if lower is None:
             return None
         vf = sriov.adopt(lower) if mode == "passthru" else None
+        shared = vlan.adopt(lower)
+        if shared:
+            lower = host.link(index=lower.lower or 0) or lower
         network, container_id, ifname = names
         try:
             known = self._policy()
@@ -356,6 +359,7 @@ class Reconciler:
             source=lower.name,
             mode=mode,
             node=node if os.path.exists(node) else None,
+            vlan=shared,
             vf=vf,
         )
 

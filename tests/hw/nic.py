@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lab import hw
 from lab.wire import Netns, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _BY_MAC = {mac: name for name, mac in (hw.NICS | hw.WIRES).items()}
 
@@ -91,3 +96,27 @@ def name_all() -> None:
     for link in json.loads(run(["ip", "-j", "link", "show"]).stdout):
         if name := _BY_MAC.get(link.get("address")):
             run(["ip", "link", "set", link["ifname"], "name", name, "up"])
+
+
+def killed(work: Callable[[], object], where: str, calls: int) -> None:
+    """Work done by a child that dies when that function has returned to it for that number of times."""
+    if not (child := os.fork()):
+        _die_after(where, calls)
+        work()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def _die_after(where: str, calls: int) -> None:
+    """Makes this process kill itself when that function has returned for that number of times."""
+    module_name, _, name = where.rpartition(".")
+    module = importlib.import_module(module_name)
+    real, left = getattr(module, name), iter(range(calls))
+
+    def wrapped(*args: Any, **named: Any) -> Any:
+        answer = real(*args, **named)
+        if next(left) == calls - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+    setattr(module, name, wrapped)

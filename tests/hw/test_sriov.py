@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ import pytest
 from cni import state, tapdev
 from lab.frames import BROADCAST, Frame, collect, packet_socket, write_tap
 from lab.wire import run
-from tests.hw.nic import PF0, PF1
+from tests.hw.nic import PF0, PF1, killed
 from tests.runner import config
 
 if TYPE_CHECKING:
@@ -277,7 +275,7 @@ def test_whenever_an_add_is_killed_the_function_comes_back_as_it_was(
     before = tied.state()
     pod = pods()
     conf = _config(mac=MAC, vlan=100)
-    _killed(lambda: plugin("ADD", conf, netns=pod), *kill)
+    killed(lambda: plugin("ADD", conf, netns=pod), *kill)
     plugin("DEL", conf, netns=pod).ok()
     assert plugin.leftovers() == []
     assert tied.changed_since(before) == []
@@ -290,34 +288,10 @@ def test_a_killed_add_can_be_repeated_and_a_killed_del_too(
     before = tied.state()
     pod = pods()
     conf = _config(mac=MAC, vlan=100)
-    _killed(lambda: plugin("ADD", conf, netns=pod), "cni.sriov._write", 1)
+    killed(lambda: plugin("ADD", conf, netns=pod), "cni.sriov._write", 1)
     plugin("ADD", conf, netns=pod).ok()
     assert tied.settings()[0]["vlan_list"] == [{"vlan": 100}]
-    _killed(lambda: plugin("DEL", conf, netns=pod), "cni.sriov._write", 1)
+    killed(lambda: plugin("DEL", conf, netns=pod), "cni.sriov._write", 1)
     plugin("DEL", conf, netns=pod).ok()
     assert plugin.leftovers() == []
     assert tied.changed_since(before) == []
-
-
-def _killed(work: Callable[[], object], where: str, calls: int) -> None:
-    """Work done by a child that dies when that function has returned to it for that number of times."""
-    if not (child := os.fork()):
-        _die_after(where, calls)
-        work()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
-def _die_after(where: str, calls: int) -> None:
-    """Makes this process kill itself when that function has returned for that number of times."""
-    module_name, _, name = where.rpartition(".")
-    module = importlib.import_module(module_name)
-    real, left = getattr(module, name), iter(range(calls))
-
-    def wrapped(*args: Any, **named: Any) -> Any:
-        answer = real(*args, **named)
-        if next(left) == calls - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return answer
-
-    setattr(module, name, wrapped)

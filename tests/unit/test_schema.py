@@ -183,7 +183,7 @@ def test_explain_agrees_with_jsonschema(data: st.DataObject) -> None:
         (
             {"interfaces": [{"name": "a", "source": {}}]},
             "interfaces[0].source.dev: is missing; give a device name of at most 15 ASCII characters "
-            "without '/', ':' and white space, such as \"eth1\"",
+            "without '/', ':' and white space, or, with type sr-iov, a list of them, such as \"eth1\"",
         ),
         (
             {"interfaces": [{"name": "a", "source": {"dev": "eth0"}, "capacity": 0}]},
