@@ -15,8 +15,8 @@ import stat
 import struct
 from dataclasses import dataclass
 
-from cni import lock, policy
-from cni.ctl import ethtool, inventory, offered, trial
+from cni import ethtool, lock, policy
+from cni.ctl import inventory, offered, trial
 from cni.errors import CniError
 from cni.rtnl import ARPHRD_ETHER, Rtnl
 
