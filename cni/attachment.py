@@ -135,6 +135,10 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             call.store.save(record)
             if plan.functions:
                 record = _take_function(call, plan.functions, record)
+            if plan.offload:
+                from cni import offload  # noqa: PLC0415 - most nodes have none
+
+                offload.switch_on(call.store.folder, str(record.source))
             if plan.vlan and plan.source:
                 from cni import vlan  # noqa: PLC0415 - for those who ask for one
 

@@ -44,6 +44,11 @@ def check(call: Call, grant: Grant) -> None:
     plan = plans.decide(call.source(grant), conf, grant, call.container_id, call.ifname)
     if plan.functions:
         plan = _check_function(call, plan)
+    if plan.offload and plan.source:
+        from cni import ethtool, offload  # noqa: PLC0415 - most nodes have none
+
+        if not ethtool.features(plan.source.name).get(offload.FEATURE):
+            raise CniError(CHECK_FAILED, f"{offload.FEATURE} of {plan.source.name} is off, and ADD had it on")
     if plan.vlan and (record := call.store.load(call.id)) and record.vlan:
         from cni import vlan  # noqa: PLC0415 - for those who ask for one
 

@@ -34,15 +34,12 @@ class Plan:
     """Where a virtual function carries it; source is one of the pool then, to go by."""
     vlan: Vlan | None = None
     """Where a VLAN device of the source does."""
+    offload: bool = False
+    """Whether the source's queues are to do the sorting."""
 
 
 def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, ifname: str) -> Plan:
     """source: the link that grant names; None if there is none of that name. Raises CniError 7 or 104."""
-    if grant.type == "vmdq":
-        raise CniError(
-            INVALID_NETWORK_CONFIG,
-            f"interface {grant.interface!r} is of type {grant.type}, which this version cannot attach to yet",
-        )
     if grant.source is not None:
         if source is None:
             raise CniError(
@@ -82,6 +79,7 @@ def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, 
         mtu,
         _functions(grant),
         None if grant.functions else grant.vlan,
+        offload=grant.type == "vmdq",
     )
 
 

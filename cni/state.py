@@ -7,6 +7,7 @@ reconciler can find what is left. DEL works without it. Must not touch the netwo
     FOLDER/attachments/ID.json  a Record; ID names network, container and ifname; read-only once its ADD is through
     FOLDER/ifindex/N            a symbolic link to ID: interface index N is that attachment's, on this host
     FOLDER/vf/PCI-ADDRESS       the same for a virtual function (cni/sriov.py)
+    FOLDER/offloads, probes     cni/offload.py, cni/ctl/probe.py
     FOLDER/dev/tapN             device nodes that ADD was asked to make (cni/tapdev.py)
     FOLDER/holders/ID           the processes that hold its fds (cni/agent/holders.py)
 """

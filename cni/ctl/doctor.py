@@ -15,7 +15,7 @@ import stat
 import struct
 from dataclasses import dataclass
 
-from cni import ethtool, lock, policy
+from cni import ethtool, lock, offload, policy, sriov
 from cni.ctl import inventory, offered, trial
 from cni.errors import CniError
 from cni.rtnl import ARPHRD_ETHER, Rtnl
@@ -280,12 +280,14 @@ def _faults(node: Node, source: Source) -> Iterator[tuple[str, str, str]]:
     """(severity, what, next step)."""
     link = source.link
     for entry in source.entries:
-        if entry.type != "ethernet":
+        if entry.type == "sr-iov" and not sriov.most(source.name):
             yield (
                 "error",
-                f"interface {entry.name} is of type {entry.type}, which this version cannot attach to",
-                "make it of type ethernet, or take it out of the policy",
+                f"interface {entry.name} is of type sr-iov, and it has no virtual functions",
+                "name a PF of an SR-IOV NIC, or make it of type ethernet",
             )
+        if entry.type == "vmdq" and link:
+            yield from _offload(node, source, entry.name)
         if entry.capacity and node.count(entry) > entry.capacity:
             yield (
                 "warning",
@@ -299,6 +301,23 @@ def _faults(node: Node, source: Source) -> Iterator[tuple[str, str, str]]:
             "error",
             "it is not on this node",
             "plug it in, or correct source.dev in the policy (ip link lists what is there)",
+        )
+
+
+def _offload(node: Node, source: Source, name: str) -> Iterator[tuple[str, str, str]]:
+    if not ethtool.can(source.name, offload.FEATURE):
+        yield (
+            "error",
+            f"interface {name} is of type vmdq, and the NIC or its driver has no {offload.FEATURE}",
+            "make it of type ethernet",
+        )
+        return
+    wanted = sum(each.record.interface == name for each in node.attachments)
+    if (taken := offload.taken(source.name)) < wanted:
+        yield (
+            "warning",
+            f"the NIC sorts for {taken} of {wanted} attachments of {name}; for the others the kernel does, slower",
+            "look at its number of queues (ethtool -l), or attach fewer",
         )
 
 

@@ -136,7 +136,9 @@ def _no_receive_checksums() -> None:
 
 def test_a_type_that_cannot_be_attached_to(good: Ctl) -> None:
     good.plugin.policy.write_text("interfaces: [{name: fast, source: {dev: eth1}, type: sr-iov}]\n")
-    assert "of type sr-iov" in wrong(good)["source eth1"][1]
+    assert "of type sr-iov, and it has no virtual functions" in wrong(good)["source eth1"][1]
+    good.plugin.policy.write_text("interfaces: [{name: fast, source: {dev: eth1}, type: vmdq}]\n")
+    assert "has no l2-fwd-offload" in wrong(good)["source eth1"][1]
 
 
 def test_more_than_the_capacity(good: Ctl, lab: Lab) -> None:

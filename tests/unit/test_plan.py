@@ -67,7 +67,6 @@ def test_a_device_that_is_named_is_taken(lab: Lab) -> None:
         ({"source": "br0", "mode": "vepa", "device": "tap"}, "mode vepa"),
         ({"source": None, "device": "macvtap"}, "needs an interface or a source"),
         ({"source": "lo"}, "is not an Ethernet device"),
-        ({"source": "eth1", "type": "vmdq"}, "cannot attach to yet"),
         ({"source": "eth1", "mtu": 1501}, "more than the 1500 of source device 'eth1'"),
     ],
 )
