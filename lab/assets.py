@@ -1,5 +1,5 @@
 """What the lab gets from Debian and from Go: a guest's kernel and initramfs, cnitool and its plugins, the shape of
-KubeVirt's objects; what the benchmark builds; and the emulated machine with SR-IOV NICs.
+KubeVirt's objects; and what the benchmark builds. The emulated machine is lab/hardware.py's.
 
     python -m lab.assets                  says which of them are missing
     python -m lab.assets guest clients    makes those
@@ -14,7 +14,6 @@ import contextlib
 import gzip
 import hashlib
 import json
-import lzma
 import os
 import platform
 import re
@@ -54,19 +53,7 @@ MODULES = {
 }
 """What guest.init loads for what, in this order."""
 
-BACKPORTS = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
-"""A QEMU that emulates an SR-IOV NIC is newer (8.0) than Debian 12's own, and needs none but its libraries."""
-HW_KERNEL_PACKAGE = "linux-image-amd64"
-"""The cloud kernel has no drivers for such a NIC."""
-HW_MODULES = (
-    *("9pnet_virtio", "9p", "virtio_net", "igb", "igbvf", "8021q", "bridge", "bonding", "dummy", "veth"),
-    *("macvtap", "tun"),
-)
-"""What hw.init loads, after what they depend on."""
-_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-
 _INIT = Path(__file__).with_name("guest.init")
-_HW_INIT = Path(__file__).with_name("hw.init")
 _SHIM = CHECKOUT / "cni/shim/vmtap.c"
 _BENCH_SOURCES = (Path(__file__).parent / "bench/spawn.c", Path(__file__).parent / "bench/moment.c")
 _PACKAGE_BUILD = CHECKOUT / "hatch_build.py"
@@ -93,36 +80,17 @@ class Guest:
 
 def guest() -> Guest:
     """The guest's files; AssetError if they were not made yet."""
-    return Guest(_made(_kernel_folder() / "vmlinuz"), _made(_initramfs_path()))
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What lab/hw.py boots, and the QEMU that can."""
-
-    qemu: Path
-    firmware: tuple[Path, ...]
-    """QEMU's -L, each."""
-    kernel: Path
-    initramfs: Path
-
-
-def hardware() -> Hardware:
-    """The emulated machine's files; AssetError if they were not made yet."""
-    folder = _made(_hw_folder(), "test")
-    firmware = (folder / "usr/share/qemu", folder / "usr/share/seabios")
-    image = _made(_hw_initramfs_path(), "test")
-    return Hardware(folder / "usr/bin/qemu-system-x86_64", firmware, folder / "vmlinuz", image)
+    return Guest(made(_kernel_folder() / "vmlinuz"), made(_initramfs_path()))
 
 
 def clients() -> Path:
     """The folder with cnitool and the reference plugins; AssetError if it was not made yet."""
-    return _made(_clients_folder())
+    return made(_clients_folder())
 
 
 def bench() -> Path:
     """The folder with the benchmark's programs: shim, macvlan, tap, spawn, moment; AssetError if it was not made."""
-    return _made(_bench_folder(), "bench")
+    return made(_bench_folder(), "bench")
 
 
 def kubevirt() -> list[Path]:
@@ -130,7 +98,7 @@ def kubevirt() -> list[Path]:
 
     AssetError if they were not made yet.
     """
-    return [_made(_kubevirt_folder(version), "test") for version in KUBEVIRT_VERSIONS]
+    return [made(_kubevirt_folder(version), "test") for version in KUBEVIRT_VERSIONS]
 
 
 def make_guest() -> None:
@@ -139,41 +107,29 @@ def make_guest() -> None:
         raise AssetError(f"the lab's guests are for x86_64, this machine is {platform.machine()}")
     folder = _kernel_folder()
     if not folder.exists():
-        with _building(folder) as parts:
+        with building(folder) as parts:
             _unpack_kernel(parts)
     image = _initramfs_path()
     if not image.exists():
-        with _building(image) as part:
+        with building(image) as part:
             part.write_bytes(gzip.compress(_initramfs(folder), compresslevel=6, mtime=0))
-
-
-def make_hardware() -> None:
-    """QEMU and a kernel from Debian's backports, unpacked only; and the initramfs, each if it is not there."""
-    folder = _hw_folder()
-    if not folder.exists():
-        with _building(folder) as parts:
-            _unpack_hardware(parts)
-    image = _hw_initramfs_path()
-    if not image.exists():
-        with _building(image) as part:
-            part.write_bytes(gzip.compress(_hw_initramfs(folder), compresslevel=6, mtime=0))
 
 
 def make_clients() -> None:
     """cnitool and the reference plugins, with the machine's Go or the one in the virtual environment."""
-    with _building(_clients_folder()) as parts:
+    with building(_clients_folder()) as parts:
         _go_install([CNITOOL], parts)
         _go_install([f"{PLUGINS}/{name}@{PLUGINS_VERSION}" for name in PLUGIN_NAMES], parts)
 
 
 def make_bench() -> None:
     """The peers with Go; our shim and the programs that measure with musl's C library, static and small."""
-    with _building(_bench_folder()) as parts:
+    with building(_bench_folder()) as parts:
         _go_install([f"{PLUGINS}/{name}@{PLUGINS_VERSION}" for name in BENCH_NAMES], parts)
         from hatch_build import FLAGS  # noqa: PLC0415 - it wants hatchling; nothing else here does
 
         for source in (_SHIM, *_BENCH_SOURCES):
-            _run(["musl-gcc", *FLAGS, "-o", parts / source.stem, source])
+            run(["musl-gcc", *FLAGS, "-o", parts / source.stem, source])
 
 
 def make_kubevirt() -> None:
@@ -181,9 +137,9 @@ def make_kubevirt() -> None:
     for version in KUBEVIRT_VERSIONS:
         folder = _kubevirt_folder(version)
         if not folder.exists():
-            with _building(folder) as part:
+            with building(folder) as part:
                 env = {**os.environ, **_GO_ENV}
-                said = _run([_go(), "mod", "download", "-json", f"{KUBEVIRT_API}@{version}"], env=env)
+                said = run([_go(), "mod", "download", "-json", f"{KUBEVIRT_API}@{version}"], env=env)
                 module = Path(json.loads(said)["Dir"])
                 shutil.copytree(module / "apitesting/testdata/HEAD", part)
 
@@ -191,7 +147,7 @@ def make_kubevirt() -> None:
 def _go_install(packages: Sequence[str], folder: Path) -> None:
     env = {**os.environ, **_GO_ENV, "CGO_ENABLED": "0", "GOBIN": str(folder)}
     folder.mkdir(exist_ok=True)
-    _run([_go(), "install", *packages], env=env)
+    run([_go(), "install", *packages], env=env)
 
 
 def _kernel_folder() -> Path:
@@ -201,15 +157,6 @@ def _kernel_folder() -> Path:
 def _initramfs_path() -> Path:
     stamp = hashlib.sha256(_INIT.read_bytes() + repr(MODULES).encode()).hexdigest()[:12]
     return CACHE / f"guest-{stamp}.cpio.gz"
-
-
-def _hw_folder() -> Path:
-    return CACHE / "hw"
-
-
-def _hw_initramfs_path() -> Path:
-    stamp = hashlib.sha256(_HW_INIT.read_bytes() + repr(HW_MODULES).encode()).hexdigest()[:12]
-    return CACHE / f"hw-{stamp}.cpio.gz"
 
 
 def _clients_folder() -> Path:
@@ -227,14 +174,14 @@ def _bench_folder() -> Path:
     return CACHE / f"bench-{hashlib.sha256(sources + versions).hexdigest()[:12]}"
 
 
-def _made(path: Path, what: str = "demo") -> Path:
+def made(path: Path, what: str = "demo") -> Path:
     if not path.exists():
         raise AssetError(f"{path} is not there: run lab/setup {what}")
     return path
 
 
 @contextlib.contextmanager
-def _building(target: Path) -> Iterator[Path]:
+def building(target: Path) -> Iterator[Path]:
     """A path to make the target at; it gets the target's name when all went well, and is removed if not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as scratch:
@@ -247,8 +194,8 @@ def _unpack_kernel(parts: Path) -> None:
     """vmlinuz, busybox and the modules, all of them: which are loaded is the initramfs's matter."""
     with tempfile.TemporaryDirectory(prefix="unpack.", dir=CACHE) as scratch:
         root = Path(scratch)
-        _unpack(_real_package(KERNEL_PACKAGE), root)
-        _unpack(BUSYBOX_PACKAGE, root)
+        unpack(real_package(KERNEL_PACKAGE), root)
+        unpack(BUSYBOX_PACKAGE, root)
         parts.mkdir()
         (root / "bin/busybox").rename(parts / "busybox")
         for kernel in (root / "boot").glob("vmlinuz-*"):
@@ -257,68 +204,31 @@ def _unpack_kernel(parts: Path) -> None:
             modules.rename(parts / "modules")
 
 
-def _unpack_hardware(parts: Path) -> None:
-    """The packages as they are, without what nobody reads."""
-    if platform.machine() != "x86_64":
-        raise AssetError(f"the emulated machine is an x86_64, this one is {platform.machine()}")
-    parts.mkdir()
-    with tempfile.TemporaryDirectory(prefix="backports.", dir=CACHE) as scratch:
-        options = _backports(Path(scratch))
-        _run(["apt-get", "-q", *options, "update"])
-        for package in (*BACKPORTS, _real_package(HW_KERNEL_PACKAGE, options)):
-            _unpack(package, parts, options)
-    _unpack(BUSYBOX_PACKAGE, parts)
-    for kernel in (parts / "boot").glob("vmlinuz-*"):
-        kernel.rename(parts / "vmlinuz")
-    for needless in ("boot", "usr/share/doc"):
-        shutil.rmtree(parts / needless)
-
-
-def _backports(scratch: Path) -> list[str]:
-    """Options for apt to know the backports of this Debian and nothing else, with its lists in scratch."""
-    release = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
-    known = _with_lists(["apt-get", "indextargets", "--format", "$(CODENAME) $(REPO_URI)", "Component: main"])
-    mirrors = [uri for codename, uri in map(str.split, known.splitlines()) if codename == release]
-    if not release or not mirrors:
-        raise AssetError("apt knows no mirror of this machine's release: is this Debian?")
-    sources = scratch / "sources.list"
-    sources.write_text(f"deb [signed-by={_KEYRING}] {mirrors[0]} {release}-backports main\n")
-    (scratch / "lists/partial").mkdir(parents=True)
-    settings = {
-        "Dir::Etc::sourcelist": sources,
-        "Dir::Etc::sourceparts": "/dev/null",
-        "Dir::State::lists": scratch / "lists",
-        "Dir::Cache": scratch,
-        "APT::Sandbox::User": "root",
-    }
-    return [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
-
-
-def _real_package(package: str, options: Sequence[str] = ()) -> str:
+def real_package(package: str, options: Sequence[str] = ()) -> str:
     """The package that a meta-package such as linux-image-cloud-amd64 stands for today."""
-    said = _with_lists(["apt-cache", *options, "depends", package])
+    said = with_lists(["apt-cache", *options, "depends", package])
     found = re.search(r"Depends: (linux-image-\S+)", said)
     if not found:
         raise AssetError(f"apt-cache knows no kernel for {package}: is this Debian?")
     return found[1]
 
 
-def _unpack(package: str, root: Path, options: Sequence[str] = ()) -> None:
+def unpack(package: str, root: Path, options: Sequence[str] = ()) -> None:
     with tempfile.TemporaryDirectory(prefix="deb.", dir=CACHE) as scratch:
-        _with_lists(
+        with_lists(
             ["apt-get", "-q", "-o", "APT::Sandbox::User=root", *options, "download", package],
             cwd=Path(scratch),
         )
         for archive in Path(scratch).glob("*.deb"):
-            _run(["dpkg-deb", "-x", archive, root])
+            run(["dpkg-deb", "-x", archive, root])
 
 
-def _with_lists(argv: Sequence[str], cwd: Path | None = None) -> str:
+def with_lists(argv: Sequence[str], cwd: Path | None = None) -> str:
     """Runs an apt command, and again with fresh package lists if it fails: there may be old ones or none."""
     with contextlib.suppress(AssetError):
-        return _run(argv, cwd=cwd)
-    _run(["apt-get", "-q", "update"])
-    return _run(argv, cwd=cwd)
+        return run(argv, cwd=cwd)
+    run(["apt-get", "-q", "update"])
+    return run(argv, cwd=cwd)
 
 
 def _initramfs(kernel: Path) -> bytes:
@@ -332,47 +242,17 @@ def _initramfs(kernel: Path) -> bytes:
         **dict.fromkeys(("bin", "dev", "modules", "proc", "seed", "sys", "tmp"), (0o040755, b"")),
         "bin/busybox": (0o100755, (kernel / "busybox").read_bytes()),
         "init": (0o100755, _INIT.read_bytes()),
-        **{f"modules/{use}.order": (0o100644, _lines(names)) for use, names in MODULES.items()},
+        **{f"modules/{use}.order": (0o100644, lines(names)) for use, names in MODULES.items()},
         **{f"modules/{name}.ko": (0o100644, found[name].read_bytes()) for name in needed},
     }
-    return _cpio(files)
+    return cpio(files)
 
 
-def _hw_initramfs(folder: Path) -> bytes:
-    """The emulated machine's first file system; its second is the host's."""
-    found = {path.name.split(".")[0]: path for path in (folder / "lib/modules").rglob("*.ko.xz")}
-    modules: dict[str, bytes] = {}
-
-    def add(name: str) -> None:
-        """A module after those that its .modinfo says it depends on; file names have either kind of dash."""
-        path = found.get(name) or found.get(name.replace("_", "-"))
-        if path is None:
-            raise AssetError(f"{folder} has no module {name}: remove the folder to unpack it again")
-        code = lzma.decompress(path.read_bytes())
-        depends = re.search(rb"\0depends=([^\0]*)\0", code)
-        for other in depends[1].decode().split(",") if depends and depends[1] else ():
-            if other not in modules:
-                add(other)
-        modules[name] = code
-
-    for name in HW_MODULES:
-        add(name)
-    return _cpio(
-        {
-            **dict.fromkeys(("bin", "dev", "host", "modules", "proc", "sys", "system"), (0o040755, b"")),
-            "bin/busybox": (0o100755, (folder / "bin/busybox").read_bytes()),
-            "init": (0o100755, _HW_INIT.read_bytes()),
-            "modules/order": (0o100644, _lines(list(modules))),
-            **{f"modules/{name}.ko": (0o100644, code) for name, code in modules.items()},
-        }
-    )
-
-
-def _lines(names: Sequence[str]) -> bytes:
+def lines(names: Sequence[str]) -> bytes:
     return "".join(f"{name}\n" for name in names).encode()
 
 
-def _cpio(files: Mapping[str, tuple[int, bytes]]) -> bytes:
+def cpio(files: Mapping[str, tuple[int, bytes]]) -> bytes:
     """A newc archive of name → (mode, data); the kernel's driver-api/early-userspace/buffer-format.rst."""
     archive = bytearray()
     for number, (name, (mode, data)) in enumerate([*files.items(), ("TRAILER!!!", (0, b""))], start=1):
@@ -388,13 +268,13 @@ def _go() -> str:
     """The machine's Go, else the one that lab/setup puts into the virtual environment."""
     for candidate in (shutil.which("go"), CACHE / "venv/bin/go"):
         if candidate and Path(candidate).exists():
-            version = re.search(r"go(\d+)\.(\d+)", _run([candidate, "version"]))
+            version = re.search(r"go(\d+)\.(\d+)", run([candidate, "version"]))
             if version and (int(version[1]), int(version[2])) >= OLDEST_GO:
                 return str(candidate)
     raise AssetError(f"no Go ≥ {'.'.join(map(str, OLDEST_GO))}: lab/setup gets one, run that")
 
 
-def _run(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+def run(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
     try:
         done = subprocess.run(argv, env=env, cwd=cwd, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
@@ -409,12 +289,14 @@ def _run(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cw
 
 
 def main(names: Sequence[str]) -> int:
+    from lab import hardware  # noqa: PLC0415 - it builds on this file
+
     makers: dict[str, tuple[Callable[[], object], Callable[[], None]]] = {
         "guest": (guest, make_guest),
         "clients": (clients, make_clients),
         "kubevirt": (kubevirt, make_kubevirt),
         "bench": (bench, make_bench),
-        "hardware": (hardware, make_hardware),
+        "hardware": (hardware.files, hardware.make),
     }
     unknown = [name for name in names if name not in makers]
     if unknown:

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from lab import assets
+from lab import assets, hardware
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +71,7 @@ class Machine:
         self._log = tempfile.TemporaryFile(mode="a+", errors="replace")  # noqa: SIM115 - until close()
         with theirs:
             self._process = subprocess.Popen(
-                _command(assets.hardware(), tests, theirs.fileno()),
+                _command(hardware.files(), tests, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -123,7 +123,7 @@ class Machine:
         return f"; its console said: {self._log.read().strip()[-_LOG_TAIL:]}"
 
 
-def _command(hardware: assets.Hardware, tests: str, control: int) -> list[str]:
+def _command(made: hardware.Hardware, tests: str, control: int) -> list[str]:
     words = {
         "vmtap_checkout": assets.CHECKOUT,
         "vmtap_cache": assets.CACHE.resolve(),
@@ -131,13 +131,13 @@ def _command(hardware: assets.Hardware, tests: str, control: int) -> list[str]:
         _MARK.rstrip("="): tests,
     }
     command = [
-        os.fspath(hardware.qemu),
-        *(word for folder in hardware.firmware for word in ("-L", os.fspath(folder))),
+        os.fspath(made.qemu),
+        *(word for folder in made.firmware for word in ("-L", os.fspath(folder))),
         # Always tcg: a /dev/kvm may be there and not run this kernel. One CPU: with more, an access to a device while
         # another's memory is being mapped, as a new VF's is, now and then ends QEMU 10.0 (iotlb_to_section).
         *("-accel", "tcg", "-M", "q35", "-smp", "1", "-m", "1024", "-nodefaults", "-no-user-config"),
         *("-no-reboot", "-display", "none", "-serial", "stdio"),
-        *("-kernel", os.fspath(hardware.kernel), "-initrd", os.fspath(hardware.initramfs), "-append"),
+        *("-kernel", os.fspath(made.kernel), "-initrd", os.fspath(made.initramfs), "-append"),
         # no_timer_check: on a busy machine an emulated timer is late, and the kernel would give up for it.
         "console=ttyS0 quiet panic=-1 no_timer_check net.ifnames=0 bonding.max_bonds=0 dummy.numdummies=0 "
         + " ".join(f"{name}={value}" for name, value in words.items()),

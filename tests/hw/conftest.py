@@ -13,7 +13,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 from cni.plugin import Request, handle
-from lab import assets, hw
+from lab import assets, hardware, hw
 from lab.wire import Netns
 from tests.hw import nic
 from tests.hw.nic import Root
@@ -29,7 +29,7 @@ _MACHINE = pytest.StashKey[hw.Machine]()
 
 try:
     if not hw.inside():
-        assets.hardware()
+        hardware.files()
     left_out = ""
 except assets.AssetError as error:
     left_out = str(error)

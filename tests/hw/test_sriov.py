@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -295,3 +296,22 @@ def test_a_killed_add_can_be_repeated_and_a_killed_del_too(
     plugin("DEL", conf, netns=pod).ok()
     assert plugin.leftovers() == []
     assert tied.changed_since(before) == []
+
+
+def test_a_del_without_a_record_lets_the_function_go(
+    bare: Nic, plugin: Plugin, pods: Callable[[], Netns]
+) -> None:
+    """What it was is lost with the record, and so it is as a driver leaves one."""
+    bare.make_vfs(1)
+    _policy(plugin)
+    pod = pods()
+    plugin("ADD", _config(), netns=pod).ok()
+    shutil.rmtree(plugin.state)
+    assert "1 attached" in plugin("ADD", _config(), netns=pods(), container="c2").error(11)["msg"]
+    plugin("DEL", _config(), netns=pod).ok()
+    vf = bare.netdev(0)
+    assert {f"{vf} flags ['BROADCAST', 'MULTICAST']", f"{vf} disable_ipv6 0", f"{vf} ifalias None"} <= set(
+        bare.state()
+    )
+    plugin("ADD", _config(), netns=pods(), container="c2").ok()
+    plugin("DEL", _config(), container="c2").ok()

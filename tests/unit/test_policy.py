@@ -436,3 +436,62 @@ def test_a_configuration_never_widens_the_policy(rules: Policy, fields: dict[str
     device = deviceid.parse(fields.get("deviceID") or "")
     assert grant.device == (fields.get("device") or ("macvtap" if device else None))
     assert device is None or device[1] < entry.devices
+
+
+# Virtual functions and VLANs
+
+
+def _of(entry: str) -> Interface:
+    import yaml  # noqa: PLC0415
+
+    document = yaml.safe_load(f"interfaces: [{{name: fast, {entry}}}]")
+    (made,) = policy.of("policy", document).interfaces
+    return made
+
+
+def test_an_entry_of_virtual_functions() -> None:
+    made = _of(
+        "source: {dev: [eth1, eth2, eth1]}, type: sr-iov, vfs: 8, spoofchk: true, trust: false, "
+        "minTxRate: 10, maxTxRate: 100, linkState: enable"
+    )
+    assert made.dev == "eth1"
+    assert made.functions == policy.Functions(
+        ("eth1", "eth2"), 8, {"spoofchk": 1, "trust": 0, "rate": [10, 100], "link_state": 1}
+    )
+    assert _of("source: {dev: eth1}, type: sr-iov").functions == policy.Functions(("eth1",), None, {})
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("source: {dev: eth1}, vfs: 8", "interfaces[0].vfs"),
+        ("source: {dev: eth1}, type: vmdq, trust: true", "type vmdq has no virtual functions"),
+        ("source: {dev: [eth1, eth2]}", "type ethernet has one device"),
+        ("source: {dev: []}, type: sr-iov", "the list is empty"),
+    ],
+)
+def test_what_only_virtual_functions_have_is_refused_elsewhere(entry: str, said: str) -> None:
+    with pytest.raises(CniError) as refused:
+        _of(entry)
+    assert (refused.value.code, said in refused.value.msg) == (7, True)
+
+
+@pytest.mark.parametrize(
+    ("vlans", "asked", "granted"),
+    [("", None, None), ("", 5, 5), ("vlans: [100, 200]", None, 100), ("vlans: [100, 200]", 200, 200)],
+)
+def test_the_vlan_is_one_that_the_entry_allows(vlans: str, asked: int | None, granted: int | None) -> None:
+    entry = _of(f"source: {{dev: eth1}}, {vlans}")
+    fields = {} if asked is None else {"vlan": asked}
+    conf = netconf.parse(
+        json.dumps({"name": "wire", "type": "vmtap", "interface": "fast", **fields}).encode()
+    )
+    vlan = policy.authorize(Policy((entry,), allow_unlisted=False), conf).vlan
+    assert (vlan.id if vlan else None) == granted
+
+
+def test_a_vlan_that_the_entry_does_not_allow_is_refused() -> None:
+    entry = _of("source: {dev: eth1}, vlans: [100, 200]")
+    conf = netconf.parse(b'{"name": "wire", "type": "vmtap", "interface": "fast", "vlan": 300}')
+    with pytest.raises(CniError, match="interface fast allows 100, 200"):
+        policy.authorize(Policy((entry,), allow_unlisted=False), conf)
