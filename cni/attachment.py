@@ -90,6 +90,8 @@ class Call:
     """The folder of CDI specs, where devices go to containers by CDI."""
     waits: Callable[[], None] = nothing
     """Called before a wait for a delegate, another request or the end of a link: let others work meanwhile."""
+    made: Callable[[Record], None] | None = None
+    """Told of an ADD that came to its end."""
 
     def delegate(self) -> Delegate | None:
         """The IPAM plugin that the config names, or None."""
@@ -174,6 +176,8 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                     error.code, error.msg, f"{error.details} (undoing it: {left})".strip()
                 ) from error
             raise
+        if call.made:
+            call.made(record)
         return answer
 
 

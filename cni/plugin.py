@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cni.netconf import NetConf
+    from cni.state import Record
 
 _ATTACHMENT = ("CNI_CONTAINERID", "CNI_IFNAME")
 _REQUIRED = {
@@ -56,7 +57,7 @@ class Request:
     env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
     policy: path of the node's policy file; netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has
     opened it; host: the calling thread's, where the caller keeps one; load_policy: see policy.py; delete_link, cdi,
-    waits: see attachment.py; note: see state.py.
+    waits, made: see attachment.py; note: see state.py.
     """
 
     env: Mapping[str, str]
@@ -71,6 +72,7 @@ class Request:
     delete_link: attachment.DeleteLink = attachment.delete_link
     cdi: str | None = None
     waits: Callable[[], None] = nothing
+    made: Callable[[Record], None] | None = None
     note: Callable[[str], None] | None = None
 
 
@@ -147,6 +149,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
             delete_link=request.delete_link,
             cdi=request.cdi,
             waits=request.waits,
+            made=request.made,
         )
         return _carry_out(command, request, conf, call)
     finally:
