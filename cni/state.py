@@ -10,6 +10,7 @@ reconciler can find what is left. DEL works without it. Must not touch the netwo
     FOLDER/offloads, probes     cni/offload.py, cni/ctl/probe.py
     FOLDER/dev/tapN             device nodes that ADD was asked to make (cni/tapdev.py)
     FOLDER/holders/ID           the processes that hold its fds (cni/agent/holders.py)
+    FOLDER/probes/SOURCE.json   what is behind a source device (cni/probed.py)
 """
 
 from __future__ import annotations

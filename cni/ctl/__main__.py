@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 PROGRAM = "vmtapctl"
 WARNINGS = 1
 ERRORS = 2
+REFLECTS = {True: 0, False: 1, None: 2}
 EXIT = {
     spec.INVALID_ENVIRONMENT: os.EX_USAGE,
     spec.NO_ATTACHMENT: os.EX_NOINPUT,
+    spec.SOURCE_MISSING: os.EX_NOINPUT,
     spec.IO_FAILURE: os.EX_IOERR,
 }
 """sysexits.h, as vmtap-launch has them. Any other error is EX_SOFTWARE."""
@@ -63,7 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     """All commands and options; docs and completions are made from it."""
     parser = _Parser(
         prog=PROGRAM,
-        description="What vmtap has attached on this node, to what, for whom, and what is wrong. Changes nothing.",
+        description="What vmtap has attached on this node, to what, for whom, and what is wrong. Changes nothing; "
+        "probe sends frames.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
@@ -101,6 +104,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command("watch", _watch, "what comes and goes, as it happens, until Ctrl-C")
     command("doctor", _doctor, "what is wrong on this node, and what to do about it")
+    made = command("probe", _probe, "does the switch behind a source device reflect, as vepa needs it?")
+    argument = made.add_argument("source", metavar="SOURCE", help="a NIC, bond, VLAN or bridge of this node")
+    argument.completer = _devices
+    made.add_argument(
+        "--lldp",
+        metavar="SECONDS",
+        type=_seconds,
+        default=0.0,
+        help="wait that long for what switches say of it (EVB TLV); most announce every 30 s",
+    )
     made = command(
         "lint", _lint, "check network configs and policy files before a node meets them", places=False
     )
@@ -188,6 +201,17 @@ def _doctor(options: argparse.Namespace) -> int:
     return status
 
 
+def _probe(options: argparse.Namespace) -> int:
+    from cni.ctl import probe, render  # noqa: PLC0415
+
+    found = probe.run(options.source, _settings(options).run, options.lldp)
+    if options.json:
+        _json(found.document())
+    else:
+        render.say(render.probe(found))
+    return REFLECTS[found.found.reflects]
+
+
 def _lint(options: argparse.Namespace) -> int:
     from cni.ctl import lint  # noqa: PLC0415
 
@@ -236,6 +260,12 @@ def _names(prefix: str, **_: Any) -> list[str]:
         return []
     found = {name for record, since in records for name in names(inventory.Attachment(record, since, "old"))}
     return sorted(name for name in found if name.startswith(prefix))
+
+
+def _devices(prefix: str, **_: Any) -> list[str]:
+    import socket  # noqa: PLC0415
+
+    return [name for _, name in socket.if_nameindex() if name.startswith(prefix)]
 
 
 def _settings(options: argparse.Namespace, *, complain: bool = True) -> Settings:

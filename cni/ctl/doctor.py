@@ -16,7 +16,7 @@ import struct
 from dataclasses import dataclass
 
 from cni import ethtool, lock, offload, policy, sriov
-from cni.ctl import inventory, offered, trial
+from cni.ctl import inventory, offered, relay, trial
 from cni.errors import CniError
 from cni.rtnl import ARPHRD_ETHER, Rtnl
 
@@ -99,6 +99,7 @@ def examine(settings: Settings) -> list[Finding]:
         return found
     for source in node.sources:
         found += _source(node, source)
+    found += [Finding(*each) for each in relay.examine(settings.run, node)]
     found += [Finding("device plugin", *each) for each in offered.examine(settings)]
     found += _attachments(node)
     return found

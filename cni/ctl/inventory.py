@@ -375,7 +375,7 @@ def _source(
     if link is None:
         return Source(name, None, entries=entries)
     by_index = {each.index: each for each in links.values()}
-    nics = _nics(link, by_index)
+    nics = uplinks(link, by_index)
     speeds = [own.number(f"{nic}/speed") or 0 for nic in nics]
     return Source(
         name=name,
@@ -389,7 +389,7 @@ def _source(
     )
 
 
-def _nics(link: Link, by_index: Mapping[int, Link]) -> tuple[str, ...]:
+def uplinks(link: Link, by_index: Mapping[int, Link]) -> tuple[str, ...]:
     """What link sends by, all the way down; the ports that lead to attachments are left out."""
     ports = [
         each
@@ -400,4 +400,4 @@ def _nics(link: Link, by_index: Mapping[int, Link]) -> tuple[str, ...]:
         ports = [each for each in by_index.values() if each.index == link.lower]
     if not ports:
         return () if link.kind == "bridge" else (link.name,)
-    return tuple(dict.fromkeys(nic for port in ports for nic in _nics(port, by_index)))
+    return tuple(dict.fromkeys(nic for port in ports for nic in uplinks(port, by_index)))

@@ -1,11 +1,12 @@
 """Which port of which switch a NIC is plugged into, by LLDP (IEEE 802.1AB).
 
 lldpd knows, where it runs; else the next announcement can be waited for, which a switch sends every 30 s as a
-rule. Must not send anything.
+rule. It may say of reflective relay, too, what the switch can and does. Must not send anything.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import select
 import shutil
@@ -13,20 +14,26 @@ import socket
 import struct
 import subprocess
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable, Iterator
     from typing import Any
 
 _ETH_P_LLDP = 0x88CC
 _SOL_PACKET = 263
 _PACKET_ADD_MEMBERSHIP = 1
 _PACKET_MR_MULTICAST = 0
-_NEAREST_BRIDGE = bytes.fromhex("0180c200000e")
+_GROUPS = tuple(bytes.fromhex(f"0180c20000{last}") for last in ("0e", "03", "00"))
+"""The nearest bridge, non-TPMR bridge and customer bridge (IEEE 802.1AB, 7.1); EVB is announced to the last."""
 _CHASSIS, _PORT, _PORT_DESCRIPTION, _SYSTEM = 1, 2, 4, 5
+_ORGANIZATION = 127
+_EVB = bytes.fromhex("0080c20d")
+_RRCAP, _RRCTR = 2, 1
+_RRREQ = 4
+_RRSTAT = {0: False, 1: True}
 _MAC_SUBTYPE = {_CHASSIS: 4, _PORT: 3}
 
 
@@ -36,6 +43,20 @@ class Neighbour:
 
     system: str
     port: str
+
+
+@dataclass(frozen=True)
+class Evb:
+    """What a switch announces of reflective relay at its port: the EVB TLV, IEEE 802.1Q-2014, D.2.12.
+
+    capable (RRCAP): it can; on (RRCTR): it does. The rest is what it last heard from this node's own LLDP agent:
+    requested (RRREQ), and status (RRSTAT), whether the node takes it to be on; None if unknown.
+    """
+
+    capable: bool
+    on: bool
+    requested: bool
+    status: bool | None
 
 
 def known() -> dict[str, Neighbour]:
@@ -67,6 +88,34 @@ def listen(nics: Iterable[str], seconds: float) -> dict[str, Neighbour]:
     Raises OSError: PermissionError without CAP_NET_RAW.
     """
     heard: dict[str, Neighbour] = {}
+    wanted = set(nics)
+    with closing(_frames(wanted, seconds)) as frames:
+        for nic, frame in frames:
+            if found := parse(frame):
+                heard[nic] = found
+            if heard.keys() == wanted:
+                break
+    return heard
+
+
+def listen_for_evb(nics: Iterable[str], seconds: float) -> tuple[dict[str, Neighbour], dict[str, Evb]]:
+    """The same, until each has heard of reflective relay: a switch may announce that apart from itself."""
+    heard: dict[str, Neighbour] = {}
+    evbs: dict[str, Evb] = {}
+    wanted = set(nics)
+    with closing(_frames(wanted, seconds)) as frames:
+        for nic, frame in frames:
+            if neighbour := parse(frame):
+                heard[nic] = neighbour
+                if evb := parse_evb(frame):
+                    evbs[nic] = evb
+            if evbs.keys() == wanted:
+                break
+    return heard, evbs
+
+
+def _frames(nics: Iterable[str], seconds: float) -> Generator[tuple[str, bytes], None, None]:
+    """(NIC, LLDP frame) as they arrive, until the time is over. Raises OSError."""
     until = time.monotonic() + seconds
     with ExitStack() as stack:
         poll = select.poll()
@@ -74,38 +123,31 @@ def listen(nics: Iterable[str], seconds: float) -> dict[str, Neighbour]:
         for nic in nics:
             opened = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
             opened.bind((nic, _ETH_P_LLDP))
-            request = struct.pack(
-                "=iHH8s",
-                socket.if_nametoindex(nic),
-                _PACKET_MR_MULTICAST,
-                len(_NEAREST_BRIDGE),
-                _NEAREST_BRIDGE,
-            )
-            opened.setsockopt(_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, request)
+            for group in _GROUPS:
+                request = struct.pack(
+                    "=iHH8s", socket.if_nametoindex(nic), _PACKET_MR_MULTICAST, len(group), group
+                )
+                opened.setsockopt(_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, request)
             sockets[opened.fileno()] = nic, opened
             poll.register(opened, select.POLLIN)
         while sockets and (left := until - time.monotonic()) > 0:
             for fd, _ in poll.poll(left * 1000):
                 nic, opened = sockets[fd]
-                frame, address = opened.recvfrom(2048)
-                if address[2] != socket.PACKET_OUTGOING and (found := parse(frame)):
-                    heard[nic] = found
-                    poll.unregister(fd)
-                    del sockets[fd]
-    return heard
+                try:
+                    frame, address = opened.recvfrom(2048)
+                except OSError as error:
+                    if error.errno != errno.ENETDOWN:  # said once; it may come up
+                        raise
+                    continue
+                if address[2] != socket.PACKET_OUTGOING:
+                    yield nic, frame
 
 
 def parse(frame: bytes) -> Neighbour | None:
     """Who sent an LLDP frame; None if it is none."""
     found: dict[int, bytes] = {}
-    at = 14
-    while at + 2 <= len(frame):
-        (head,) = struct.unpack_from("!H", frame, at)
-        kind, length = head >> 9, head & 0x1FF
-        if kind == 0 or at + 2 + length > len(frame):
-            break
-        found.setdefault(kind, frame[at + 2 : at + 2 + length])
-        at += 2 + length
+    for kind, value in _tlvs(frame):
+        found.setdefault(kind, value)
     if not found.get(_CHASSIS) or not found.get(_PORT):
         return None
     system = _text(found.get(_SYSTEM, b"")) or _identifier(_CHASSIS, found[_CHASSIS])
@@ -113,6 +155,32 @@ def parse(frame: bytes) -> Neighbour | None:
     if found[_PORT][0] == _MAC_SUBTYPE[_PORT]:
         port = _text(found.get(_PORT_DESCRIPTION, b"")) or port
     return Neighbour(system, port)
+
+
+def parse_evb(frame: bytes) -> Evb | None:
+    """What an LLDP frame says of reflective relay; None if it has no EVB TLV."""
+    for kind, value in _tlvs(frame):
+        if kind == _ORGANIZATION and value.startswith(_EVB) and len(value) >= len(_EVB) + 2:
+            bridge, station = value[len(_EVB) : len(_EVB) + 2]
+            return Evb(
+                capable=bool(bridge & _RRCAP),
+                on=bool(bridge & _RRCTR),
+                requested=bool(station & _RRREQ),
+                status=_RRSTAT.get(station & 3),
+            )
+    return None
+
+
+def _tlvs(frame: bytes) -> Iterator[tuple[int, bytes]]:
+    """(type, value) of each that is whole, up to the end of the LLDPDU."""
+    at = 14
+    while at + 2 <= len(frame):
+        (head,) = struct.unpack_from("!H", frame, at)
+        kind, length = head >> 9, head & 0x1FF
+        if kind == 0 or at + 2 + length > len(frame):
+            return
+        yield kind, frame[at + 2 : at + 2 + length]
+        at += 2 + length
 
 
 def _identifier(kind: int, value: bytes) -> str:

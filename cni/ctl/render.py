@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from cni.probed import MEND
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
     from cni.ctl.doctor import Finding
     from cni.ctl.inventory import Attachment, Node, Source, Traffic
+    from cni.ctl.lldp import Evb
+    from cni.ctl.probe import Probe
 
 STATUS = {
     "in use": "green",
@@ -34,6 +38,16 @@ STATUS = {
     "old": "red",
 }
 SOURCE = {"up": "green", "no carrier": "yellow", "down": "yellow", "missing": "red"}
+REFLECTS = {
+    True: ("reflects", "green"),
+    False: ("does not reflect", "yellow"),
+    None: ("not found out", "red"),
+}
+_MEANS = {
+    True: "guests in vepa mode on this node reach each other",
+    False: "guests in vepa mode on this node do not reach each other",
+    None: "whether guests in vepa mode on this node reach each other is not known",
+}
 SEVERITY = {"ok": ("✔", "green"), "warning": ("▲", "yellow"), "error": ("✘", "red")}
 _WIDE = ("NETWORK", "MTU", "QUEUES", "SINCE", "ID")
 _LEAST = ("HELD BY", "ADDRESS", "SOURCE", "DEVICE")
@@ -165,6 +179,32 @@ def findings(found: Iterable[Finding], *, terminal: bool) -> RenderableType:
             Text(sign if terminal else each.severity, style=style), Text(each.check, style="dim"), said
         )
     return grid
+
+
+def probe(made: Probe) -> RenderableType:
+    """What frames and LLDP say of the switch behind a source."""
+    found = made.found
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("seen", found.why)
+    grid.add_row("so", _MEANS[found.reflects])
+    for nic, neighbour in made.neighbours.items():
+        grid.add_row("switch", f"{neighbour.system} port {neighbour.port}, at {nic}")
+        grid.add_row("EVB", _evb(made.evb.get(nic)))
+    if made.seconds and not made.neighbours:
+        grid.add_row("LLDP", f"nothing was heard in {made.seconds:g} s")
+    if found.reflects is False:
+        grid.add_row("→", Text(MEND, style="bold"))
+    word, style = REFLECTS[found.reflects]
+    return Group(Text.assemble((found.source, "bold"), "  ", (word, style)), Padding(grid, (0, 0, 0, 2)))
+
+
+def _evb(evb: Evb | None) -> str:
+    if evb is None:
+        return "nothing was said of reflective relay"
+    can = "on" if evb.on else "possible, off" if evb.capable else "not possible"
+    return f"reflective relay is {can}; {'requested' if evb.requested else 'not requested'} by this node"
 
 
 def _table(terminal: bool) -> Table:

@@ -69,7 +69,7 @@ def run() -> dict[str, str | None]:
 def _steps(stack: ExitStack) -> Iterator[str]:
     """Each of STEPS once it has worked. Raises OSError, CniError."""
     names = iter(STEPS)
-    node = _leave(stack)
+    node = leave(stack)
     yield next(names)
     tap.create(node, ifname="trial0", ifindex=_LOWER, queues=1, owner=None, group=None)
     host = stack.enter_context(Rtnl())
@@ -78,7 +78,7 @@ def _steps(stack: ExitStack) -> Iterator[str]:
     assert lower is not None  # noqa: S101 - it was made above
     yield next(names)
     record = _RECORD
-    pod = _leave(stack)
+    pod = leave(stack)
     there = stack.enter_context(Rtnl())
     macvtap.create(
         host,
@@ -104,7 +104,7 @@ def _steps(stack: ExitStack) -> Iterator[str]:
     yield next(names)
 
 
-def _leave(stack: ExitStack) -> int:
+def leave(stack: ExitStack) -> int:
     """The calling thread goes into a new namespace; its fd, until the stack ends."""
     if netns.libc.unshare(netns.CLONE_NEWNET) != 0:
         code = ctypes.get_errno()

@@ -6,8 +6,11 @@ import json
 import os
 import shlex
 import signal
+import socket
+import struct
 import subprocess
 import tempfile
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +92,35 @@ class Ctl:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(watch, signal.SIGKILL)
             os.close(watch)
+
+
+def lldp_frame(*tlvs: tuple[int, bytes], port: bytes = b"\x05Eth1/7", to: str = "01:80:c2:00:00:0e") -> bytes:
+    """What the switch leaf-12 announces, those TLVs (type, value) included."""
+    every = [(1, b"\x04\x02\0\0\0\0\x09"), (2, port), (3, b"\0\x78"), (5, b"leaf-12"), *tlvs, (0, b"")]
+    body = b"".join(struct.pack("!H", kind << 9 | len(value)) + value for kind, value in every)
+    return bytes.fromhex(f"{to.replace(':', '')} 020000000009 88cc") + body
+
+
+@contextmanager
+def announced(lab: Lab, *frames: bytes) -> Iterator[None]:
+    """The lab's switch sends these to the node again and again."""
+    switch = lab.switch.call(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+    done = threading.Event()
+
+    def announce() -> None:
+        with switch:
+            switch.bind(("node", 0))
+            while not done.wait(0.05):  # as switches do, only more often
+                for frame in frames:
+                    switch.send(frame)
+
+    thread = threading.Thread(target=announce)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.fixture

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
-import struct
 import subprocess
-import threading
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cni import lock, netns, state, tapdev
-from tests.ctl.conftest import Ctl
+from tests.ctl.conftest import Ctl, announced, lldp_frame
 
 if TYPE_CHECKING:
     from lab.wire import Lab, Netns
@@ -182,35 +179,8 @@ def test_tree(ctl: Ctl, pod: Netns, lab: Lab) -> None:
 
 def test_the_switch_says_who_it_is(ctl: Ctl, pod: Netns, lab: Lab) -> None:
     ctl.add(pod)
-
-    def tlv(kind: int, value: bytes) -> bytes:
-        return struct.pack("!H", kind << 9 | len(value)) + value
-
-    frame = bytes.fromhex("0180c200000e 020000000009 88cc") + b"".join(
-        [
-            tlv(1, b"\x04\x02\0\0\0\0\x09"),
-            tlv(2, b"\x05Eth1/7\x1b[2J"),
-            tlv(3, b"\0\x78"),
-            tlv(5, b"leaf-12"),
-            tlv(0, b""),
-        ]
-    )
-    switch = lab.switch.call(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
-    done = threading.Event()
-
-    def announce() -> None:
-        with switch:
-            switch.bind(("node", 0))
-            while not done.wait(0.05):  # as switches do, only more often
-                switch.send(frame)
-
-    thread = threading.Thread(target=announce)
-    thread.start()
-    try:
+    with announced(lab, lldp_frame(port=b"\x05Eth1/7\x1b[2J")):
         document = ctl.json("tree", "--lldp", "30")
-    finally:
-        done.set()
-        thread.join()
     assert document["sources"][0]["switch"] == [{"system": "leaf-12", "port": "Eth1/7?[2J"}]
 
 

@@ -85,7 +85,12 @@ def test_the_shell_understands_its_completion(shell: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("line", "offers"),
-    [("vmtapctl do", {"doctor"}), ("vmtapctl show we", {"web"}), ("vmtapctl completion f", {"fish"})],
+    [
+        ("vmtapctl do", {"doctor"}),
+        ("vmtapctl show we", {"web"}),
+        ("vmtapctl completion f", {"fish"}),
+        ("vmtapctl probe et", {"eth1", "eth2"}),
+    ],
 )
 def test_bash_completes(ctl: Ctl, pod: Netns, tmp_path: Path, line: str, offers: set[str]) -> None:
     """As its script does it; the names are those of this node's attachments."""
@@ -97,7 +102,9 @@ def test_bash_completes(ctl: Ctl, pod: Netns, tmp_path: Path, line: str, offers:
     assert {word.strip() for word in said.read_text().split("\n")} == offers
 
 
-@pytest.mark.parametrize("words", [[], ["lost"], ["show"], ["tree", "--lldp", "0"], ["list", "--jso"]])
+@pytest.mark.parametrize(
+    "words", [[], ["lost"], ["show"], ["tree", "--lldp", "0"], ["probe"], ["list", "--jso"]]
+)
 def test_usage(words: list[str]) -> None:
     done = subprocess.run([BIN / "vmtapctl", *words], capture_output=True, text=True, check=False)
     assert done.returncode == os.EX_USAGE
