@@ -19,6 +19,7 @@ from cni.agent.broker import Broker
 from cni.agent.log import log
 from cni.agent.policies import VARIABLE, Policies
 from cni.agent.reconcile import Reconciler
+from cni.agent.relay import Relay
 from cni.agent.unlink import Unlinker
 from cni.agent.wire import Asked
 from cni.errors import CniError
@@ -58,6 +59,7 @@ class Agent:
         self.settings = settings
         self.policies = Policies(settings.policy, os.environ.get(VARIABLE))
         self.unlink: attachment.DeleteLink = Unlinker()
+        self._made = Relay(settings.run)
         self._hosts: list[Host] = []
         """Not in use now: a request takes one, or makes one, and puts it back."""
         self._operations = registry.counter(
@@ -97,6 +99,7 @@ class Agent:
             delete_link=self.unlink,
             cdi=self.settings.cdi if self.settings.device_route == "cdi" else None,
             waits=waits,
+            made=self._made,
             note=_note,
         )
         self._in_flight.inc()
