@@ -249,7 +249,15 @@ def status(call: Call, grant: Grant) -> None:
     try:
         if delegate:
             delegate.find()
-        plans.decide(call.source(grant), call.conf, grant, call.container_id, call.ifname)
+        plan = plans.decide(call.source(grant), call.conf, grant, call.container_id, call.ifname)
+        if plan.functions:
+            from cni import sriov  # noqa: PLC0415 - most nodes have none
+
+            sriov.check(plan.functions)
+        if plan.offload:
+            from cni import offload  # noqa: PLC0415 - most nodes have none
+
+            offload.check(str(grant.source))
         call.store.prepare()
     except CniError as error:
         raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error

@@ -25,17 +25,22 @@ def switch_on(folder: str, source: str) -> None:
     try:
         if ethtool.features(source).get(FEATURE):
             return
-        if not ethtool.can(source, FEATURE):
-            raise CniError(
-                INVALID_NETWORK_CONFIG,
-                f"type vmdq: {source!r} or its driver has no {FEATURE}; make the interface of type ethernet",
-            )
+        check(source)
         os.makedirs(f"{folder}/offloads", mode=0o700, exist_ok=True)
         with open(f"{folder}/offloads/{source}", "w", encoding="ascii"):
             pass  # before it is on
         ethtool.switch(source, FEATURE, True)
     except OSError as error:
         raise CniError(IO_FAILURE, f"{FEATURE} of {source!r} cannot be switched on", str(error)) from error
+
+
+def check(source: str) -> None:
+    """Raises CniError 7 if the NIC has not got it, OSError."""
+    if not ethtool.can(source, FEATURE):
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"type vmdq: {source!r} or its driver has no {FEATURE}; make the interface of type ethernet",
+        )
 
 
 def restore(folder: str) -> list[str]:

@@ -105,6 +105,15 @@ def most(pf: str) -> int:
     return int(_read(f"/sys/class/net/{pf}/device/sriov_totalvfs") or 0)
 
 
+def check(entry: Functions) -> None:
+    """Raises CniError 7 if none of the pool could have virtual functions."""
+    if not any(map(most, entry.pool)):
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"type sr-iov: source {', '.join(entry.pool)} has no virtual functions: it is no SR-IOV PF",
+        )
+
+
 def take(
     host: Rtnl,
     store: Store,
@@ -410,10 +419,7 @@ def _none_free(
         why = busy.get(each.pci, "gone")
         return CniError(TRY_AGAIN_LATER, f"VF {each.number} of {each.pf!r}, which was allocated, is {why}")
     if not everything:
-        if not any(map(most, entry.pool)):
-            return CniError(
-                INVALID_NETWORK_CONFIG, f"source {names} has no virtual functions: it is no SR-IOV PF"
-            )
+        check(entry)
         return CniError(
             TRY_AGAIN_LATER,
             f"{names} has 0 of {sum(map(most, entry.pool))} VFs: make some, or set vfs in the policy",

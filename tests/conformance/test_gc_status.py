@@ -125,6 +125,7 @@ def test_item_25_forwarded(plugin: Plugin, delegates: Delegates) -> None:
         ({"interface": "dataplane"}, "", "dataplane"),
         ({"interface": "dataplane"}, "interfaces: {{\n", "interfaces.yaml"),
         ({"interface": "vf"}, "interfaces:\n- {name: vf, source: {dev: eth1}, type: sr-iov}\n", "sr-iov"),
+        ({"interface": "q"}, "interfaces:\n- {name: q, source: {dev: eth1}, type: vmdq}\n", "vmdq"),
         ({"source": NIC, "mtu": 9000}, "", "9000"),
         ({"source": NIC, "ipam": {"type": "not-installed"}}, "", "not-installed"),
     ],
