@@ -62,8 +62,13 @@ class Interface:
 
     @property
     def devices(self) -> int:
-        """How many the device plugin offers."""
-        return self.capacity or deviceid.DEFAULT_CAPACITY
+        """How many the device plugin offers. Of type sr-iov at most: it is the VFs that are there."""
+        return self.capacity or (deviceid.MOST if self.functions else deviceid.DEFAULT_CAPACITY)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The devices that the name stands for."""
+        return self.functions.pool if self.functions else (self.dev,)
 
 
 @dataclass(frozen=True)
@@ -100,14 +105,14 @@ def authorize(policy: Policy | None, conf: NetConf) -> Grant:
     name = _selected(conf)
     if name is not None:
         entry = _named(policy, name, conf)
-        if conf.source is not None and conf.source not in _devices(entry):
-            known = ", ".join(_devices(entry))
+        if conf.source is not None and conf.source not in entry.sources:
+            known = ", ".join(entry.sources)
             raise _refusal(
                 "source", conf.source, f"interface {entry.name} is {known}; leave one of the two out"
             )
         return _grant(entry, conf)
     if conf.source is not None:
-        listed = [entry for entry in entries if conf.source in _devices(entry)]
+        listed = [entry for entry in entries if conf.source in entry.sources]
         if listed:
             return _grant(_first_that_allows(listed, conf), conf)
         if policy and not policy.allow_unlisted:
@@ -124,10 +129,6 @@ def authorize(policy: Policy | None, conf: NetConf) -> Grant:
     if conf.device_id is not None:
         raise _refusal("deviceID", conf.device_id, f"it names no interface; {wanted}; {_choices(policy)}")
     raise CniError(spec.INVALID_NETWORK_CONFIG, f"interface: is missing; {wanted}; {_choices(policy)}")
-
-
-def _devices(entry: Interface) -> tuple[str, ...]:
-    return entry.functions.pool if entry.functions else (entry.dev,)
 
 
 def _selected(conf: NetConf) -> str | None:
@@ -180,6 +181,8 @@ def _grant(entry: Interface, conf: NetConf) -> Grant:
         raise _refusal("mode", mode, reason)
     functions, dev = entry.functions, entry.dev
     if functions and conf.source:
+        if device and len(functions.pool) > 1:  # whose number is counted through the pool
+            raise _refusal("source", conf.source, f"deviceID {conf.device_id} says which; leave it out")
         functions, dev = replace(functions, pool=(conf.source,)), conf.source
     # What a kubelet allocates is a device node, which a tap has not got.
     made = conf.device or ("macvtap" if device else None)

@@ -50,15 +50,16 @@ from cni.spec import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from cni.policy import Functions
     from cni.rtnl import Link
     from cni.state import Record, Store
 
-_DEVICES = "/sys/bus/pci/devices"
-_DRIVERS = "/sys/bus/pci/drivers"
+_SYSFS = "/sys"
+_DEVICES = f"{_SYSFS}/bus/pci/devices"
+_DRIVERS = f"{_SYSFS}/bus/pci/drivers"
 _LOCK = "sriov"
 """Stands where an attachment's id stands; no id is without a dash."""
 _NUMBER = re.compile(r"virtfn([0-9]+)")
@@ -87,22 +88,34 @@ class Function:
     """-1: the machine does not say."""
 
 
-def functions(pf: str) -> list[Function]:
-    """The VFs of a PF of the calling thread's namespace, in their order."""
-    folder = f"/sys/class/net/{pf}/device"
+def functions(pf: str, sysfs: str = _SYSFS) -> list[Function]:
+    """The VFs of a PF, in their order. sysfs: one that shows the PF's namespace, or else the calling thread's."""
+    folder = f"{sysfs}/class/net/{pf}/device"
     found = []
     with suppress(FileNotFoundError):
         numbers = sorted(int(match[1]) for match in map(_NUMBER.fullmatch, os.listdir(folder)) if match)
         for number in numbers:
-            pci = os.path.basename(os.readlink(f"{folder}/virtfn{number}"))
-            numa = int(_read(f"{_DEVICES}/{pci}/numa_node") or -1)
-            found.append(Function(pf, number, pci, _driver(pci), _netdev(pci), numa))
+            vf = f"{folder}/virtfn{number}"
+            pci = os.path.basename(os.readlink(vf))
+            numa = int(_read(f"{vf}/numa_node") or -1)
+            found.append(Function(pf, number, pci, _driver(vf), _netdev(vf), numa))
     return found
 
 
-def most(pf: str) -> int:
+def places(pool: Iterable[str], vfs: int | None, sysfs: str = _SYSFS) -> list[tuple[str, Function | None]]:
+    """The PF and VF of each device number of a kubelet's. None: a VF of vfs that is not made, or whose PF is away.
+
+    So a VF keeps its number when another PF's are made, or go.
+    """
+    found: list[tuple[str, Function | None]] = []
+    for pf in pool:
+        found += [(pf, each) for each in functions(pf, sysfs)] or [(pf, None)] * (vfs or 0)
+    return found
+
+
+def most(pf: str, sysfs: str = _SYSFS) -> int:
     """How many VFs the PF could have; 0 if it is no PF."""
-    return int(_read(f"/sys/class/net/{pf}/device/sriov_totalvfs") or 0)
+    return int(_read(f"{sysfs}/class/net/{pf}/device/sriov_totalvfs") or 0)
 
 
 def check(entry: Functions) -> None:
@@ -132,10 +145,10 @@ def take(
     with store.locked(_LOCK, waits=waits):
         for name in entry.pool:
             _make(name, entry.vfs)
-        everything = [each for name in entry.pool for each in functions(name)]
+        everything = places(entry.pool, entry.vfs)
         busy: dict[str, str] = {}
-        for at, each in enumerate(everything):
-            if number is not None and at != number:
+        for at, (_, each) in enumerate(everything):
+            if each is None or (number is not None and at != number):
                 continue
             if why := _why_busy(host, store, each):
                 busy[each.pci] = why
@@ -232,7 +245,8 @@ def give_back(host: Rtnl, store: Store, record: Record) -> None:
     function, made = record.vf, record.vf["made"]
     pci, number = function["pci"], function["number"]
     if os.path.exists(f"{_DEVICES}/{pci}"):
-        if function["driver"] and _driver(pci) is None:  # we were killed between unbind and bind
+        # None: we were killed between unbind and bind.
+        if function["driver"] and _driver(f"{_DEVICES}/{pci}") is None:
             _write(f"{_DRIVERS}/{function['driver']}/bind", pci)
         pf, link = _pf(host, pci), _link(host, pci)
         now = vf.settings(host, pf.index).get(number, {}) if pf else {}
@@ -288,7 +302,7 @@ def adopt(link: Link) -> dict[str, Any] | None:
         return None
     pci = os.path.basename(os.path.realpath(device))
     was = _FRESH | {"mtu": link.mtu, "mac": link.mac}
-    return {"pci": pci, "number": -1, "driver": _driver(pci), "before": {}, "made": {}, "link": was}
+    return {"pci": pci, "number": -1, "driver": _driver(device), "before": {}, "made": {}, "link": was}
 
 
 def _restore_link(host: Rtnl, link: Link, was: Mapping[str, Any]) -> None:
@@ -406,7 +420,10 @@ def _has_address(host: Rtnl, index: int) -> bool:
 
 
 def _none_free(
-    entry: Functions, everything: list[Function], busy: Mapping[str, str], number: int | None
+    entry: Functions,
+    everything: list[tuple[str, Function | None]],
+    busy: Mapping[str, str],
+    number: int | None,
 ) -> CniError:
     names = ", ".join(entry.pool)
     if number is not None:
@@ -415,10 +432,11 @@ def _none_free(
                 INVALID_NETWORK_CONFIG,
                 f"deviceID: VF {number} of {names} was allocated, and there are {len(everything)}",
             )
-        each = everything[number]
-        why = busy.get(each.pci, "gone")
-        return CniError(TRY_AGAIN_LATER, f"VF {each.number} of {each.pf!r}, which was allocated, is {why}")
-    if not everything:
+        pf, each = everything[number]
+        what, why = (f"VF {each.number}", busy.get(each.pci, "gone")) if each else ("a VF", "not there")
+        return CniError(TRY_AGAIN_LATER, f"{what} of {pf!r}, which was allocated, is {why}")
+    there = sum(each is not None for _, each in everything)
+    if not there:
         check(entry)
         return CniError(
             TRY_AGAIN_LATER,
@@ -426,7 +444,7 @@ def _none_free(
         )
     words = list(busy.values())
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
-    return CniError(TRY_AGAIN_LATER, f"no VF of {names} is free: of {len(everything)}, {counts}")
+    return CniError(TRY_AGAIN_LATER, f"no VF of {names} is free: of {there}, {counts}")
 
 
 def _pf(host: Rtnl, pci: str) -> Link | None:
@@ -438,7 +456,7 @@ def _pf(host: Rtnl, pci: str) -> Link | None:
 
 def _link(host: Rtnl, pci: str) -> Link | None:
     for _ in range(_TRIES):
-        name = _netdev(pci)
+        name = _netdev(f"{_DEVICES}/{pci}")
         if name is None:
             return None
         if link := host.link(name=name):
@@ -447,15 +465,15 @@ def _link(host: Rtnl, pci: str) -> Link | None:
     return None
 
 
-def _netdev(pci: str) -> str | None:
+def _netdev(device: str) -> str | None:
     with suppress(OSError):
-        return next(iter(os.listdir(f"{_DEVICES}/{pci}/net")), None)
+        return next(iter(os.listdir(f"{device}/net")), None)
     return None
 
 
-def _driver(pci: str) -> str | None:
+def _driver(device: str) -> str | None:
     with suppress(OSError):
-        return os.path.basename(os.readlink(f"{_DEVICES}/{pci}/driver"))
+        return os.path.basename(os.readlink(f"{device}/driver"))
     return None
 
 

@@ -144,7 +144,7 @@ class Store:
         self._note = note
         self._attachments = f"{self.folder}/attachments"
         self._ifindex = f"{self.folder}/ifindex"
-        self._functions = f"{self.folder}/vf"
+        self.functions = f"{self.folder}/vf"
         self._dev = f"{self.folder}/dev"
         self.holders = f"{self.folder}/holders"
 
@@ -278,7 +278,7 @@ class Store:
             _unlink(f"{self.holders}/{id}")
             for number in (*numbers, *_candidates(id)):
                 self.release(number, id)
-            for pci in os.listdir(self._functions) if os.path.isdir(self._functions) else []:
+            for pci in os.listdir(self.functions) if os.path.isdir(self.functions) else []:
                 self.release_function(pci, id)
 
     def reserve_ifindex(self, id: str, device_id: str | None = None) -> int:
@@ -359,21 +359,28 @@ class Store:
 
     def hold_function(self, pci: str, id: str) -> bool:
         """Reserve the VF of that PCI address; False if another attachment has it."""
-        with _io(self._functions):
-            os.makedirs(self._functions, mode=0o700, exist_ok=True)
-            return _hold(f"{self._functions}/{pci}", id)
+        with _io(self.functions):
+            os.makedirs(self.functions, mode=0o700, exist_ok=True)
+            return _hold(f"{self.functions}/{pci}", id)
 
     def function_held_by(self, pci: str) -> str | None:
         """The id that holds that VF, or None."""
-        with _io(self._functions), suppress(FileNotFoundError):
-            return os.readlink(f"{self._functions}/{pci}")
+        with _io(self.functions), suppress(FileNotFoundError):
+            return os.readlink(f"{self.functions}/{pci}")
         return None
+
+    def functions_held(self) -> Iterator[tuple[str, str]]:
+        """The PCI addresses of the VFs that are held, each with the id that holds it."""
+        with _io(self.functions):
+            for pci in os.listdir(self.functions) if os.path.isdir(self.functions) else []:
+                if id := self.function_held_by(pci):
+                    yield pci, id
 
     def release_function(self, pci: str, id: str) -> None:
         """Give the VF back if that id holds it."""
         if self.function_held_by(pci) == id:
-            with _io(self._functions):
-                _unlink(f"{self._functions}/{pci}")
+            with _io(self.functions):
+                _unlink(f"{self.functions}/{pci}")
 
     def _hold(self, number: int, id: str) -> bool:
         return _hold(f"{self._ifindex}/{number}", id)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cni import deviceid, netconf, nodefile, policy, spec
 from cni.errors import CniError
-from cni.policy import Grant, Interface, Policy
+from cni.policy import Functions, Grant, Interface, Policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -495,3 +495,22 @@ def test_a_vlan_that_the_entry_does_not_allow_is_refused() -> None:
     conf = netconf.parse(b'{"name": "wire", "type": "vmtap", "interface": "fast", "vlan": 300}')
     with pytest.raises(CniError, match="interface fast allows 100, 200"):
         policy.authorize(Policy((entry,), allow_unlisted=False), conf)
+
+
+def pool(capacity: int | None = None) -> Policy:
+    functions = Functions(("pf0", "pf1"), None, {})
+    return Policy((Interface("fast", "pf0", "sr-iov", None, capacity, functions),), allow_unlisted=False)
+
+
+def test_a_virtual_functions_number_is_bounded_by_what_there_is() -> None:
+    """How many VFs a node has is no matter of its policy: cni/sriov.py refuses a number that has none."""
+    last = f"fastMvp{deviceid.MOST - 1}"
+    assert policy.authorize(pool(), conf(deviceID=last)).sources == ("pf0", "pf1")
+    with pytest.raises(CniError, match="offers 4 devices"):
+        policy.authorize(pool(4), conf(deviceID="fastMvp4"))
+
+
+def test_a_virtual_functions_number_is_counted_through_the_whole_pool() -> None:
+    assert policy.authorize(pool(), conf(source="pf1")).sources == ("pf1",)
+    with pytest.raises(CniError, match="says which; leave it out"):
+        policy.authorize(pool(), conf(source="pf1", deviceID="fastMvp0"))
