@@ -86,7 +86,7 @@ class Policies:
         if not self._named and not self._found:
             return self._file
         listed = self._file.interfaces if self._file else ()
-        names, sources = {entry.name for entry in listed}, {entry.dev for entry in listed}
+        names, sources = {entry.name for entry in listed}, {dev for entry in listed for dev in entry.sources}
         # Who restricts a link in the file has not meant it to be had without restriction under another name.
         free = [link for link in self._found if link not in names | sources]
         return Policy(
