@@ -369,19 +369,32 @@ def test_a_bridges_port_that_goes_is_no_end_of_the_link(running: Node) -> None:
 def test_what_cannot_be_offered_says_why(node: Node) -> None:
     node.kubelet.start()
     one, other = _clash()
-    node.policy(
-        entry("vf", type="sr-iov"), entry("queues", type="vmdq"), entry("odd."), entry(one), entry(other)
-    )
+    node.policy(entry("odd."), entry(one), entry(other))
     node.start(*METRICS)
     node.kubelet.wait_resource(f"{NAMESPACE}/{one}")
     left = [line for line in _log(node) if line["msg"] == "interface is not offered to the kubelet"]
-    assert [line["interface"] for line in left] == ["vf", "queues", "odd.", other]
+    assert [line["interface"] for line in left] == ["odd.", other]
     assert one in left[-1]["why"]
     assert left[-1]["next"] == "give it another name"
     found = parse(node.agent.get("/metrics")[2])
-    assert found["vmtap_device_plugin_not_offered", ()] == 4
+    assert found["vmtap_device_plugin_not_offered", ()] == 2
     node.policy(entry(other))
     node.kubelet.wait_resource(f"{NAMESPACE}/{other}")
+
+
+def test_the_other_types_are_offered_too(node: Node) -> None:
+    """Here by a NIC that has no virtual functions; tests/hw has one that has."""
+    node.kubelet.start()
+    node.policy(
+        entry("queues", type="vmdq", capacity=3),
+        entry("vf", type="sr-iov"),
+        entry("made", type="sr-iov", vfs=2),
+    )
+    node.start()
+    assert all(each.healthy for each in node.kubelet.wait_resource(f"{NAMESPACE}/queues").values())
+    assert node.kubelet.wait_resource(f"{NAMESPACE}/vf") == {}
+    assert not any(each.healthy for each in node.kubelet.wait_resource(f"{NAMESPACE}/made").values())
+    assert node.agent.said("devices are unhealthy")["why"] == f"{NIC} can have 0 VFs, and vfs says 2"
 
 
 def _log(node: Node) -> list[dict[str, Any]]:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
-from cni import deviceid
+from cni import deviceid, sriov
 from cni.rtnl import ARPHRD_ETHER, IFF_LOOPBACK, IFF_LOWER_UP, IFF_RUNNING, IFF_UP
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from cni.policy import Interface
     from cni.rtnl import Link
+    from cni.sriov import Function
 
     Links = Mapping[str, Link]
 
@@ -30,20 +32,34 @@ _OVER = ("bond", "team", "vlan")
 
 @dataclass(frozen=True)
 class Offer:
-    """One interface as a resource. number of a device: 0 to capacity - 1."""
+    """One interface as a resource. sources: of VFs the pool of PFs, else the one device."""
 
     name: str
-    dev: str
+    sources: tuple[str, ...]
     capacity: int
+    """How many devices; of VFs at most."""
+    virtual: bool = False
+    """Whether each device is a virtual function."""
+    vfs: int | None = None
+    """How many VFs an ADD makes of a PF that has none."""
 
 
 @dataclass(frozen=True)
-class State:
-    """What a source's devices are like. fault: "" if they are healthy; node: of NUMA, None if none is known."""
+class Device:
+    """What one device is like. fault: "" if it is healthy; node: of NUMA, None if none is known; pf: of a VF."""
 
     fault: str = ""
     next_step: str = ""
     node: int | None = None
+    pf: str = ""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What attachments have now, each with the attachment's id: VFs by PCI address, devices by interface index."""
+
+    functions: Mapping[str, str] = field(default_factory=dict)
+    indexes: Mapping[int, str] = field(default_factory=dict)
 
 
 def offers(interfaces: Iterable[Interface]) -> tuple[list[Offer], dict[str, tuple[str, str]]]:
@@ -52,9 +68,6 @@ def offers(interfaces: Iterable[Interface]) -> tuple[list[Offer], dict[str, tupl
     left: dict[str, tuple[str, str]] = {}
     indexes: dict[int, str] = {}
     for entry in interfaces:
-        if entry.type != "ethernet":
-            left[entry.name] = (f"its type {entry.type} is not offered so far", "make it of type ethernet")
-            continue
         if not _NAME.fullmatch(entry.name):
             left[entry.name] = ("no resource can be named so", "let its name end with a letter or a digit")
             continue
@@ -65,28 +78,79 @@ def offers(interfaces: Iterable[Interface]) -> tuple[list[Offer], dict[str, tupl
                 "give it another name",
             )
             continue
-        found.append(Offer(entry.name, entry.dev, entry.devices))
+        vfs = entry.functions.vfs if entry.functions else None
+        found.append(Offer(entry.name, entry.sources, entry.devices, entry.functions is not None, vfs))
     return found, left
 
 
-def state(dev: str, links: Links, sysfs: str) -> State:
-    """Of the source dev. sysfs: where one is mounted that shows these links."""
+def devices(offer: Offer, links: Links, sysfs: str, held: Held) -> tuple[Device, ...]:
+    """What there is of the offer, by number. sysfs: where one is mounted that shows these links."""
+    if not offer.virtual:
+        return (state(offer.sources[0], links, sysfs),) * offer.capacity
+    pfs = {name: _pf(name, offer, links, sysfs) for name in offer.sources}
+    found = []
+    places = sriov.places(offer.sources, offer.vfs, sysfs)
+    for number, (name, function) in enumerate(places[: offer.capacity]):
+        device = pfs[name]
+        if function and not device.fault:
+            holder = held.indexes.get(deviceid.ifindex(offer.name, number))
+            device = _virtual(function, device, links, held.functions.get(function.pci), holder)
+        elif not function and not device.fault and (most := sriov.most(name, sysfs)) < (offer.vfs or 0):
+            device = replace(
+                device,
+                fault=f"{name} can have {most} VFs, and vfs says {offer.vfs}",
+                next_step="correct vfs in the policy, or switch SR-IOV on in the NIC's firmware",
+            )
+        found.append(device)
+    return tuple(found)
+
+
+def _pf(name: str, offer: Offer, links: Links, sysfs: str) -> Device:
+    device = replace(state(name, links, sysfs), pf=name)
+    many = device.fault and len(offer.sources) > 1
+    return replace(device, fault=f"{name}: {device.fault}") if many else device
+
+
+def _virtual(function: Function, pf: Device, links: Links, holder: str | None, wanted: str | None) -> Device:
+    """holder: the attachment that has the VF; wanted: the one that has the device, which ADD gives this VF."""
+    what = f"VF {function.number} of {function.pf}"
+    device = pf if function.numa < 0 else replace(pf, node=function.numa)
+    link = links.get(function.link or "")
+    if holder:
+        if holder == wanted:  # its driver may be being bound anew, too
+            return device
+        step = "end that one, or have each of the interface's pods ask for the resource"
+        return replace(
+            device, fault=f"{what} is attached by {holder}, which has not this device", next_step=step
+        )
+    if link is None:
+        has = f"has the driver {function.driver}" if function.driver else "has no driver"
+        step = f"bind {function.pci} to the driver that makes a link of it"
+        return replace(device, fault=f"{what} {has}, and no link here", next_step=step)
+    if link.master:
+        step = f"take it out: ip link set {link.name} nomaster"
+        return replace(device, fault=f"{what}, {link.name}, is a port of another", next_step=step)
+    return device
+
+
+def state(dev: str, links: Links, sysfs: str) -> Device:
+    """What every device on the source dev is like."""
     link = links.get(dev)
     if link is None:
-        return State("it is not on this node", "plug it in, or correct the policy")
+        return Device("it is not on this node", "plug it in, or correct the policy")
     node = numa_node(link, links, sysfs)
     if not link.flags & IFF_UP:
-        return State("it is down", f"ip link set {dev} up", node)
+        return Device("it is down", f"ip link set {dev} up", node)
     if not link.flags & IFF_LOWER_UP:
         port = (
             "give it a port that has one"
             if link.kind == "bridge"
             else "look at the cable, and at the switch's port"
         )
-        return State("it has no carrier", port, node)
+        return Device("it has no carrier", port, node)
     if not link.flags & IFF_RUNNING:  # dormant, or in a test
-        return State("it is not running", f"ip -d link show {dev}; 802.1X, if its port asks for it", node)
-    return State(node=node)
+        return Device("it is not running", f"ip -d link show {dev}; 802.1X, if its port asks for it", node)
+    return Device(node=node)
 
 
 def numa_node(link: Link, links: Links, sysfs: str) -> int | None:
@@ -135,16 +199,33 @@ def _suitable(link: Link, links: Links, sysfs: str) -> bool:
     return link.master is None or (master is not None and master.kind == "vrf")
 
 
-def preferred(available: Iterable[str], must: Iterable[str], size: int, used: Collection[int]) -> list[str]:
+def preferred(
+    available: Iterable[str], must: Iterable[str], size: int, used: Collection[int], pfs: Sequence[str] = ()
+) -> list[str]:
     """Which devices to take, as ids: what must be, then those whose interface index nobody uses, the lowest first.
 
     A kubelet's own choice may fall on a device whose last pod is not detached yet: an ADD for it would have to wait.
+    pfs: the PF of each number; the one with the fewest VFs taken goes first. Which NUMA nodes may be is the kubelet's
+    to say, by what it makes available.
     """
 
-    def order(id: str) -> tuple[bool, int]:
-        index = deviceid.index_of(id)
-        return index in used or not index, index
+    def index(id: str) -> tuple[bool, int]:
+        found = deviceid.index_of(id)
+        return found in used or not found, found
+
+    def pf(id: str) -> str:
+        parsed = deviceid.parse(id)
+        return pfs[parsed[1]] if parsed and parsed[1] < len(pfs) else ""
 
     chosen = list(dict.fromkeys(must))
-    rest = sorted(set(available) - set(chosen), key=order)
-    return (chosen + rest)[: max(size, len(chosen))]
+    rest = sorted(set(available) - set(chosen), key=index, reverse=True)
+    free = {name: [id for id in rest if pf(id) == name] for name in {*map(pf, rest)}}
+    load = Counter(pfs)
+    load.subtract(pf(id) for id in rest if not index(id)[0])
+    while free and len(chosen) < size:
+        name = min(free, key=lambda name: (index(free[name][-1])[0], load[name], index(free[name][-1])))
+        chosen.append(free[name].pop())
+        load[name] += 1
+        if not free[name]:
+            del free[name]
+    return chosen

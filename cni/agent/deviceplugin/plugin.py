@@ -1,11 +1,13 @@
 """Offers what the policy names to the kubelet, for as long as the agent runs.
 
-One thread looks after everything, by events: of links (rtnetlink), of the policy's folder and of the kubelet's
-(inotify), and of a registration's answer. After any of them it compares what should be with what is:
+One thread looks after everything, by events: of links (rtnetlink), of PCI devices (uevents), of the policy's folder,
+of the kubelet's and of the VFs that attachments have (inotify), and of a registration's answer. After any of them it
+compares what should be with what is:
 
-    policy, links   → offers → a Resource each, on a socket of its own, shown whatever changes
-    kubelet.sock    → another than it was, or a socket of ours is gone (a new kubelet wipes its folder): serve, register
-    an answer       → registered, or tried again later: each time later, up to _LATEST seconds
+    policy, links, VFs  → offers → a Resource each, on a socket of its own, shown whatever changes
+    kubelet.sock        → another than it was, or a socket of ours is gone (a new kubelet wipes its folder): serve,
+                          register
+    an answer           → registered, or tried again later: each time later, up to _LATEST seconds
 
 A socket has a name that no other process of ours uses: an agent that replaces another would else take away its
 socket and lose its own to the other's end.
@@ -20,15 +22,15 @@ import socket
 import stat
 import threading
 import time
-from collections import Counter
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 from queue import Empty, SimpleQueue
 
 from cni import mount
-from cni.agent.deviceplugin.devices import Offer, State, offers, state, suitable
+from cni.agent.deviceplugin.devices import Device, Held, Offer, devices, offers, suitable
 from cni.agent.deviceplugin.links import Links
+from cni.agent.deviceplugin.pci import Changes
 from cni.agent.deviceplugin.registration import Registration
 from cni.agent.deviceplugin.serving import HEALTHY, UNHEALTHY, Answers, Resource
 from cni.agent.inotify import Folders
@@ -54,7 +56,7 @@ class _Served:
     """One resource, and how far its registration is."""
 
     offer: Offer
-    state: State
+    devices: tuple[Device, ...] = ()
     resource: Resource | None = None
     """None: there is no folder to serve it in, or it cannot be served now."""
     registered: bool = False
@@ -136,7 +138,8 @@ class DevicePlugin:
 
         with ExitStack() as stack:
             self._links = stack.enter_context(closing(Links()))
-            watched = (self._folder, os.path.dirname(policies.path))
+            self._pci = stack.enter_context(closing(Changes()))
+            watched = (self._folder, os.path.dirname(policies.path), store.functions)
             self._folders = stack.enter_context(closing(Folders(watched)))
             sysfs = mount.detached(b"sysfs")
             stack.callback(os.close, sysfs)
@@ -165,7 +168,7 @@ class DevicePlugin:
 
     def _run(self) -> None:
         poll = select.poll()
-        for each in (self._links, self._folders, self._woken):
+        for each in (self._links, self._pci, self._folders, self._woken):
             poll.register(each, select.POLLIN)
         with self._stack:
             self._sweep()
@@ -183,13 +186,14 @@ class DevicePlugin:
 
     def _wait(self, poll: select.poll, due: float | None) -> None:
         """Until something has happened that may matter, or that time has come."""
-        sources = {served.offer.dev for served in self._served.values()}
+        sources = {dev for served in self._served.values() for dev in served.offer.sources}
+        quiet = {self._links.fileno(): lambda: self._links.take(sources), self._pci.fileno(): self._pci.take}
         while True:
             ready = poll.poll(None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1)
             with suppress(BlockingIOError):
                 self._woken.recv(1 << 10)
             with suppress(OSError):  # it is tried again in _look, and said there
-                if [fd for fd, _ in ready] == [self._links.fileno()] and not self._links.take(sources):
+                if ready and all(fd in quiet and not quiet[fd]() for fd, _ in ready):
                     continue
             return
 
@@ -197,6 +201,7 @@ class DevicePlugin:
         """Make what is be what should be. When to look again without an event, by time.monotonic()."""
         self._folders.take()
         self._links.take()
+        self._pci.take()
         self._hear()
         self._discover()
         self._offer()
@@ -238,19 +243,19 @@ class DevicePlugin:
         for name in self._served.keys() - {offer.name for offer in offered}:
             self._withdraw(name)
         links = self._links.by_name()
+        held = self._answers.held() if any(offer.virtual for offer in offered) else Held()
         for offer in offered:
-            now = state(offer.dev, links, self._sysfs)
+            now = devices(offer, links, self._sysfs, held)
             served = self._served.get(offer.name)
             if served is None:
-                served = self._served[offer.name] = _Served(offer, State())
-                log(INFO, "interface is offered", **self._fields(served))
-            elif served.offer != offer:
+                served = self._served[offer.name] = _Served(offer)
+                log(INFO, "interface is offered", **self._fields(_Served(offer, now)))
+            elif served.offer != offer or len(served.devices) != len(now):
                 log(INFO, "interface is offered otherwise", **self._fields(_Served(offer, now)))
-            if served.state.fault != now.fault:
-                _tell(now, self._fields(served))
-            served.offer, served.state = offer, now
+            before, served.offer, served.devices = served.devices, offer, now
+            _tell(before, now, self._fields(served))
             if served.resource:
-                served.resource.show(offer, now)
+                served.resource.show(now)
 
     def _withdraw(self, name: str) -> None:
         served = self._served.pop(name)
@@ -272,7 +277,7 @@ class DevicePlugin:
         self._sockets += 1
         path = f"{self._folder}/{_PREFIX}{self._token}-{self._sockets}.sock"
         try:
-            served.resource = Resource(self._name(name), served.offer, served.state, self._answers, path)
+            served.resource = Resource(self._name(name), name, served.devices, self._answers, path)
         except RuntimeError as error:
             self._failed(served, f"{path} cannot be served: {error}")
 
@@ -333,23 +338,35 @@ class DevicePlugin:
         return f"{self._settings.resource_namespace}/{interface}"
 
     def _fields(self, served: _Served) -> dict[str, object]:
-        offer = served.offer
-        return {"resource": self._name(offer.name), "source": offer.dev, "capacity": offer.capacity}
+        source = ", ".join(served.offer.sources)
+        return {
+            "resource": self._name(served.offer.name),
+            "source": source,
+            "capacity": len(served.devices),
+        }
 
     def _count(self) -> dict[Labels, float]:
-        found: Counter[Labels] = Counter()
+        found: dict[Labels, float] = {}
         for name, served in list(self._served.items()):
-            sick = bool(served.state.fault)
-            found[self._name(name), UNHEALTHY] += served.offer.capacity if sick else 0
-            found[self._name(name), HEALTHY] += 0 if sick else served.offer.capacity
-        return dict(found)
+            sick = sum(bool(each.fault) for each in served.devices)
+            found[self._name(name), UNHEALTHY] = sick
+            found[self._name(name), HEALTHY] = len(served.devices) - sick
+        return found
 
 
-def _tell(now: State, fields: dict[str, object]) -> None:
-    if now.fault:
-        log(WARNING, "devices are unhealthy", why=now.fault, next=now.next_step, **fields)
-    else:
-        log(INFO, "devices are healthy again", **fields)
+def _tell(before: tuple[Device, ...], now: tuple[Device, ...], fields: dict[str, object]) -> None:
+    """Log whose health has changed, those with one fault in one line."""
+    was = [each.fault for each in before] + [""] * len(now)
+    changed: dict[tuple[str, str], list[int]] = {}
+    for number, each in enumerate(now):
+        if each.fault != was[number]:
+            changed.setdefault((each.fault, each.next_step), []).append(number)
+    for (why, next_step), numbers in changed.items():
+        more = {} if len(numbers) == len(now) else {"devices": numbers}
+        if why:
+            log(WARNING, "devices are unhealthy", why=why, next=next_step, **fields, **more)
+        else:
+            log(INFO, "devices are healthy again", **fields, **more)
 
 
 def _identity(path: str) -> tuple[int, ...] | None:

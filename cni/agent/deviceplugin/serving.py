@@ -16,7 +16,7 @@ import grpc
 from cni import cdi, deviceid
 from cni.agent.deviceplugin import v1beta1_pb2 as api
 from cni.agent.deviceplugin import v1beta1_pb2_grpc as services
-from cni.agent.deviceplugin.devices import Offer, State, preferred
+from cni.agent.deviceplugin.devices import Device, Held, preferred
 from cni.agent.log import log
 
 TYPE_CHECKING = False
@@ -60,23 +60,29 @@ class Answers:
             answer.mounts.add(container_path=folder, host_path=folder, read_only=True)
         return answer
 
-    def used(self) -> set[int]:
-        """The interface indexes that an attachment has now."""
-        return {index for index, _ in self.store.reserved()}
+    def held(self) -> Held:
+        """What attachments have now. Raises CniError 5."""
+        first, indexes = dict(self.store.functions_held()), dict(self.store.reserved())
+        # Looked at again: who has a VF has an index for as long, so that each of these has one in the list.
+        functions = {pci: id for pci, id in first.items() if self.store.function_held_by(pci) == id}
+        return Held(functions, indexes)
 
 
 class Resource(services.DevicePluginServicer):
-    """Serves one offer until close(). path: of its socket, which is there when this returns.
+    """Serves one interface's devices until close(). path: of its socket, which is there when this returns.
 
     Raises RuntimeError if it cannot be.
     """
 
-    def __init__(self, name: str, offer: Offer, state: State, answers: Answers, path: str) -> None:
+    def __init__(
+        self, name: str, interface: str, devices: tuple[Device, ...], answers: Answers, path: str
+    ) -> None:
         self.name = name
         self.path = path
         self._answers = answers
         self._changed = threading.Condition()
-        self._offer, self._state = offer, state
+        self._interface = interface
+        self._devices = devices
         self._version = 0
         self._ending = False
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="device-plugin")
@@ -85,11 +91,11 @@ class Resource(services.DevicePluginServicer):
         self._server.add_insecure_port(f"unix:{path}")
         self._server.start()
 
-    def show(self, offer: Offer, state: State) -> None:
-        """This is so from now on: told at once to who watches."""
+    def show(self, devices: tuple[Device, ...]) -> None:
+        """They are so from now on: told at once to who watches."""
         with self._changed:
-            if (offer, state) != (self._offer, self._state):
-                self._offer, self._state = offer, state
+            if devices != self._devices:
+                self._devices = devices
                 self._version += 1
                 self._changed.notify_all()
 
@@ -97,7 +103,7 @@ class Resource(services.DevicePluginServicer):
         """End. withdraw: say first that there are no devices any more; else a kubelet waits for them to come back."""
         with self._changed:
             if withdraw:
-                self._offer = Offer(self._offer.name, self._offer.dev, 0)
+                self._devices = ()
             self._version += 1
             self._ending = True
             self._changed.notify_all()
@@ -105,24 +111,23 @@ class Resource(services.DevicePluginServicer):
         self._threads.shutdown(wait=False)
 
     def _listed(self) -> api.ListAndWatchResponse:
-        node = self._state.node
-        topology = None if node is None else api.TopologyInfo(nodes=[api.NUMANode(ID=node)])
-        health = UNHEALTHY if self._state.fault else HEALTHY
-        return api.ListAndWatchResponse(
-            devices=[
-                api.Device(ID=deviceid.format(self._offer.name, number), health=health, topology=topology)
-                for number in range(self._offer.capacity)
-            ]
-        )
+        answer = api.ListAndWatchResponse()
+        for number, each in enumerate(self._devices):
+            answer.devices.add(
+                ID=deviceid.format(self._interface, number),
+                health=UNHEALTHY if each.fault else HEALTHY,
+                topology=None if each.node is None else api.TopologyInfo(nodes=[api.NUMANode(ID=each.node)]),
+            )
+        return answer
 
     def _foreign(self, id: str) -> str | None:
         """Why that is no device of this resource; None if it is one."""
-        offer = self._offer
-        parsed = deviceid.parse(id)
-        if parsed is None or parsed[0] != offer.name:
-            return f"{id!r} is no device of {self.name}: they are {deviceid.format(offer.name, 0)} and so on"
-        if parsed[1] >= offer.capacity:
-            return f"{id!r} is beyond the capacity of {self.name}, which is {offer.capacity}"
+        parsed, count = deviceid.parse(id), len(self._devices)
+        if parsed is None or parsed[0] != self._interface:
+            first = deviceid.format(self._interface, 0)
+            return f"{id!r} is no device of {self.name}: they are {first} and so on"
+        if parsed[1] >= count:
+            return f"{id!r} is beyond the capacity of {self.name}, which is {count}"
         return None
 
     # What a kubelet calls; the names are the API's
@@ -152,12 +157,13 @@ class Resource(services.DevicePluginServicer):
     def GetPreferredAllocation(  # noqa: N802
         self, request: api.PreferredAllocationRequest, context: Context
     ) -> api.PreferredAllocationResponse:
-        used = self._answers.used()
+        used = self._answers.held().indexes
+        pfs = [each.pf for each in self._devices]
         return api.PreferredAllocationResponse(
             container_responses=[
                 api.ContainerPreferredAllocationResponse(
                     deviceIDs=preferred(
-                        each.available_deviceIDs, each.must_include_deviceIDs, each.allocation_size, used
+                        each.available_deviceIDs, each.must_include_deviceIDs, each.allocation_size, used, pfs
                     )
                 )
                 for each in request.container_requests

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,11 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cni import deviceid
-from cni.agent.deviceplugin.devices import Offer, State, offers, preferred, state, suitable
-from cni.policy import Interface
+from cni.agent.deviceplugin.devices import (
+    Device,
+    Held,
+    Offer,
+    devices,
+    offers,
+    preferred,
+    state,
+    suitable,
+)
+from cni.policy import Functions, Interface
 from cni.rtnl import IFF_LOOPBACK, IFF_LOWER_UP, IFF_RUNNING, IFF_UP, Link
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 GOOD = IFF_UP | IFF_RUNNING | IFF_LOWER_UP
@@ -52,14 +64,17 @@ def interface(name: str, type: str = "ethernet", capacity: int | None = None) ->
     ("capacity", "offered"), [(None, deviceid.DEFAULT_CAPACITY), (1, 1), (deviceid.MOST, deviceid.MOST)]
 )
 def test_capacity(capacity: int | None, offered: int) -> None:
-    assert offers([interface("data", capacity=capacity)]) == ([Offer("data", "eth1", offered)], {})
+    assert offers([interface("data", capacity=capacity)]) == ([Offer("data", ("eth1",), offered)], {})
 
 
-@pytest.mark.parametrize("type", ["sr-iov", "vmdq"])
-def test_types_that_nothing_is_made_of_yet(type: str) -> None:
-    offered, left = offers([interface("data", type)])
-    assert not offered
-    assert type in left["data"][0]
+def test_vmdq_is_offered_as_ethernet_is() -> None:
+    assert offers([interface("data", "vmdq")]) == offers([interface("data")])
+
+
+@pytest.mark.parametrize(("capacity", "most"), [(None, deviceid.MOST), (5, 5)])
+def test_virtual_functions_are_offered_of_a_pool(capacity: int | None, most: int) -> None:
+    entry = Interface("fast", "pf0", "sr-iov", None, capacity, Functions(("pf0", "pf1"), 4, {}))
+    assert offers([entry]) == ([Offer("fast", ("pf0", "pf1"), most, virtual=True, vfs=4)], {})
 
 
 @pytest.mark.parametrize("name", ["a.", "a-", "a_"])
@@ -90,7 +105,7 @@ BRIDGE = link("br0", 8, kind="bridge")
 )
 def test_health(flags: int, why: str, tmp_path: Path) -> None:
     found = state("eth1", links(link("eth1", 2, flags=flags)), str(tmp_path))
-    assert (why in found.fault) if why else found == State()
+    assert (why in found.fault) if why else found == Device()
     assert bool(found.next_step) == bool(why)
 
 
@@ -192,3 +207,150 @@ def test_preference(available: list[str], must: list[str], size: int, busy: set[
 
 def test_an_id_that_is_none_of_ours_is_preferred_last() -> None:
     assert preferred(["else", "dataMvp1"], [], 1, ()) == ["dataMvp1"]
+
+
+# Virtual functions. The PFs and VFs are faked, as files of the sysfs that devices.py is told to read: tests/hw has
+# emulated ones.
+
+
+def pf(root: Path, name: str, vfs: int, *, most: int = 7, numa: int = -1) -> None:
+    """A PF with VFs that have links, named as it is with v and the number."""
+    device = root / "devices" / name
+    (device / "net" / name).mkdir(parents=True)
+    (device / "sriov_totalvfs").write_text(f"{most}\n")
+    (root / "class/net" / name).mkdir(parents=True)
+    (root / "class/net" / name / "device").symlink_to(device)
+    for number in range(vfs):
+        vf(root, name, number, numa=numa)
+
+
+def vf(root: Path, pf: str, number: int, *, numa: int = -1, driver: str | None = "igbvf") -> None:
+    """One VF, or a change of it."""
+    device = root / "devices" / f"{pf}:{number}"
+    shutil.rmtree(device, ignore_errors=True)
+    device.mkdir()
+    (device / "numa_node").write_text(f"{numa}\n")
+    if driver:
+        (device / "driver").symlink_to(f"/bus/pci/drivers/{driver}")
+    if driver and driver != "vfio-pci":
+        (device / "net" / f"{pf}v{number}").mkdir(parents=True)
+    (root / "devices" / pf / f"virtfn{number}").unlink(missing_ok=True)
+    (root / "devices" / pf / f"virtfn{number}").symlink_to(device)
+
+
+PFS = (link("pf0", 2), link("pf1", 3))
+VFS = tuple(
+    link(f"{pf}v{number}", 10 * (at + 1) + number)
+    for at, pf in enumerate(("pf0", "pf1"))
+    for number in range(4)
+)
+POOL = Offer("fast", ("pf0", "pf1"), deviceid.MOST, virtual=True)
+
+
+def faults(offer: Offer, root: Path, *there: Link, held: Held | None = None) -> list[str]:
+    found = devices(offer, links(*there), str(root), held or Held())
+    assert all(bool(each.fault) == bool(each.next_step) for each in found)
+    return [each.fault for each in found]
+
+
+def test_each_virtual_function_of_the_pool_is_a_device(tmp_path: Path) -> None:
+    pf(tmp_path, "pf0", 2, numa=0)
+    pf(tmp_path, "pf1", 3, numa=1)
+    found = devices(POOL, links(*PFS, *VFS), str(tmp_path), Held())
+    assert found == (Device(pf="pf0", node=0),) * 2 + (Device(pf="pf1", node=1),) * 3
+    assert len(faults(replace(POOL, capacity=4), tmp_path, *PFS, *VFS)) == 4
+
+
+def test_a_virtual_functions_numa_node_is_the_pfs_where_it_has_none(tmp_path: Path) -> None:
+    pf(tmp_path, "pf0", 1)
+    (tmp_path / "devices/pf0/numa_node").write_text("1\n")
+    (found,) = devices(POOL, links(*PFS, *VFS), str(tmp_path), Held())
+    assert found.node == 1
+
+
+def test_functions_that_an_add_will_make_count(tmp_path: Path) -> None:
+    pf(tmp_path, "pf0", 0)
+    pf(tmp_path, "pf1", 3)
+    assert faults(replace(POOL, vfs=4), tmp_path, *PFS, *VFS) == [""] * 7
+    assert faults(POOL, tmp_path, *PFS, *VFS) == [""] * 3, "none are made"
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_functions_that_no_add_can_make_are_unhealthy(tmp_path: Path, most: int) -> None:
+    pf(tmp_path, "pf0", 0, most=most)
+    found = faults(Offer("fast", ("pf0",), 10, virtual=True, vfs=3), tmp_path, *PFS)
+    assert found == [f"pf0 can have {most} VFs, and vfs says 3"] * 3
+
+
+def test_health_follows_each_pf(tmp_path: Path) -> None:
+    pf(tmp_path, "pf0", 1)
+    pf(tmp_path, "pf1", 2)
+    down = link("pf0", 2, flags=IFF_UP)
+    assert faults(POOL, tmp_path, down, PFS[1], *VFS) == ["pf0: it has no carrier", "", ""]
+
+
+def test_functions_keep_their_numbers_where_a_pf_is_away_and_the_policy_says_how_many(tmp_path: Path) -> None:
+    pf(tmp_path, "pf1", 2)
+    there = (PFS[1], *VFS)
+    assert faults(replace(POOL, vfs=2), tmp_path, *there) == ["pf0: it is not on this node"] * 2 + ["", ""]
+    assert faults(POOL, tmp_path, *there) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("driver", "why"),
+    [("vfio-pci", "has the driver vfio-pci"), (None, "has no driver"), ("igbvf", "a port of")],
+)
+def test_a_function_that_no_add_could_take_is_unhealthy(tmp_path: Path, driver: str | None, why: str) -> None:
+    pf(tmp_path, "pf0", 2)
+    vf(tmp_path, "pf0", 1, driver=driver)
+    first, second = faults(POOL, tmp_path, *PFS, link("pf0v0", 10), link("pf0v1", 11, master=99))
+    assert not first
+    assert "VF 1 of pf0" in second
+    assert why in second
+
+
+def test_an_attachments_function_is_the_device_that_it_has(tmp_path: Path) -> None:
+    pf(tmp_path, "pf0", 2)
+    held = Held({"pf0:0": "c1-x", "pf0:1": "c2-x"}, {deviceid.ifindex("fast", 1): "c2-x"})
+    first, second = faults(POOL, tmp_path, *PFS, *VFS, held=held)
+    assert "attached by c1-x" in first, "without a device of a kubelet's, say"
+    assert not second
+    vf(tmp_path, "pf0", 1, driver=None)
+    assert not faults(POOL, tmp_path, *PFS, *VFS, held=held)[1], "its driver is being bound anew"
+
+
+PLACES = ["pf0"] * 4 + ["pf1"] * 4
+
+
+def fast(*numbers: int) -> list[str]:
+    return [deviceid.format("fast", number) for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("available", "must", "size", "used", "chosen"),
+    [
+        (range(8), (), 1, (), [0]),
+        (range(8), (), 4, (), [0, 4, 1, 5]),
+        (range(1, 8), (), 1, (), [4]),
+        (range(8), (0,), 2, (), [0, 4]),
+        ([2, 3, 5, 6, 7], (), 3, (), [5, 2, 6]),
+        ([1, 2, 3], (), 2, (), [1, 2]),
+        (range(8), (), 2, (0, 1), [4, 5]),
+        ([0, 4, 5], (), 3, (4, 5), [0, 4, 5]),
+    ],
+    ids=[
+        "first",
+        "in turns",
+        "the emptier",
+        "beside what must be",
+        "evens out",
+        "one PF",
+        "used",
+        "used last",
+    ],
+)
+def test_the_pf_with_the_fewest_taken_goes_first(
+    available: Sequence[int], must: Sequence[int], size: int, used: Sequence[int], chosen: list[int]
+) -> None:
+    indexes = {deviceid.ifindex("fast", number) for number in used}
+    assert preferred(fast(*available), fast(*must), size, indexes, PLACES) == fast(*chosen)
