@@ -9,6 +9,8 @@ import os
 import resource
 from collections import Counter
 
+from cni import sriov
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +40,15 @@ def declare(
         interfaces = known.interfaces if known else ()
         return {(each.name,): each.capacity for each in interfaces if each.capacity is not None}
 
+    def functions() -> dict[Labels, float]:
+        known = policy()
+        pools = (each.functions.pool for each in known.interfaces if each.functions) if known else ()
+        return {
+            (pf, state): count
+            for pf in dict.fromkeys(pf for pool in pools for pf in pool)
+            for state, count in _functions(pf, store).items()
+        }
+
     registry.seen(
         "vmtap_attachments",
         "Attachments that the node has a record of.",
@@ -49,6 +60,12 @@ def declare(
         "How many attachments the policy allows on an interface, where it says so.",
         "interface",
         look=capacity,
+    )
+    registry.seen(
+        "vmtap_virtual_functions",
+        "Virtual functions of the policy's NICs. other: without a link, so that no attachment gets one.",
+        *("source", "state"),
+        look=functions,
     )
     registry.seen(
         "vmtap_policy_valid",
@@ -69,6 +86,19 @@ def declare(
         "Open file descriptors of the agent.",
         look=lambda: {(): len(os.listdir("/proc/self/fd"))},
     )
+
+
+def _functions(pf: str, store: Store) -> dict[str, float]:
+    made = sriov.functions(pf)
+    held = {pci for pci, _ in store.functions_held()}
+    attached = sum(each.pci in held for each in made)
+    free = sum(each.link is not None and each.pci not in held for each in made)
+    return {
+        "attached": attached,
+        "free": free,
+        "other": len(made) - attached - free,
+        "unmade": sriov.most(pf) - len(made),
+    }
 
 
 def _resident() -> int:

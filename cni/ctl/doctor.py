@@ -15,8 +15,8 @@ import stat
 import struct
 from dataclasses import dataclass
 
-from cni import ethtool, lock, offload, policy, sriov
-from cni.ctl import inventory, offered, relay, trial
+from cni import ethtool, lock, offload, policy
+from cni.ctl import functions, inventory, offered, relay, trial
 from cni.errors import CniError
 from cni.rtnl import ARPHRD_ETHER, Rtnl
 
@@ -256,7 +256,7 @@ def _state(settings: Settings) -> Iterator[Finding]:
             "start the agent: it carries it out",
         )
     known = {name.removesuffix(".json") for name in _names(f"{run}/attachments") if name.endswith(".json")}
-    for path in sorted(_entries(f"{run}/ifindex")):
+    for path in sorted(_entries(f"{run}/ifindex") + _entries(f"{run}/vf")):
         id = os.readlink(path)
         if id not in known and not lock.is_held(f"{run}/lock", id):
             yield Finding(
@@ -274,6 +274,8 @@ def _source(node: Node, source: Source) -> Iterator[Finding]:
     if not bad and source.link:
         over = f" over {', '.join(source.nics)}" if source.nics not in ((), (source.name,)) else ""
         room = [f"{e.name}: {node.count(e)} of {e.capacity} attached" for e in source.entries if e.capacity]
+        if source.most:
+            room.append(functions.summary(node, source))
         yield Finding(check, "ok", "; ".join([f"{source.state}{over}, MTU {source.link.mtu}", *room]))
 
 
@@ -281,12 +283,8 @@ def _faults(node: Node, source: Source) -> Iterator[tuple[str, str, str]]:
     """(severity, what, next step)."""
     link = source.link
     for entry in source.entries:
-        if entry.type == "sr-iov" and not sriov.most(source.name):
-            yield (
-                "error",
-                f"interface {entry.name} is of type sr-iov, and it has no virtual functions",
-                "name a PF of an SR-IOV NIC, or make it of type ethernet",
-            )
+        if entry.functions and link:
+            yield from functions.faults(node, source, entry)
         if entry.type == "vmdq" and link:
             yield from _offload(node, source, entry.name)
         if entry.capacity and node.count(entry) > entry.capacity:
@@ -389,6 +387,8 @@ def _attachments(node: Node) -> Iterator[Finding]:
 def _attachment(each: Attachment) -> Iterator[Finding]:
     record = each.record
     check = f"{each.sandbox} {record.ifname}"
+    if each.link and record.vf:
+        yield from (Finding(check, *found) for found in functions.changes(each))
     if each.status in ("gone", "old"):
         why = "its link is gone" if each.status == "gone" else "it is of an earlier boot"
         yield Finding(

@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from cni import lock, netns, policy, state
+from cni import lock, netns, policy, sriov, state, vf
 from cni.ctl import holders, sysfs
 from cni.errors import CniError
 from cni.rtnl import IFF_UP, Rtnl
@@ -100,6 +100,17 @@ class Attachment:
         """The guest's, as IPAM leased them."""
         return tuple(str(ip["address"]) for ip in self.record.ips)
 
+    @property
+    def function(self) -> str | None:
+        """The virtual function that carries it."""
+        return f"VF {self.record.vf['number']}" if self.record.vf else None
+
+    @property
+    def vlan(self) -> int | None:
+        """What its frames are tagged with on the wire."""
+        made = self.record.vf["made"].get("vlan", [0]) if self.record.vf else [0]
+        return self.record.vlan["id"] if self.record.vlan else made[0] or None
+
     def document(self) -> dict[str, Any]:
         """For programs."""
         record, pod = self.record, self.pod
@@ -116,6 +127,10 @@ class Attachment:
             "mode": record.mode,
             "interface": record.interface,
             "source": record.source,
+            "virtualFunction": (
+                {"number": record.vf["number"], "address": record.vf["pci"]} if record.vf else None
+            ),
+            "vlan": self.vlan,
             "mac": record.mac,
             "mtu": record.mtu,
             "queues": record.queues,
@@ -146,6 +161,12 @@ class Source:
     driver: str | None = None
     entries: tuple[policy.Interface, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
+    functions: tuple[sriov.Function, ...] = ()
+    """Its VFs."""
+    most: int = 0
+    """How many VFs it could have; 0 if it is no PF."""
+    switch_mode: str | None = None
+    """The embedded switch's, "bridge" or "vepa"; None where the NIC has none, or its driver does not say."""
 
     @property
     def state(self) -> str:
@@ -173,6 +194,16 @@ class Source:
                 for entry in self.entries
             ],
             "switch": [vars(neighbour) for neighbour in self.neighbours],
+            "virtualFunctions": {
+                "most": self.most,
+                "switchMode": self.switch_mode,
+                "made": [
+                    {"number": each.number, "address": each.pci, "link": each.link, "driver": each.driver}
+                    for each in self.functions
+                ],
+            }
+            if self.most
+            else None,
         }
 
 
@@ -215,9 +246,9 @@ def take(settings: Settings, neighbours: Mapping[str, Neighbour] | None = None) 
     with Rtnl() as host, sysfs.of() as own:
         links = {link.name: link for link in host.links()}
         attachments = _attachments(host, settings.run, records)
-        names = {entry.dev: None for entry in rules.interfaces} if rules else {}
+        names = {dev: None for entry in rules.interfaces for dev in entry.sources} if rules else {}
         names |= {each.record.source: None for each in attachments if each.record.source}
-        sources = tuple(_source(name, links, own, rules, neighbours or {}) for name in names)
+        sources = tuple(_source(name, links, own, rules, neighbours or {}, host=host) for name in names)
     return Node(
         name=os.uname().nodename,
         time=datetime.now().astimezone(),
@@ -369,9 +400,11 @@ def _source(
     own: Sysfs,
     rules: Policy | None,
     neighbours: Mapping[str, Neighbour],
+    *,
+    host: Rtnl,
 ) -> Source:
     link = links.get(name)
-    entries = tuple(entry for entry in rules.interfaces if entry.dev == name) if rules else ()
+    entries = tuple(entry for entry in rules.interfaces if name in entry.sources) if rules else ()
     if link is None:
         return Source(name, None, entries=entries)
     by_index = {each.index: each for each in links.values()}
@@ -386,7 +419,15 @@ def _source(
         driver=own.target(f"{nics[0]}/device/driver") if len(nics) == 1 else None,
         entries=entries,
         neighbours=tuple(neighbours[nic] for nic in nics if nic in neighbours),
+        functions=tuple(sriov.functions(name, own.path)),
+        most=(most := sriov.most(name, own.path)),
+        switch_mode=_switch_mode(host, link) if most else None,
     )
+
+
+def _switch_mode(host: Rtnl, pf: Link) -> str | None:
+    number = vf.switch_mode(host, pf.index)
+    return next((name for name, mode in vf.SWITCH_MODES.items() if mode == number), None)
 
 
 def uplinks(link: Link, by_index: Mapping[int, Link]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from cni.ctl.render import speed
+from cni.ctl.render import functions, speed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ def _nic(node: Node, source: Source) -> _Box:
         facts.append(" ".join(filter(None, (kind, over))))
         facts += [speed(source.speed)] if source.speed else []
         facts.append(f"mtu {source.link.mtu}")
+        facts += [functions(source)] if source.most else []
     names = ", ".join(
         f"{entry.name} {node.count(entry)}/{entry.capacity}" if entry.capacity else entry.name
         for entry in source.entries
@@ -169,7 +170,7 @@ def _attachment(each: Attachment, y: float, nic: _Box | None) -> _Box:
     address = f"  {each.addresses[0]}" if each.addresses else ""
     return _Box(
         f"{record.ifname}{address}",
-        f"{each.status} · {mode} · {record.mac}",
+        " · ".join(filter(None, (each.status, each.function, mode, record.mac))),
         COLOURS[each.status],
         y,
         (nic,) if nic else (),

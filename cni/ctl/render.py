@@ -96,7 +96,7 @@ def _row(each: Attachment, *, terminal: bool) -> dict[str, Text]:
         "POD": Text(each.sandbox),
         "IFNAME": Text(record.ifname),
         "DEVICE": Text(" ".join(filter(None, (record.device, record.mode)))),
-        "SOURCE": Text(record.source or "-"),
+        "SOURCE": Text(" ".join(filter(None, (record.source, each.function))) or "-"),
         "MAC": Text(record.mac),
         "ADDRESS": Text(" ".join(each.addresses) or "-"),
         "STATUS": _status(each, terminal),
@@ -126,6 +126,8 @@ def details(each: Attachment) -> RenderableType:
     row("network", record.network)
     row("device", " ".join(filter(None, (record.device, record.mode))))
     row("source", _named(record.source, record.interface))
+    row("virtual function", f"{each.function}, {record.vf['pci']}" if record.vf else None)
+    row("VLAN", each.vlan)
     row("MAC", record.mac)
     row("addresses", " ".join(each.addresses))
     row("MTU", record.mtu)
@@ -156,12 +158,32 @@ def tree(node: Node) -> RenderableType:
             ports = ", ".join(f"{each.system} port {each.port}" for each in source.neighbours)
             parent = root.add(Text.assemble("switch ", (ports, "bold")))
         branch = parent.add(_source(node, source))
-        _add(branch, node.on(source.name))
+        found = node.on(source.name)
+        for number, taken in _by_function(found).items():
+            _add(_function(branch, source, number) if number is not None else branch, taken)
     if plain := node.on(None):
         _add(root.add(Text("no source: taps of their pods alone", style="dim")), plain)
     if len(node.sources) == 0 and not plain:
         root.add(Text("nothing is attached, and the policy names nothing", style="dim"))
     return root
+
+
+def _by_function(found: Iterable[Attachment]) -> dict[int | None, list[Attachment]]:
+    """By the number of their VF; None: of those that have none."""
+    sorted_out: dict[int | None, list[Attachment]] = {}
+    for each in found:
+        sorted_out.setdefault(each.record.vf["number"] if each.record.vf else None, []).append(each)
+    return dict(sorted(sorted_out.items(), key=lambda item: -1 if item[0] is None else item[0]))
+
+
+def _function(branch: Tree, source: Source, number: int) -> Tree:
+    known = next((each for each in source.functions if each.number == number), None)
+    name = Text.assemble((f"VF {number}", "bold"))
+    if known is None:
+        name.append("  gone", style="red")
+    else:
+        name.append("".join(f"  {fact}" for fact in (known.link, known.pci) if fact))
+    return branch.add(name)
 
 
 def findings(found: Iterable[Finding], *, terminal: bool) -> RenderableType:
@@ -219,6 +241,7 @@ def _add(branch: Tree, found: Iterable[Attachment]) -> None:
         name = Text.assemble(
             (record.ifname, "bold"),
             f"  {' '.join(filter(None, (record.device, record.mode)))}  {record.mac}",
+            f"  VLAN {each.vlan}" if each.vlan else "",
             "".join(f"  {address}" for address in each.addresses),
             "  ",
             _status(each, terminal=True),
@@ -245,10 +268,16 @@ def _source(node: Node, source: Source) -> Text:
             line.append(f"  over {', '.join(source.nics)}")
         if source.master:
             line.append(f"  port of {source.master}", style="red")
+        line.append(f"  {functions(source)}" if source.most else "")
     for entry in source.entries:
         room = f" {node.count(entry)} of {entry.capacity}" if entry.capacity else ""
         line.append(f"  [{entry.name}{room}]", style="magenta")
     return line
+
+
+def functions(source: Source) -> str:
+    """ "2 of 7 VFs made"."""
+    return f"{len(source.functions)} of {source.most} VFs made"
 
 
 def speed(megabits: int) -> str:

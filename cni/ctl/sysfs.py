@@ -18,6 +18,11 @@ class Sysfs:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
+    @property
+    def path(self) -> str:
+        """Where this process finds it."""
+        return f"/proc/self/fd/{self._fd}"
+
     def text(self, path: str) -> str | None:
         """The attribute, below class/net."""
         try:

@@ -236,7 +236,7 @@ def test_the_device_plugin(lab: Lab, tmp_path: Path) -> None:
             )
             assert "2 devices are unhealthy" in wrong(ctl, "--config", settings)[check][1]
             lab.node.ip("link set eth1 up")
-            ctl.plugin.policy.write_text("interfaces: [{name: q, source: {dev: eth1}, type: vmdq}]")
+            ctl.plugin.policy.write_text("interfaces: [{name: q., source: {dev: eth1}}]")
             kubelet.wait_devices("macvtap.network.kubevirt.io/data", lambda now: not now)
             assert "1 of the policy's interfaces" in wrong(ctl, "--config", settings)[check][1]
             ctl.plugin.policy.write_text(POLICY)

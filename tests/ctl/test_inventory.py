@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 KEYS = {
     "id", "network", "containerID", "ifname", "netns", "pod", "vm", "status", "device", "mode", "interface",
-    "source", "mac", "mtu", "queues", "addresses", "ifindex", "deviceNumber", "deviceNode", "since", "holders",
-    "toGuest", "fromGuest",
+    "source", "virtualFunction", "vlan", "mac", "mtu", "queues", "addresses", "ifindex", "deviceNumber",
+    "deviceNode", "since", "holders", "toGuest", "fromGuest",
 }  # fmt: skip
 """docs/vmtapctl.md lists them: taking one away breaks somebody's script."""
 

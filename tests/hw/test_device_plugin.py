@@ -17,7 +17,6 @@ from tests.runner import config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from lab.wire import Netns
     from tests.hw.nic import Root
@@ -33,23 +32,35 @@ def put(agent: Agent, **fields: Any) -> None:
     new.rename(agent.policy)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def kubelet() -> Iterator[Kubelet]:
     with tempfile.TemporaryDirectory() as short, Kubelet(f"{short}/device-plugins") as made:
         yield made
 
 
-@pytest.fixture
-def agent(node: Root, kubelet: Kubelet, tmp_path: Path) -> Iterator[Agent]:
-    """Two VFs of each PF in its policy, and none made."""
-    for nic in (PF0, PF1):
-        nic.make_vfs(0)
+@pytest.fixture(scope="module")
+def running(node: Root, kubelet: Kubelet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
+    """One for all: to start it takes long on an emulated CPU."""
+    folder = tmp_path_factory.mktemp("agent")
     flags = ("--device-plugin", "--kubelet", str(kubelet.folder))
-    made = Agent(node, tmp_path / "run", tmp_path / "interfaces.yaml", flags)
-    put(made, vfs=2)
+    made = Agent(node, folder / "run", folder / "interfaces.yaml", flags)
+    put(made)
     yield made.start()
     if made.process:
         made.end()
+
+
+@pytest.fixture
+def agent(running: Agent, kubelet: Kubelet) -> Iterator[Agent]:
+    """No VF is made, and its policy makes none."""
+    for nic in (PF0, PF1):
+        nic.make_vfs(0)
+    put(running)
+    kubelet.wait_resource(FAST)
+    kubelet.wait_devices(FAST, health())
+    yield running
+    assert list(state.Store(running.run).records()) == []
+    assert list((running.run / "vf").glob("*")) == []
     for nic in (PF0, PF1):
         nic.make_vfs(0)
 
@@ -62,8 +73,8 @@ def health(*healthy: bool) -> Callable[[dict[str, Device]], bool]:
 def test_what_a_kubelet_allocates_is_the_function_that_the_pod_gets(
     node: Root, kubelet: Kubelet, agent: Agent, pods: Callable[[], Netns]
 ) -> None:
-    kubelet.wait_resource(FAST)
-    kubelet.wait_devices(FAST, health(True, True, True, True))  # vfs counts, before they are made
+    put(agent, vfs=2)
+    kubelet.wait_devices(FAST, health(True, True, True, True))  # before they are made
     shim = agent.shim(wait=60)
     for container, id, pf in (("c1", "fastMvp0", "pf0"), ("c2", "fastMvp2", "pf1")):
         claim = kubelet.admit(FAST, pod=("default", container))
@@ -85,13 +96,11 @@ def test_what_a_kubelet_allocates_is_the_function_that_the_pod_gets(
     kubelet.wait_devices(FAST, health(True, False, True, True))
     for container in ("c1", "c2", "c4"):
         shim("DEL", config(), container=container).ok()
+        kubelet.release(("default", container))
     kubelet.wait_devices(FAST, health(True, True, True, True))
 
 
 def test_devices_follow_the_functions_and_their_pfs(node: Root, kubelet: Kubelet, agent: Agent) -> None:
-    put(agent)
-    kubelet.wait_resource(FAST)
-    kubelet.wait_devices(FAST, health())
     PF1.make_vfs(3)
     kubelet.wait_devices(FAST, health(True, True, True))
     PF0.make_vfs(1)
@@ -112,9 +121,6 @@ def test_devices_follow_the_functions_and_their_pfs(node: Root, kubelet: Kubelet
 
 def test_functions_that_make_no_link_are_noticed(node: Root, kubelet: Kubelet, agent: Agent) -> None:
     """No event of links tells of them."""
-    put(agent)
-    kubelet.wait_resource(FAST)
-    kubelet.wait_devices(FAST, health())
     probe = PF1.device / "sriov_drivers_autoprobe"
     probe.write_text("0")
     try:
