@@ -250,7 +250,7 @@ def give_back(host: Rtnl, store: Store, record: Record) -> None:
             _write(f"{_DRIVERS}/{function['driver']}/bind", pci)
         pf, link = _pf(host, pci), _link(host, pci)
         now = vf.settings(host, pf.index).get(number, {}) if pf else {}
-        has_mac = now.get("mac") == made.get("mac")
+        has_mac = "mac" in made and now.get("mac") == made["mac"]
         marked = link is not None and link.alias == record.alias
         if link and marked:  # so that the host says nothing with the guest's MAC
             host.do(link_message(RTM_SETLINK, index=link.index, change=IFF_UP))
@@ -295,14 +295,28 @@ def let_go(host: Rtnl, index: int, mark: str) -> None:
         _restore_link(host, link, _FRESH | {"mtu": link.mtu})
 
 
-def adopt(link: Link) -> dict[str, Any] | None:
-    """What a record without a past has of the VF with that link; None if it is none that set_up() made."""
-    device = f"/sys/class/net/{link.name}/device"
-    if not link.alias or not os.path.exists(f"{device}/physfn"):
+def adopt(host: Rtnl, link: Link) -> tuple[Link, str, dict[str, Any]] | None:
+    """The PF, the mode and what a record without a past has of the VF with that link.
+
+    None if it is none that set_up() made.
+    """
+    pci = os.path.basename(os.path.realpath(f"{_SYSFS}/class/net/{link.name}/device"))
+    pf = _pf(host, pci) if link.alias else None
+    each = next((each for each in functions(pf.name) if each.pci == pci), None) if pf else None
+    if pf is None or each is None:
         return None
-    pci = os.path.basename(os.path.realpath(device))
+    number = vf.switch_mode(host, pf.index)
+    mode = next((name for name, value in vf.SWITCH_MODES.items() if value == number), "bridge")
     was = _FRESH | {"mtu": link.mtu, "mac": link.mac}
-    return {"pci": pci, "number": -1, "driver": _driver(device), "before": {}, "made": {}, "link": was}
+    function = {
+        "pci": pci,
+        "number": each.number,
+        "driver": each.driver,
+        "before": {},
+        "made": {},
+        "link": was,
+    }
+    return pf, mode, function
 
 
 def _restore_link(host: Rtnl, link: Link, was: Mapping[str, Any]) -> None:

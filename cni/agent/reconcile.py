@@ -306,6 +306,8 @@ class Reconciler:
                 return
             record = self._record_of(host, nsid, link)
             adopted = record is not None and self._store.adopt(record)
+            if adopted and record and record.vf:
+                self._store.hold_function(record.vf["pci"], record.id)
         fields = {"alias": link.alias, "ifindex": link.index}
         if adopted:
             self._adopted.inc()
@@ -331,7 +333,9 @@ class Reconciler:
         lower = host.link(index=link.lower or 0)
         if lower is None:
             return None
-        vf = sriov.adopt(lower) if mode == "passthru" else None
+        function = sriov.adopt(host, lower) if mode == "passthru" else None
+        if function:
+            lower, mode, _ = function
         shared = vlan.adopt(lower)
         if shared:
             lower = host.link(index=lower.lower or 0) or lower
@@ -340,7 +344,7 @@ class Reconciler:
             known = self._policy()
         except CniError:
             known = None
-        entries = [each.name for each in known.interfaces if each.dev == lower.name] if known else []
+        entries = [each.name for each in known.interfaces if lower.name in each.sources] if known else []
         node = self._store.node(link.index)
         return Record(
             network=network,
@@ -360,7 +364,7 @@ class Reconciler:
             mode=mode,
             node=node if os.path.exists(node) else None,
             vlan=shared,
-            vf=vf,
+            vf=function[2] if function else None,
         )
 
     def _look_at_leftovers(self, unrecorded: dict[str, int]) -> None:

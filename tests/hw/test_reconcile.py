@@ -1,0 +1,77 @@
+"""The reconciler and attachments on virtual functions."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from cni import attachment, policy, state
+from cni.agent.metrics import Registry
+from cni.agent.reconcile import Reconciler
+from tests.runner import config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cni.plugin import Response
+    from lab.wire import Netns
+    from tests.hw.nic import Nic
+    from tests.runner import Plugin
+
+
+def _answer(asked: object) -> Response:
+    raise AssertionError(asked)  # nothing is pending
+
+
+def _reconcile(plugin: Plugin) -> None:
+    """One whole run."""
+    reconciler = Reconciler(
+        state.Store(plugin.state),
+        _answer,
+        lambda: policy.load(plugin.policy),
+        Registry(),
+        seconds=3600.0,
+        delegate_seconds=30.0,
+        delete_link=attachment.delete_link,
+    )
+    reconciler.start()
+    reconciler.stop(60.0)
+
+
+def test_an_attachment_without_a_record_is_adopted_with_its_function(
+    bare: Nic, plugin: Plugin, pods: Callable[[], Netns]
+) -> None:
+    plugin.policy.write_text("interfaces: [{name: fast, source: {dev: [pf1, pf0]}, type: sr-iov}]")
+    bare.make_vfs(2)
+    before = bare.state()
+    pod = pods()
+    plugin("ADD", config(interface="fast"), netns=pod).ok()
+    for folder in ("attachments", "ifindex", "vf"):
+        shutil.rmtree(plugin.state / folder)
+    store = state.Store(plugin.state)
+    store.prepare()
+    _reconcile(plugin)
+    (record,) = store.records()
+    assert (record.interface, record.source, record.mode) == ("fast", "pf0", "bridge")
+    assert record.vf
+    assert (record.vf["number"], record.vf["pci"]) == (0, bare.pci(0))
+    assert dict(store.functions_held()) == {bare.pci(0): record.id}
+    plugin("DEL", config(), netns=pod).ok()
+    assert plugin.leftovers() == []
+    # The MAC stays: what it was before, nobody knows.
+    changed = [line for line in bare.changed_since(before) if " address " not in line]
+    assert changed == []
+
+
+def test_an_attachment_whose_pod_is_gone_gives_its_function_back(
+    bare: Nic, plugin: Plugin, pods: Callable[[], Netns]
+) -> None:
+    plugin.policy.write_text("interfaces: [{name: fast, source: {dev: pf0}, type: sr-iov}]")
+    bare.make_vfs(2)
+    before = bare.state()
+    pod = pods()
+    plugin("ADD", config(interface="fast"), netns=pod).ok()
+    pod.close()
+    _reconcile(plugin)
+    assert plugin.leftovers() == []
+    assert bare.changed_since(before) == []
