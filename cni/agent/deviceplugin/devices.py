@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from cni import deviceid, sriov
@@ -92,9 +93,14 @@ def devices(offer: Offer, links: Links, sysfs: str, held: Held) -> tuple[Device,
     places = sriov.places(offer.sources, offer.vfs, sysfs)
     for number, (name, function) in enumerate(places[: offer.capacity]):
         device = pfs[name]
+        if function and function.numa >= 0:
+            device = replace(device, node=function.numa)
         if function and not device.fault:
-            holder = held.indexes.get(deviceid.ifindex(offer.name, number))
-            device = _virtual(function, device, links, held.functions.get(function.pci), holder)
+            holder, wanted = held.functions.get(function.pci), deviceid.ifindex(offer.name, number)
+            if holder:
+                device = _attached(function, device, holder, mine=holder == held.indexes.get(wanted))
+            else:
+                device = _free(function, device, links, sysfs)
         elif not function and not device.fault and (most := sriov.most(name, sysfs)) < (offer.vfs or 0):
             device = replace(
                 device,
@@ -111,26 +117,41 @@ def _pf(name: str, offer: Offer, links: Links, sysfs: str) -> Device:
     return replace(device, fault=f"{name}: {device.fault}") if many else device
 
 
-def _virtual(function: Function, pf: Device, links: Links, holder: str | None, wanted: str | None) -> Device:
-    """holder: the attachment that has the VF; wanted: the one that has the device, which ADD gives this VF."""
-    what = f"VF {function.number} of {function.pf}"
-    device = pf if function.numa < 0 else replace(pf, node=function.numa)
+def _attached(function: Function, device: Device, holder: str, *, mine: bool) -> Device:
+    """Of a VF that the attachment of that id has; mine: by this device. Its driver may be being bound anew."""
+    if mine:
+        return device
+    return replace(
+        device,
+        fault=f"{_words(function)} is attached by {holder}, which has not this device",
+        next_step="end that one, or have each of the interface's pods ask for the resource",
+    )
+
+
+def _free(function: Function, device: Device, links: Links, sysfs: str) -> Device:
+    """Of a VF that no attachment has: whether an ADD could take it, as far as events tell (cni/sriov.py)."""
+    what = _words(function)
     link = links.get(function.link or "")
-    if holder:
-        if holder == wanted:  # its driver may be being bound anew, too
-            return device
-        step = "end that one, or have each of the interface's pods ask for the resource"
-        return replace(
-            device, fault=f"{what} is attached by {holder}, which has not this device", next_step=step
-        )
     if link is None:
         has = f"has the driver {function.driver}" if function.driver else "has no driver"
         step = f"bind {function.pci} to the driver that makes a link of it"
         return replace(device, fault=f"{what} {has}, and no link here", next_step=step)
-    if link.master:
-        step = f"take it out: ip link set {link.name} nomaster"
-        return replace(device, fault=f"{what}, {link.name}, is a port of another", next_step=step)
+    if uppers := _uppers(link.name, sysfs):
+        step = f"take it from the host: ip link show {uppers[0]}"
+        return replace(device, fault=f"{what}, {link.name}, is under {', '.join(uppers)}", next_step=step)
     return device
+
+
+def _words(function: Function) -> str:
+    return f"VF {function.number} of {function.pf}"
+
+
+def _uppers(link: str, sysfs: str) -> list[str]:
+    """The bridge, the bond, the VLANs that have the link."""
+    with suppress(OSError):
+        names = os.listdir(f"{sysfs}/class/net/{link}")
+        return sorted(name.removeprefix("upper_") for name in names if name.startswith("upper_"))
+    return []
 
 
 def state(dev: str, links: Links, sysfs: str) -> Device:

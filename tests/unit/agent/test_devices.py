@@ -298,12 +298,14 @@ def test_functions_keep_their_numbers_where_a_pf_is_away_and_the_policy_says_how
 
 @pytest.mark.parametrize(
     ("driver", "why"),
-    [("vfio-pci", "has the driver vfio-pci"), (None, "has no driver"), ("igbvf", "a port of")],
+    [("vfio-pci", "has the driver vfio-pci"), (None, "has no driver"), ("igbvf", "is under bond0, v7")],
 )
 def test_a_function_that_no_add_could_take_is_unhealthy(tmp_path: Path, driver: str | None, why: str) -> None:
     pf(tmp_path, "pf0", 2)
     vf(tmp_path, "pf0", 1, driver=driver)
-    first, second = faults(POOL, tmp_path, *PFS, link("pf0v0", 10), link("pf0v1", 11, master=99))
+    for upper in ("upper_v7", "upper_bond0", "statistics"):
+        (tmp_path / "class/net/pf0v1" / upper).mkdir(parents=True)
+    first, second = faults(POOL, tmp_path, *PFS, link("pf0v0", 10), link("pf0v1", 11))
     assert not first
     assert "VF 1 of pf0" in second
     assert why in second
