@@ -144,7 +144,7 @@ def take(
     """
     with store.locked(_LOCK, waits=waits):
         for name in entry.pool:
-            _make(name, entry.vfs)
+            _make(name, entry.vfs, waits)
         everything = places(entry.pool, entry.vfs)
         busy: dict[str, str] = {}
         for at, (_, each) in enumerate(everything):
@@ -194,7 +194,7 @@ def take(
 
 
 def set_up(host: Rtnl, store: Store, record: Record, *, allmulti: bool) -> Link:
-    """Make the taken VF the guest's; the link to put the passthru macvtap on. Raises CniError 100 or 104.
+    """Make the taken VF the guest's; the link to put the passthru macvtap on. Raises CniError 11, 100 or 104.
 
     Notes in record what only this shows of the VF.
     """
@@ -212,6 +212,10 @@ def set_up(host: Rtnl, store: Store, record: Record, *, allmulti: bool) -> Link:
     changes = {name: value for name, value in made.items() if now.get(name) != value}
     changes["mac"] = record.mac  # in any case: it ties the driver to this one
     for name, error in vf.change(host, pf.index, function["number"], changes).items():
+        if name == "rate" and _read(f"/sys/class/net/{pf.name}/carrier") != "1":
+            raise CniError(
+                TRY_AGAIN_LATER, f"{what} can have no rate while {pf.name!r} has no link: look at its cable"
+            )
         raise CniError(
             KERNEL_REFUSED,
             f"{what} cannot have {name} {made[name]!r}: this NIC or its driver does not do it",
@@ -366,7 +370,7 @@ def _set_mac(host: Rtnl, index: int, mac: str) -> bool:
     return not isinstance(said, OSError)
 
 
-def _make(pf: str, count: int | None) -> None:
+def _make(pf: str, count: int | None, waits: Callable[[], None]) -> None:
     """VFs where there are none, if the entry says how many. Raises CniError 7 or 100."""
     path = f"/sys/class/net/{pf}/device/sriov_numvfs"
     if count is None or _read(path) != "0":
@@ -375,14 +379,15 @@ def _make(pf: str, count: int | None) -> None:
         raise CniError(
             INVALID_NETWORK_CONFIG, f"vfs: {count} of {pf!r} is refused: it can have {most(pf)} at most"
         )
-    carrier = f"/sys/class/net/{pf}/carrier"
-    had_carrier = _read(carrier) == "1"
     try:
         _write(path, str(count))
     except OSError as error:
         raise CniError(KERNEL_REFUSED, f"{pf!r} cannot make {count} VFs", str(error)) from error
-    for _ in range(_TRIES if had_carrier else 0):  # the NIC was reset
-        if _read(carrier) == "1":
+    if not int(_read(f"/sys/class/net/{pf}/flags") or "0", 16) & IFF_UP:
+        return
+    waits()
+    for _ in range(_TRIES):  # the NIC was reset; a driver may set no rate before it has its link again
+        if _read(f"/sys/class/net/{pf}/carrier") == "1":
             break
         time.sleep(_PAUSE)
 
