@@ -25,7 +25,7 @@ def format(name: str, number: int) -> str:
 
 def parse(device_id: str) -> tuple[str, int] | None:
     """(interface, number), or None if it is none of ours."""
-    match = _ID.fullmatch(device_id)
+    match = _ID.fullmatch(device_id) if device_id else None
     return (match[1], int(match[2])) if match and int(match[2]) < MOST else None
 
 
@@ -39,5 +39,5 @@ def ifindex(name: str, number: int) -> int:
 
 def index_of(device_id: str | None) -> int:
     """The ifindex of an id; 0 for None, and for one that is none of ours."""
-    parsed = parse(device_id or "")
+    parsed = parse(device_id) if device_id else None
     return ifindex(*parsed) if parsed else 0

@@ -118,7 +118,11 @@ def parse(stdin: bytes, *, args: str = "", command: str = "ADD", called_as: str 
     fields, runtime, conf = read(stdin, command, called_as)
     arguments = _arguments(args, strict=not cleaning)
     mac = None if cleaning else _mac(runtime, arguments, fields)
-    return NetConf(**{**vars(conf), "mac": mac, "args": arguments})
+    made: NetConf = object.__new__(
+        NetConf
+    )  # a copy of so many fields by its constructor would cost more than all this
+    vars(made).update(vars(conf), mac=mac, args=arguments)
+    return made
 
 
 def _read(stdin: bytes, command: str, called_as: str) -> tuple[dict[str, Any], dict[str, Any], NetConf]:

@@ -38,7 +38,7 @@ IFINDEX_BASE = 0x10000000
 """Interface indexes of ours start here, far above any that a kernel counts up to by itself."""
 IFINDEX_SPAN = 0x60000000
 _CANDIDATES = 8
-_JSON = json.JSONEncoder(separators=(",", ":"))
+_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 _SEALED = 0o400
 """The mode of a record whose ADD came to its end."""
 _SWEEP = "sweep"
@@ -236,6 +236,8 @@ class Store:
     def load(self, id: str) -> Record | None:
         """The record, or None. One that cannot be understood is set aside, as NAME.bad, for a person to look at."""
         path = self._path(id)
+        if not os.access(path, os.F_OK):  # the way of every first ADD: an exception costs three times as much
+            return None
         try:
             with open(path, "rb", buffering=0) as file:
                 record = decode(id, file.read())
