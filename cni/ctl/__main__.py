@@ -19,13 +19,14 @@ from cni.errors import CniError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any, NoReturn
 
     from cni.ctl.inventory import Attachment
     from cni.ctl.settings import Settings
 
 PROGRAM = "vmtapctl"
+BIN_DIR = "/opt/cni/bin"
 WARNINGS = 1
 ERRORS = 2
 REFLECTS = {True: 0, False: 1, None: 2}
@@ -34,6 +35,7 @@ EXIT = {
     spec.NO_ATTACHMENT: os.EX_NOINPUT,
     spec.SOURCE_MISSING: os.EX_NOINPUT,
     spec.IO_FAILURE: os.EX_IOERR,
+    spec.TRY_AGAIN_LATER: os.EX_TEMPFAIL,
 }
 """sysexits.h, as vmtap-launch has them. Any other error is EX_SOFTWARE."""
 
@@ -65,8 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
     """All commands and options; docs and completions are made from it."""
     parser = _Parser(
         prog=PROGRAM,
-        description="What vmtap has attached on this node, to what, for whom, and what is wrong. Changes nothing; "
-        "probe sends frames.",
+        description="What vmtap has attached on this node, to what, for whom, and what is wrong. "
+        "Only install and uninstall change anything; probe sends frames.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
@@ -119,6 +121,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     made.add_argument("files", metavar="FILE", nargs="+", help="JSON is a network config, YAML a policy")
     made.add_argument("--policy", metavar="FILE", help="would this policy allow them?")
+    made = command("install", _install, "put the shim into the container runtime's CNI folder", places=False)
+    made.add_argument("--bin-dir", metavar="FOLDER", default=BIN_DIR, help=f"default: {BIN_DIR}")
+    made.add_argument(
+        "--as",
+        metavar="NAME",
+        dest="names",
+        action="append",
+        default=["vmtap"],
+        choices=("macvtap",),
+        help="under this name as well: macvtap, for the network configs of kubevirt/macvtap-cni",
+    )
+    made = command("uninstall", _uninstall, "take the shim out of that folder, and nothing else")
+    made.add_argument("--bin-dir", metavar="FOLDER", default=BIN_DIR, help=f"default: {BIN_DIR}")
+    made.add_argument("--state", action="store_true", help="the state folder and our CDI files go, too")
+    made.add_argument("--force", action="store_true", help="also if pods are attached, or an agent runs")
     made = command("completion", _completion, "print the completion script of a shell", places=False)
     made.add_argument("shell", choices=("bash", "zsh", "fish"))
     return parser
@@ -226,6 +243,32 @@ def _lint(options: argparse.Namespace) -> int:
             if not each.faults:
                 print(f"{each.file}: a good {each.kind}")
     return ERRORS if any(each.faults for each in found) else 0
+
+
+def _install(options: argparse.Namespace) -> int:
+    from cni.ctl import installation  # noqa: PLC0415
+
+    return _done(installation.install(options.bin_dir, options.names), as_json=options.json)
+
+
+def _uninstall(options: argparse.Namespace) -> int:
+    from cni.ctl import installation  # noqa: PLC0415
+
+    found = _settings(options)
+    steps = installation.uninstall(
+        options.bin_dir, found.run, found.cdi, state=options.state, force=options.force
+    )
+    return _done(steps, as_json=options.json)
+
+
+def _done(steps: Iterable[str], *, as_json: bool) -> int:
+    """Say each as it is done: what comes after it may fail."""
+    said = []
+    for step in steps:
+        said.append(step)
+        if not as_json:
+            print(step, flush=True)
+    return _json({"done": said}) if as_json else 0
 
 
 def _completion(options: argparse.Namespace) -> int:

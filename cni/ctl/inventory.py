@@ -289,6 +289,16 @@ def read_records(run: str) -> tuple[list[tuple[Record, datetime]], dict[str, str
     return found, unreadable
 
 
+def living(run: str) -> list[Attachment]:
+    """Those whose link is there; no more than that is looked at. Raises CniError 5."""
+    with Rtnl() as host:
+        return [
+            Attachment(record, since, "there", link)
+            for record, since in read_records(run)[0]
+            if record.boot_id == state.boot_id() and (link := _link(host, record))
+        ]
+
+
 def _attachments(host: Rtnl, run: str, records: Iterable[tuple[Record, datetime]]) -> list[Attachment]:
     made: list[Attachment] = []
     macvtaps: dict[tuple[int, int], str] = {}

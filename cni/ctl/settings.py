@@ -19,6 +19,7 @@ class Settings:
     metrics: str
     device_plugin: bool
     kubelet: str
+    cdi: str
     fault: CniError | None = None
 
 
@@ -32,8 +33,9 @@ def load(*, run: str | None, policy: str | None, file: str | None) -> Settings:
     return Settings(
         run=run or os.environ.get("VMTAP_STATE") or agent["run"],
         policy=policy or os.environ.get("VMTAP_POLICY") or agent["policy"],
-        metrics=agent["metrics"],
+        metrics=os.environ.get("VMTAP_METRICS", agent["metrics"]),
         device_plugin=bool(agent.get("device_plugin")),  # not there: it stands in, and is off
         kubelet=agent["kubelet"],
+        cdi=agent["cdi"],
         fault=fault,
     )

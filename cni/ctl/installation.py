@@ -1,0 +1,124 @@
+"""The shim in a container runtime's CNI folder: put there, and taken away again; with it, if wanted, the node's state.
+
+A runtime may execute the file at any moment, also while it is replaced: it finds the old one or the new one, whole.
+What is not the shim is never removed, whatever its name. Must not end what is attached.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import cni
+from cni.agent.health import served
+from cni.cdi import KIND
+from cni.ctl import inventory
+from cni.errors import CniError
+from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+NAMES = ("vmtap", "macvtap")
+"""What a network config may call the plugin by: its own name, and that of kubevirt/macvtap-cni's."""
+_SHIM = Path(cni.__file__).with_name("shim") / "vmtap"
+_MARK = b"a CNI plugin that puts a VM on a NIC"
+"""In every shim (cni/shim/vmtap.c), of whatever version."""
+_LARGEST = 1 << 22
+_PREFIX = ".vmtap-shim-"
+"""Of a file that is not whole yet: no runtime looks for such a name, and nobody else makes one."""
+
+
+def install(folder: str, names: Sequence[str]) -> Iterator[str]:
+    """The shim in that folder, under each of the names; what was done, a line each. Raises CniError 5, OSError."""
+    try:
+        shim = _SHIM.read_bytes()
+    except FileNotFoundError as error:
+        why = f"{_SHIM} is not there: this package was built with VMTAP_NO_SHIM=1"
+        raise CniError(IO_FAILURE, why) from error
+    os.makedirs(folder, exist_ok=True)
+    for name in names:
+        path = f"{folder}/{name}"
+        had = os.path.lexists(path)
+        if had and _shim(path) == shim and os.stat(path).st_mode & 0o7777 == 0o755:
+            yield f"{path} is there already"
+            continue
+        _write(folder, path, shim)
+        yield f"{path} is {'replaced' if had else 'installed'}"
+
+
+def uninstall(folder: str, run: str, cdi: str, *, state: bool, force: bool) -> Iterator[str]:
+    """No shim under our names, and no state if that is wanted, too; what was done, a line each.
+
+    Unless force: raises CniError 11 while a pod is attached, which could not be deleted without the shim; and while an
+    agent runs whose state is to go.
+    """
+    if not force:
+        _unused(run, state=state)
+    for name in NAMES:
+        if _shim(f"{folder}/{name}") is not None:
+            os.unlink(f"{folder}/{name}")
+            yield f"{folder}/{name} is removed"
+    for path in Path(folder).glob(f"{_PREFIX}*"):  # what killed installations left
+        path.unlink(missing_ok=True)
+    if not state:
+        return
+    for each in sorted(Path(cdi).glob("vmtap-*.json*")):
+        if KIND.encode() in each.read_bytes():
+            each.unlink()
+            yield f"{each} is removed"
+    if os.path.isdir(run):
+        shutil.rmtree(run)
+        yield f"{run} is removed"
+
+
+def _unused(run: str, *, state: bool) -> None:
+    if living := inventory.living(run):
+        pods = ", ".join(sorted({each.sandbox for each in living})[:5])
+        raise CniError(
+            TRY_AGAIN_LATER,
+            f"{len(living)} attachments are in use ({pods}), and their pods could not be deleted without the shim: "
+            "end them first, or --force",
+        )
+    if state and served(f"{run}/agent/cni.sock") is None:
+        why = f"an agent runs and has its state in {run}: end it first, or --force"
+        raise CniError(TRY_AGAIN_LATER, why)
+
+
+def _shim(path: str) -> bytes | None:
+    """What is in the file, if it is a shim."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # it is not there; a link (the plugin without an agent, say), a socket …
+        return None
+    with open(fd, "rb") as file:
+        try:
+            found = file.read(_LARGEST)
+        except OSError:
+            return None
+    return found if _MARK in found else None
+
+
+def _write(folder: str, path: str, content: bytes) -> None:
+    """The file, whole, on the disk, and only then under its name."""
+    fd, part = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
+    try:
+        with open(fd, "wb") as file:
+            file.write(content)
+            os.fchmod(fd, 0o755)
+            file.flush()
+            os.fsync(fd)
+        os.rename(part, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(part)
+        raise
+    above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(above)
+    finally:
+        os.close(above)
