@@ -1,14 +1,17 @@
-# The agent's image: vmtapd and vmtapctl, and the shim to be put into a node's CNI folder. No compiler, no pip cache.
+# The images of vmtap: `agent` is vmtapd, vmtapctl and the shim that `vmtapctl install` puts into a node's CNI folder;
+# `launcher` is vmtap-launch and QEMU. Neither has a compiler, pip or its cache.
 #
-#   docker build -t vmtap .            # podman and buildah build it as well
+#   docker buildx build --platform linux/amd64,linux/arm64 -t REGISTRY/vmtap:VERSION --push .
+#   docker buildx build --platform linux/amd64,linux/arm64 -t REGISTRY/vmtap-launcher:VERSION --target launcher --push .
+#
+# podman and buildah build it as well. Nothing is cross-compiled: each platform is built on itself, or under emulation.
 #
 # BASE: any Debian 12 or newer with Python 3.11 or newer and its venv module.
 ARG BASE=docker.io/library/python:3.12-slim-bookworm
 
 FROM ${BASE} AS build
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev musl-tools \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get install -y --no-install-recommends gcc libc6-dev musl-tools
 WORKDIR /src
 # What is needed to build, and then what is needed to run; both by version and hash.
 COPY deploy/requirements.lock deploy/
@@ -18,11 +21,31 @@ RUN python3 -m venv /opt/vmtap && /opt/vmtap/bin/pip install --no-cache-dir --re
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY cni cni
 RUN /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheel . \
-    && /opt/vmtap/bin/pip install --no-cache-dir --no-deps /wheel/*.whl \
-    && /opt/vmtap/bin/pip uninstall -y pip \
-    && install -D cni/shim/vmtap /opt/vmtap/cni/vmtap
+    && /opt/vmtap/bin/pip install --no-cache-dir --no-deps /wheel/*.whl
+# The launcher in a folder of its own, with the one library that it imports, which makes the seed. The executables of
+# both name /opt/vmtap, which is where they will be.
+RUN cp -a /opt/vmtap /launcher \
+    && /launcher/bin/python -m pip freeze --exclude vmtap-cni --exclude pycdlib \
+        | xargs /launcher/bin/python -m pip uninstall -y \
+    && rm /launcher/bin/vmtap /launcher/bin/macvtap /launcher/bin/vmtapd /launcher/bin/vmtapctl \
+    && /launcher/bin/python -m pip uninstall -y setuptools pip \
+    && /opt/vmtap/bin/python -m pip uninstall -y setuptools pip
 
-FROM ${BASE}
+FROM ${BASE} AS launcher
+LABEL org.opencontainers.image.title="vmtap-launcher" org.opencontainers.image.licenses="Apache-2.0"
+RUN case "$(dpkg --print-architecture)" in amd64) qemu=x86 ;; arm64) qemu=arm ;; *) qemu=misc ;; esac \
+    && apt-get update \
+    && apt-get install -y --no-install-recommends "qemu-system-$qemu" \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/apt /var/log/dpkg.log
+COPY --from=build /launcher /opt/vmtap
+ENV PATH=/opt/vmtap/bin:$PATH
+# As KubeVirt's QEMU: device nodes belong to it unless a network config says otherwise.
+USER 107:107
+ENTRYPOINT ["vmtap-launch"]
+
+# The last one is what a build without --target makes.
+FROM ${BASE} AS agent
+LABEL org.opencontainers.image.title="vmtap" org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/vmtap /opt/vmtap
 ENV PATH=/opt/vmtap/bin:$PATH
 ENTRYPOINT ["vmtapd"]
