@@ -42,6 +42,21 @@ KUBEVIRT_VERSIONS = ("v1.5.0", "v1.9.0")
 """The oldest that docs/kubevirt.md speaks of, and the newest when this was written."""
 OLDEST_GO = (1, 24)
 
+MANIFEST_TOOLS = ("helm.sh/helm/v3/cmd/helm@v3.19.0", "sigs.k8s.io/kustomize/kustomize/v5@v5.7.1")
+_HELM = "helm.sh/helm/v3/pkg/chartutil.k8sVersion"
+_FOR_1_34 = f"-ldflags=-X={_HELM}Major=1 -X={_HELM}Minor=34"
+"""What a release build of helm takes a cluster for that it cannot ask."""
+_OPERATOR = "github.com/prometheus-operator/prometheus-operator@v0.79.2"
+_OPENSHIFT = "github.com/openshift/api@v0.0.0-20241216151652-de9de05a8e43"
+_SCC = "0000_03_config-operator_01_securitycontextconstraints-Default.crd.yaml"
+MANIFEST_SCHEMAS = (
+    ("k8s.io/kubernetes@v1.34.4", "api/openapi-spec/swagger.json"),
+    (_OPERATOR, "example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml"),
+    (_OPERATOR, "example/prometheus-operator-crd/monitoring.coreos.com_prometheusrules.yaml"),
+    (_OPENSHIFT, f"security/v1/zz_generated.crd-manifests/{_SCC}"),
+)
+"""Each a module, and a file in it."""
+
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 BUSYBOX_PACKAGE = "busybox-static"
 MODULES = {
@@ -101,6 +116,11 @@ def kubevirt() -> list[Path]:
     return [made(_kubevirt_folder(version), "test") for version in KUBEVIRT_VERSIONS]
 
 
+def manifests() -> Path:
+    """The folder with helm, kustomize and the files of MANIFEST_SCHEMAS; AssetError if it was not made."""
+    return made(_manifests_folder(), "cluster")
+
+
 def make_guest() -> None:
     """The kernel's files and the initramfs, each if it is not there."""
     if platform.machine() != "x86_64":
@@ -144,9 +164,19 @@ def make_kubevirt() -> None:
                 shutil.copytree(module / "apitesting/testdata/HEAD", part)
 
 
+def make_manifests() -> None:
+    """Tools and schemas; of the latter's modules, only the files are wanted."""
+    with building(_manifests_folder()) as parts:
+        for package in MANIFEST_TOOLS:
+            _go_install([_FOR_1_34, package], parts)
+        for module, path in MANIFEST_SCHEMAS:
+            said = run([_go(), "mod", "download", "-json", module], env={**os.environ, **_GO_ENV}, cwd=CACHE)
+            shutil.copy(Path(json.loads(said)["Dir"], path), parts)
+
+
 def _go_install(packages: Sequence[str], folder: Path) -> None:
     env = {**os.environ, **_GO_ENV, "CGO_ENABLED": "0", "GOBIN": str(folder)}
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     run([_go(), "install", *packages], env=env)
 
 
@@ -172,6 +202,11 @@ def _bench_folder() -> Path:
     sources = b"".join(source.read_bytes() for source in (_SHIM, *_BENCH_SOURCES, _PACKAGE_BUILD))
     versions = " ".join((PLUGINS_VERSION, *BENCH_NAMES)).encode()
     return CACHE / f"bench-{hashlib.sha256(sources + versions).hexdigest()[:12]}"
+
+
+def _manifests_folder() -> Path:
+    versions = repr((MANIFEST_TOOLS, _FOR_1_34, MANIFEST_SCHEMAS))
+    return CACHE / f"manifests-{hashlib.sha256(versions.encode()).hexdigest()[:12]}"
 
 
 def made(path: Path, what: str = "demo") -> Path:
@@ -297,6 +332,7 @@ def main(names: Sequence[str]) -> int:
         "kubevirt": (kubevirt, make_kubevirt),
         "bench": (bench, make_bench),
         "hardware": (hardware.files, hardware.make),
+        "manifests": (manifests, make_manifests),
     }
     unknown = [name for name in names if name not in makers]
     if unknown:

@@ -1,0 +1,97 @@
+"""What the chart and the kustomizations make, and whether it is good: judged by the APIs' own schemas, made strict.
+
+An API server drops a field that it does not know; here it is a fault. Schemas and tools: lab.assets.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import yaml
+
+from lab import assets
+
+if TYPE_CHECKING:
+    pass
+
+Document = dict[str, Any]
+
+_METADATA = {"$ref": "#/definitions/io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"}
+
+
+class ManifestError(Exception):
+    """helm or kustomize refused; its words."""
+
+
+def run(program: str, *words: str | Path, values: Document | None = None) -> str:
+    """What helm or kustomize says; helm takes values by `-f -`. Raises ManifestError."""
+    done = subprocess.run(
+        [assets.manifests() / program, *words],
+        input=json.dumps(values),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if done.returncode:
+        raise ManifestError(done.stdout + done.stderr)
+    return done.stdout
+
+
+def objects(text: str) -> list[Document]:
+    """Of `helm template` or `kustomize build`."""
+    return [each for each in yaml.safe_load_all(text) if each]
+
+
+def faults(document: Document) -> list[str]:
+    """What its API would not understand, as path and reason."""
+    kind = document.get("apiVersion"), document.get("kind")
+    schema = _schemas().get(kind)
+    if schema is None:
+        return [f"no schema knows a {kind[1]} of {kind[0]}"]
+    found = jsonschema.Draft7Validator(schema).iter_errors(document)
+    return [f"{error.json_path}: {error.message}" for error in found]
+
+
+@cache
+def _schemas() -> dict[tuple[Any, Any], Document]:
+    """By apiVersion and kind."""
+    folder = assets.manifests()
+    definitions = json.loads((folder / "swagger.json").read_text())["definitions"]
+    schemas = {}
+    for name, definition in definitions.items():
+        _make_strict(definition)
+        if name.endswith(".Quantity"):
+            definition["type"] = ["string", "number"]
+        for each in definition.get("x-kubernetes-group-version-kind", ()):
+            api = f"{each['group']}/{each['version']}".removeprefix("/")
+            schemas[api, each["kind"]] = {"$ref": f"#/definitions/{name}", "definitions": definitions}
+    for path in folder.glob("*.yaml"):
+        spec = yaml.safe_load(path.read_text())["spec"]
+        for version in spec["versions"]:
+            schema = version["schema"]["openAPIV3Schema"]
+            _make_strict(schema)
+            schema["properties"]["metadata"] = _METADATA
+            schema["definitions"] = definitions
+            schemas[f"{spec['group']}/{version['name']}", spec["names"]["kind"]] = schema
+    return schemas
+
+
+def _make_strict(schema: Any) -> None:
+    """Where it lists an object's fields, there are no others; what is a number or a string may be either."""
+    if not isinstance(schema, dict):
+        return
+    if schema.get("format") == "int-or-string" or schema.get("x-kubernetes-int-or-string"):
+        schema["type"] = ["integer", "string"]
+    if schema.get("nullable") and isinstance(schema.get("type"), str):
+        schema["type"] = [schema["type"], "null"]
+    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        schema.setdefault("additionalProperties", False)
+    for each in (*schema.get("properties", {}).values(), schema.get("items")):
+        _make_strict(each)
+    _make_strict(schema.get("additionalProperties"))
