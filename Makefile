@@ -6,10 +6,10 @@ BIN := $(CACHE)/venv/bin
 T ?=
 A ?=
 
-.PHONY: help setup demo bench test test-hw lint clean
+.PHONY: help setup demo bench test test-hw cluster test-cluster lint clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## get what the demo and the tests need (they do it themselves)
 	@lab/setup test
@@ -29,6 +29,14 @@ test: ## all tests, linters and types; T="tests/unit -k mac" for some
 test-hw: ## those that need an SR-IOV NIC, in a machine that emulates one; T="-k vlan" for some
 	@lab/setup test
 	@$(BIN)/python -m pytest tests/hw $(T)
+
+cluster: ## a real Kubernetes of one node, and a shell on it with kubectl
+	@lab/setup cluster
+	@$(BIN)/python -m lab.cluster $(A)
+
+test-cluster: ## the tests that want that Kubernetes; the first time it is built, which takes five minutes
+	@lab/setup cluster
+	@$(BIN)/python -m pytest tests/cluster $(T)
 
 lint: ## format what can be formatted, then say what is wrong
 	@lab/setup test

@@ -1,5 +1,5 @@
 """What the lab gets from Debian and from Go: a guest's kernel and initramfs, cnitool and its plugins, the shape of
-KubeVirt's objects; and what the benchmark builds. The emulated machine is lab/hardware.py's.
+KubeVirt's objects; what the benchmark builds; and a Kubernetes. The emulated machine is lab/hardware.py's.
 
     python -m lab.assets                  says which of them are missing
     python -m lab.assets guest clients    makes those
@@ -57,6 +57,23 @@ MANIFEST_SCHEMAS = (
 )
 """Each a module, and a file in it."""
 
+KUBERNETES = "v1.34.4"
+CLUSTER = {
+    f"k8s.io/kubernetes@{KUBERNETES}": (
+        "kube-apiserver",
+        "kube-controller-manager",
+        "kube-scheduler",
+        "kubelet",
+        "kubectl",
+    ),
+    "github.com/containerd/containerd/v2@v2.1.9": ("containerd", "containerd-shim-runc-v2", "ctr"),
+    "go.etcd.io/etcd/server/v3@v3.6.8": (".",),
+}
+"""Module → its programs, each in its folder below cmd; "." is the module's own. runc is Debian's."""
+CLUSTER_PLUGINS = ("main/loopback", "main/bridge", "ipam/host-local")
+_STAMPS = {"k8s.io/kubernetes": f"-X=k8s.io/component-base/version.gitVersion={KUBERNETES}"}
+"""By module, what else its linker is told. A cluster's version, which helm asks for, is written in by a release."""
+
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 BUSYBOX_PACKAGE = "busybox-static"
 MODULES = {
@@ -73,6 +90,8 @@ _SHIM = CHECKOUT / "cni/shim/vmtap.c"
 _BENCH_SOURCES = (Path(__file__).parent / "bench/spawn.c", Path(__file__).parent / "bench/moment.c")
 _PACKAGE_BUILD = CHECKOUT / "hatch_build.py"
 _GO_ENV = {
+    **os.environ,
+    "CGO_ENABLED": "0",
     "GOPATH": str(CACHE / "go"),
     "GOCACHE": str(CACHE / "go-build"),
     "GOFLAGS": "-trimpath -modcacherw",
@@ -121,6 +140,11 @@ def manifests() -> Path:
     return made(_manifests_folder(), "cluster")
 
 
+def cluster() -> Path:
+    """The folder with the programs of CLUSTER, and `cni`, the reference plugins; AssetError if it was not made."""
+    return made(_cluster_folder(), "cluster")
+
+
 def make_guest() -> None:
     """The kernel's files and the initramfs, each if it is not there."""
     if platform.machine() != "x86_64":
@@ -158,8 +182,7 @@ def make_kubevirt() -> None:
         folder = _kubevirt_folder(version)
         if not folder.exists():
             with building(folder) as part:
-                env = {**os.environ, **_GO_ENV}
-                said = run([_go(), "mod", "download", "-json", f"{KUBEVIRT_API}@{version}"], env=env)
+                said = run([_go(), "mod", "download", "-json", f"{KUBEVIRT_API}@{version}"], env=_GO_ENV)
                 module = Path(json.loads(said)["Dir"])
                 shutil.copytree(module / "apitesting/testdata/HEAD", part)
 
@@ -170,14 +193,49 @@ def make_manifests() -> None:
         for package in MANIFEST_TOOLS:
             _go_install([_FOR_1_34, package], parts)
         for module, path in MANIFEST_SCHEMAS:
-            said = run([_go(), "mod", "download", "-json", module], env={**os.environ, **_GO_ENV}, cwd=CACHE)
+            said = run([_go(), "mod", "download", "-json", module], env=_GO_ENV, cwd=CACHE)
             shutil.copy(Path(json.loads(said)["Dir"], path), parts)
 
 
+def make_cluster() -> None:
+    """A Kubernetes and its container runtime, from their modules: five minutes on two cores, 1.5 GB of cache.
+
+    A line on stderr says what is being built: with lab/setup it is in the log.
+    """
+    with building(_cluster_folder()) as parts:
+        _go_install([f"{PLUGINS}/{name}@{PLUGINS_VERSION}" for name in CLUSTER_PLUGINS], parts / "cni")
+        for number, (module, programs) in enumerate(CLUSTER.items(), start=1):
+            print(f"lab.assets: {number} of {len(CLUSTER)}, {module}: {' '.join(programs)}", file=sys.stderr)
+            _go_build(module, programs, parts)
+        (parts / "server").rename(parts / "etcd")
+
+
 def _go_install(packages: Sequence[str], folder: Path) -> None:
-    env = {**os.environ, **_GO_ENV, "CGO_ENABLED": "0", "GOBIN": str(folder)}
     folder.mkdir(parents=True, exist_ok=True)
-    run([_go(), "install", *packages], env=env)
+    run([_go(), "install", *packages], env={**_GO_ENV, "GOBIN": str(folder)})
+
+
+def _go_build(module: str, programs: Sequence[str], folder: Path) -> None:
+    """Builds programs of a module that `go install` refuses, because its go.mod replaces other modules.
+
+    What it replaces by folders of its own repository is published as modules, too: v1.34.4 of Kubernetes goes with
+    v0.34.4 of each. So a module of ours requires the one and replaces the others.
+    """
+    path, version = module.split("@")
+    with tempfile.TemporaryDirectory(prefix="gobuild.", dir=CACHE) as here:
+
+        def go(*words: str) -> str:
+            return run([_go(), *words], env=_GO_ENV, cwd=Path(here))
+
+        go("mod", "init", "lab")
+        its_file = json.loads(go("mod", "download", "-json", module))["GoMod"]
+        replaced = json.loads(go("mod", "edit", "-json", its_file))["Replace"] or ()
+        staged = [each["Old"]["Path"] for each in replaced if each["New"]["Path"].startswith("./staging/")]
+        same = version.replace("v1.", "v0.", 1)
+        go("mod", "edit", f"-require={module}", *(f"-replace={name}={name}@{same}" for name in staged))
+        packages = [path if name == "." else f"{path}/cmd/{name}" for name in programs]
+        flags = f"-ldflags=-s -w {_STAMPS.get(path, '')}"
+        go("build", "-mod=mod", flags, "-o", f"{folder}/", *packages)
 
 
 def _kernel_folder() -> Path:
@@ -207,6 +265,11 @@ def _bench_folder() -> Path:
 def _manifests_folder() -> Path:
     versions = repr((MANIFEST_TOOLS, _FOR_1_34, MANIFEST_SCHEMAS))
     return CACHE / f"manifests-{hashlib.sha256(versions.encode()).hexdigest()[:12]}"
+
+
+def _cluster_folder() -> Path:
+    versions = repr((CLUSTER, CLUSTER_PLUGINS, PLUGINS_VERSION))
+    return CACHE / f"cluster-{hashlib.sha256(versions.encode()).hexdigest()[:12]}"
 
 
 def made(path: Path, what: str = "demo") -> Path:
@@ -333,6 +396,7 @@ def main(names: Sequence[str]) -> int:
         "bench": (bench, make_bench),
         "hardware": (hardware.files, hardware.make),
         "manifests": (manifests, make_manifests),
+        "cluster": (cluster, make_cluster),
     }
     unknown = [name for name in names if name not in makers]
     if unknown:

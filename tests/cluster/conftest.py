@@ -1,0 +1,251 @@
+"""One cluster for all tests of this folder, with the agent in it and a stand-in for Multus."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lab import ownimage
+from lab.cluster import NODE, PLUGINS, Cluster
+from lab.wire import NIC, Lab
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+CHART = Path(__file__).parents[2] / "deploy/helm/vmtap"
+NAMESPACE = "vmtap-system"
+RUN = Path("/run/vmtap")
+RESOURCES = "macvtap.network.kubevirt.io"
+CAPACITY = 40
+"""Of the interface dataplane; narrow has 1."""
+MACHINE = "lab.invalid/vmtap-vm:1"
+"""vmtap-launch, QEMU and a guest."""
+PATIENCE = 60.0
+_LOOK_SECONDS = 0.05
+_NETWORKS = {"apiVersion": "k8s.cni.cncf.io/v1", "kind": "NetworkAttachmentDefinition"}
+_DEFINITION = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {"name": "network-attachment-definitions.k8s.cni.cncf.io"},
+    "spec": {
+        "group": "k8s.cni.cncf.io",
+        "scope": "Namespaced",
+        "names": {
+            "plural": "network-attachment-definitions",
+            "singular": "network-attachment-definition",
+            "kind": "NetworkAttachmentDefinition",
+            "shortNames": ["net-attach-def"],
+        },
+        "versions": [
+            {
+                "name": "v1",
+                "served": True,
+                "storage": True,
+                "schema": {
+                    "openAPIV3Schema": {
+                        "type": "object",
+                        "properties": {
+                            "spec": {"type": "object", "properties": {"config": {"type": "string"}}}
+                        },
+                    }
+                },
+            }
+        ],
+    },
+}
+"""The parts of Multus's that count here."""
+
+
+class Release:
+    """The agent in the cluster, by its chart."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.values: dict[str, Any] = {
+            "interfaces": [
+                {"name": "dataplane", "source": {"dev": NIC}, "capacity": CAPACITY},
+                {"name": "narrow", "source": {"dev": NIC}, "capacity": 1},
+            ],
+            "image": {"tag": ownimage.VERSION},
+        }
+
+    def install(self, **values: Any) -> None:
+        """Or change what is installed; returns when the agent is ready."""
+        self.values |= values
+        self.cluster.run(
+            [
+                *(
+                    "helm",
+                    "upgrade",
+                    "--install",
+                    "vmtap",
+                    CHART,
+                    "--namespace",
+                    NAMESPACE,
+                    "--create-namespace",
+                ),
+                *("--wait", f"--timeout={PATIENCE:g}s", "--values", "-"),
+            ],
+            stdin=json.dumps(self.values),
+        )
+
+    def wait(self) -> None:
+        """Until what was installed last is what runs."""
+        self.kubectl("rollout", "status", "daemonset/vmtap", f"--timeout={PATIENCE:g}s")
+
+    def upgrade(self) -> None:
+        """To another version: the same image by another name."""
+        repository, _, now = ownimage.NAMES["agent"].rpartition(":")
+        tag = f"{self.values['image']['tag']}x"
+        self.cluster.run(["ctr", "images", "tag", f"{repository}:{now}", f"{repository}:{tag}"])
+        self.cluster.cri.wait_image(f"{repository}:{tag}")
+        self.install(image={"tag": tag})
+
+    def restart(self) -> None:
+        self.kubectl("rollout", "restart", "daemonset/vmtap")
+        self.wait()
+
+    def uninstall(self) -> None:
+        """What the agent leaves, and its namespace."""
+        self.cluster.run(["helm", "uninstall", "vmtap", "--namespace", NAMESPACE, "--wait"])
+        self.cluster.kubectl("delete", "namespace", NAMESPACE, f"--timeout={PATIENCE:g}s")
+
+    def kubectl(self, *words: str) -> str:
+        return self.cluster.kubectl("-n", NAMESPACE, *words)
+
+    def daemonset(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.cluster.get("-n", NAMESPACE, "daemonset", "vmtap")
+        return found
+
+    def wait_resource(self, name: str, number: int, kind: str = "allocatable") -> None:
+        """Until the node has so many."""
+        path = f"{RESOURCES}/{name}".replace(".", r"\.")
+        self.cluster.wait(f"node/{NODE}", f"jsonpath={{.status.{kind}.{path}}}={number}")
+
+    def records(self) -> list[dict[str, Any]]:
+        """What is attached."""
+        found = []
+        for path in self._in(RUN / "attachments", "*.json"):
+            with suppress(FileNotFoundError):  # it ended just now
+                found.append(json.loads(path.read_text()))
+        return found
+
+    def traces(self) -> dict[str, Any]:
+        """What a pod may leave on the node; the running agent's own is not among it."""
+        folders = ("attachments", "ifindex", "dev", "holders", "pending")
+        files = [path for name in folders for path in self._in(RUN / name)]
+        files += (p for p in self._in("/var/lib/cni", "**/*") if not p.is_dir() and not _stays(p))
+        links = self.cluster.lab.node.links()
+        return {
+            "files": sorted(str(path) for path in [*files, *self._in("/var/run/cdi")]),
+            "links": sorted(name for name in links if not name.startswith("veth")),
+            "veths and namespaces": (
+                sum(name.startswith("veth") for name in links),
+                len(self._in("/run/netns")),
+            ),
+            "promiscuity": links[NIC]["promiscuity"],
+        }
+
+    def left(self, before: dict[str, Any]) -> None:
+        """Fails the test if anything of the traces is not as it was before, after giving it a moment."""
+        end = time.monotonic() + PATIENCE
+        while (now := self.traces()) != before and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
+        differs = {key: (before[key], now[key]) for key in now if now[key] != before[key]}
+        assert not differs, f"before and now: {differs}"
+
+    def _in(self, folder: str | Path, pattern: str = "*") -> list[Path]:
+        return [*self.cluster.machine.path(folder).glob(pattern)]
+
+
+def _stays(path: Path) -> bool:
+    """host-local's lock and its note of the last address, and what libcni keeps of pods that run."""
+    return "lock" in path.name or "last_reserved" in path.name
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    """For what happens by itself and tells nobody."""
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(_LOOK_SECONDS)
+
+
+def network(name: str, **config: Any) -> dict[str, Any]:
+    """A NetworkAttachmentDefinition of the interface's name."""
+    text = json.dumps({"cniVersion": "1.0.0", "name": name, "type": "vmtap", **config})
+    metadata = {
+        "name": name,
+        "namespace": "default",
+        "annotations": {"k8s.v1.cni.cncf.io/resourceName": f"{RESOURCES}/{name}"},
+    }
+    return {**_NETWORKS, "metadata": metadata, "spec": {"config": text}}
+
+
+def pod(name: str, interface: str | None = None, **labels: str) -> dict[str, Any]:
+    """Which does nothing, and ends at once when it is told to; interface: the one that it wants a device of."""
+    wanted = {f"{RESOURCES}/{interface}": 1} if interface else {}
+    annotations = {"k8s.v1.cni.cncf.io/networks": interface} if interface else {}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": labels, "annotations": annotations},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": 5,
+            "containers": [
+                {
+                    "name": "c",
+                    "image": "lab.invalid/busybox:1",
+                    "command": [
+                        "/bin/busybox",
+                        "sh",
+                        "-c",
+                        "trap exit TERM; while :; do busybox sleep 1000 & wait; done",
+                    ],
+                    "resources": {"limits": wanted},
+                }
+            ],
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    with Lab() as lab, Cluster(lab, folder) as started:
+        multus = started.machine.path(f"{PLUGINS}/multus")
+        multus.write_text(f"#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name('multus.py')}\n")
+        multus.chmod(0o755)
+        started.network(
+            "20-multus",
+            {
+                "type": "multus",
+                "kubeconfig": started.environment()["KUBECONFIG"],
+                "podResources": "/var/lib/kubelet/pod-resources/kubelet.sock",
+                "cache": "/var/lib/cni/multus",
+            },
+        )
+        started.apply(_DEFINITION)
+        started.wait(
+            "customresourcedefinition/network-attachment-definitions.k8s.cni.cncf.io", "condition=Established"
+        )
+        started.apply(network("dataplane", mode="bridge"), network("narrow", mode="bridge"))
+        yield started
+
+
+@pytest.fixture(scope="session")
+def release(cluster: Cluster) -> Release:
+    """Installed from the images of the Dockerfile."""
+    built = ownimage.images()
+    cluster.load(built.agent, ownimage.NAMES["agent"])
+    cluster.load(built.launcher, ownimage.NAMES["launcher"])
+    made = Release(cluster)
+    made.install()
+    return made
