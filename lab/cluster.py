@@ -39,6 +39,7 @@ PLUGINS = "/opt/cni/bin"
 """On the node; the reference plugins loopback, bridge and host-local are in it."""
 PATIENCE = 60.0
 """Seconds for what usually takes one."""
+_BRIDGE = "cni0"
 _HOME = "/run/lab/cluster"
 """On the node: what the programs keep and write."""
 _SOCKET = "/run/containerd/containerd.sock"
@@ -102,7 +103,7 @@ _USERS = {
 }
 _PODS_NETWORK = {
     "type": "bridge",
-    "bridge": "cni0",
+    "bridge": _BRIDGE,
     "isGateway": True,
     "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.0.0/16"}]]},
 }
@@ -238,7 +239,11 @@ class Cluster:
         words = {"home": _HOME, "netconf": NETCONF, "plugins": PLUGINS, "cni": self.programs / "cni"}
         self.machine.run(["sh", "-euc", _PREPARE.format_map(words)])
         self.lab.switch.plug("cluster", self.lab.node, "eth0", 1500)
-        self.lab.node.ip(f"address add {ADDRESS}/24 dev eth0", "route add default via 10.78.0.1")
+        self.lab.node.ip(
+            f"address add {ADDRESS}/24 dev eth0",
+            "route add default via 10.78.0.1",
+            f"link add {_BRIDGE} up type bridge",  # the plugin would make it, and leave it
+        )
         self.lab.node.wait_until_up("eth0")
         self.network("10-pods", _PODS_NETWORK)
         text = _CONTAINERD.format(sandbox=BUSYBOX, plugins=PLUGINS, netconf=NETCONF)

@@ -24,8 +24,6 @@ RUN = Path("/run/vmtap")
 RESOURCES = "macvtap.network.kubevirt.io"
 CAPACITY = 40
 """Of the interface dataplane; narrow has 1."""
-MACHINE = "lab.invalid/vmtap-vm:1"
-"""vmtap-launch, QEMU and a guest."""
 PATIENCE = 60.0
 _LOOK_SECONDS = 0.05
 _NETWORKS = {"apiVersion": "k8s.cni.cncf.io/v1", "kind": "NetworkAttachmentDefinition"}
@@ -94,6 +92,7 @@ class Release:
             ],
             stdin=json.dumps(self.values),
         )
+        self.wait()  # helm is content with none, where one may be unavailable
 
     def wait(self) -> None:
         """Until what was installed last is what runs."""
