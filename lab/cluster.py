@@ -43,7 +43,7 @@ _BRIDGE = "cni0"
 _HOME = "/run/lab/cluster"
 """On the node: what the programs keep and write."""
 _SOCKET = "/run/containerd/containerd.sock"
-_LOG_TAIL = 2000
+_LOG_TAIL = 3000
 _LOOK_SECONDS = 0.02
 _SERVER = f"https://{ADDRESS}:6443"
 _CERTIFICATE = f"{_HOME}/tls/apiserver.crt"
@@ -181,9 +181,13 @@ class Cluster:
                 "wait", what, f"--for={condition}", f"--timeout={seconds:g}s", *words, timeout=seconds + 10
             )
         except LabError as error:
-            seen = self.kubectl("get", what, *words, "-o", "wide", check=False)
-            events = self.kubectl("get", "events", "-A", "--sort-by=.lastTimestamp", check=False)
-            raise LabError(f"{error}\n{seen}\n{events[-_LOG_TAIL:]}") from error
+            raise LabError(f"{error}\n{self.story()}") from error
+
+    def story(self) -> str:
+        """The pods and the last events, for an error."""
+        pods = self.kubectl("get", "pods", "-A", "-o", "wide", check=False)
+        events = self.kubectl("get", "events", "-A", "--sort-by=.lastTimestamp", check=False)
+        return f"{pods}\n{events[-_LOG_TAIL:]}"
 
     def run(
         self,

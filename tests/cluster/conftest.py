@@ -13,7 +13,7 @@ import pytest
 
 from lab import ownimage
 from lab.cluster import NODE, PLUGINS, Cluster
-from lab.wire import NIC, Lab
+from lab.wire import NIC, Lab, LabError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,23 +76,15 @@ class Release:
     def install(self, **values: Any) -> None:
         """Or change what is installed; returns when the agent is ready."""
         self.values |= values
-        self.cluster.run(
-            [
-                *(
-                    "helm",
-                    "upgrade",
-                    "--install",
-                    "vmtap",
-                    CHART,
-                    "--namespace",
-                    NAMESPACE,
-                    "--create-namespace",
-                ),
-                *("--wait", f"--timeout={PATIENCE:g}s", "--values", "-"),
-            ],
-            stdin=json.dumps(self.values),
-        )
-        self.wait()  # helm is content with none, where one may be unavailable
+        chart = ["vmtap", str(CHART), "--namespace", NAMESPACE, "--create-namespace", "--values", "-"]
+        patience = ["--wait", f"--timeout={PATIENCE:g}s"]
+        try:
+            self.cluster.run(
+                ["helm", "upgrade", "--install", *chart, *patience], stdin=json.dumps(self.values)
+            )
+            self.wait()  # helm is content with none, where one may be unavailable
+        except LabError as error:
+            raise LabError(f"{error}\n{self.cluster.story()}") from error
 
     def wait(self) -> None:
         """Until what was installed last is what runs."""

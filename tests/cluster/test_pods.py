@@ -1,0 +1,111 @@
+"""Pods that ask for a device, up to a virtual machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from cni import deviceid
+from lab import assets, image, ownimage
+from tests.cluster.conftest import CAPACITY, RESOURCES, pod
+from tests.runtimes.test_vm import InPod
+
+if TYPE_CHECKING:
+    from tests.cluster.conftest import Release
+
+EXAMPLE = Path(__file__).parents[2] / "deploy/examples/vm-pod.yaml"
+ADDRESS, PEER = "10.77.0.5", "10.77.0.254"
+
+
+def test_a_pod_gets_its_link_and_its_device(release: Release) -> None:
+    before = release.traces()
+    release.cluster.apply(pod("one", "dataplane"))
+    release.cluster.wait("pod/one", "condition=Ready")
+    [record] = release.records()
+    inside = ["exec", "one", "--", "/bin/busybox", "sh", "-euc"]
+    script = (
+        "busybox cat /sys/class/net/net1/ifindex; busybox stat -c '%u:%g %a' /dev/tap*; busybox ls /dev/tap*"
+    )
+    index, owner, device = release.cluster.kubectl(*inside, script).splitlines()
+    assert (int(index), owner, device) == (record["ifindex"], "107:107 660", f"/dev/tap{index}")
+    assert int(index) in {deviceid.ifindex("dataplane", number) for number in range(CAPACITY)}
+    release.cluster.kubectl("exec", "one", "--", "/bin/busybox", "sh", "-euc", f"exec 3<>/dev/tap{index}")
+    release.cluster.kubectl("delete", "pod", "one", "--timeout=60s")
+    release.left(before)
+
+
+def test_one_more_than_there_are_stays_pending_and_says_why(release: Release) -> None:
+    release.wait_resource("narrow", 1)
+    cluster = release.cluster
+    cluster.apply(pod("first", "narrow"))
+    cluster.wait("pod/first", "condition=Ready")
+    cluster.apply(pod("second", "narrow"))
+    cluster.wait(
+        "pod/second", "jsonpath={.status.conditions[?(@.type=='PodScheduled')].reason}=Unschedulable"
+    )
+    [second] = cluster.get("pods", "--field-selector=metadata.name=second")["items"]
+    assert second["status"]["phase"] == "Pending"
+    assert f"Insufficient {RESOURCES}/narrow" in json.dumps(second["status"]["conditions"])
+    cluster.kubectl("delete", "pod", "first", "--timeout=60s")
+    cluster.wait("pod/second", "condition=Ready")
+    cluster.kubectl("delete", "pod", "second", "--timeout=60s")
+
+
+@pytest.mark.vm
+def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release) -> None:
+    """The example pod in the launcher's image, with a device of its network's resource, over the agent's broker."""
+    cluster = release.cluster
+    release.install(broker={"enabled": True})
+    guest_files = cluster.machine.path("/run/lab/guest")
+    guest_files.mkdir()
+    shutil.copy(assets.guest().kernel, guest_files / "vmlinuz")
+    shutil.copy(assets.guest().initramfs, guest_files / "initramfs")
+    channel = cluster.machine.path("/run/lab/channel")
+    channel.mkdir()
+    channel.chmod(0o777)
+    before = release.traces()
+    document = _vm()
+    name = document["metadata"]["name"]
+    cluster.apply(document)
+    cluster.wait(f"pod/{name}", "condition=Ready")
+    [log] = cluster.machine.path("/var/log/pods").glob(f"default_{name}_*/vm/0.log")
+    with InPod(channel / "channel.sock", log) as guest:
+        guest.ready()
+        guest.must(f"ip address add {ADDRESS}/24 dev eth0")
+        assert guest.ping(PEER)
+        cluster.lab.peer.run([image.BUSYBOX, "ping", "-c", "1", "-W", "2", ADDRESS])
+        _unprivileged(release)
+    cluster.kubectl("delete", "pod", name, "--timeout=60s")
+    release.left(before)
+    release.install(broker={"enabled": False})
+
+
+def _vm() -> dict[str, Any]:
+    """The example's pod; its guest, and the channel to it, are in folders of the node, where the test finds them."""
+    document: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
+    spec = document["spec"]
+    [container] = spec["containers"]
+    container["image"] = ownimage.NAMES["launcher"]
+    container["resources"]["limits"] = {f"{RESOURCES}/dataplane": 1}
+    container["volumeMounts"].append({"name": "guest", "mountPath": "/guest", "readOnly": True})
+    volumes = [each for each in spec["volumes"] if each["name"] != "channel"]
+    for name in ("guest", "channel"):
+        volumes.append({"name": name, "hostPath": {"path": f"/run/lab/{name}", "type": "Directory"}})
+    spec["volumes"] = volumes
+    return document
+
+
+def _unprivileged(release: Release) -> None:
+    """QEMU, by the kernel's account."""
+    machine = release.cluster.machine
+    [qemu] = [pid for pid, command in machine.processes().items() if command.startswith("qemu-system")]
+    lines = machine.path(f"/proc/{qemu}/status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines)
+    assert status["Uid"].split() == ["107"] * 4
+    assert {int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
