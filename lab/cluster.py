@@ -187,7 +187,8 @@ class Cluster:
         """The pods and the last events, for an error."""
         pods = self.kubectl("get", "pods", "-A", "-o", "wide", check=False)
         events = self.kubectl("get", "events", "-A", "--sort-by=.lastTimestamp", check=False)
-        return f"{pods}\n{events[-_LOG_TAIL:]}"
+        ended = [each.said() for each in (self.kubelet, self.containerd) if not each.alive()]
+        return "\n".join([pods, events[-_LOG_TAIL:], *ended])
 
     def run(
         self,
