@@ -20,6 +20,8 @@ class Settings:
     device_plugin: bool
     kubelet: str
     cdi: str
+    broker: bool
+    """Whether launchers are to have fds of the agent; without, it opens no device."""
     fault: CniError | None = None
 
 
@@ -37,5 +39,6 @@ def load(*, run: str | None, policy: str | None, file: str | None) -> Settings:
         device_plugin=bool(agent.get("device_plugin")),  # not there: it stands in, and is off
         kubelet=agent["kubelet"],
         cdi=agent["cdi"],
+        broker=bool(agent.get("broker_mount", True)),
         fault=fault,
     )

@@ -48,14 +48,17 @@ _RECORD = state.Record(
 )
 
 
-def run() -> dict[str, str | None]:
-    """What was tried → why it failed, None if it works. What comes after a failure is not in it."""
+def run(*, opens: bool = True) -> dict[str, str | None]:
+    """What was tried → why it failed, None if it works. What comes after a failure is not in it.
+
+    opens: False leaves the opening of the device out, which only an agent does that has an fd broker.
+    """
     done: dict[str, str | None] = {}
 
     def body() -> None:
         with ExitStack() as stack:
             try:
-                for step in _steps(stack):
+                for step in _steps(stack, opens=opens):
                     done[step] = None
             except (CniError, OSError) as error:
                 done[STEPS[len(done)]] = str(error)
@@ -66,7 +69,7 @@ def run() -> dict[str, str | None]:
     return done
 
 
-def _steps(stack: ExitStack) -> Iterator[str]:
+def _steps(stack: ExitStack, *, opens: bool) -> Iterator[str]:
     """Each of STEPS once it has worked. Raises OSError, CniError."""
     names = iter(STEPS)
     node = leave(stack)
@@ -93,7 +96,7 @@ def _steps(stack: ExitStack) -> Iterator[str]:
     )
     macvtap.bring_up(there, record.ifindex, record.alias, promisc=False, allmulti=True, speaks=False)
     yield next(names)
-    for fd in tapdev.open_queues(pod, record, 1):
+    for fd in tapdev.open_queues(pod, record, 1) if opens else ():
         os.close(fd)
     yield next(names)
     if host.link(index=record.ifindex, nsid=host.nsid(pod)) is None:

@@ -71,6 +71,25 @@ def test_nothing_is_wrong(good: Ctl, pod: Netns) -> None:
     assert "0 errors" in text.splitlines()[-1]
 
 
+def test_without_a_broker_no_device_is_opened(good: Ctl, lab: Lab, tmp_path: Path) -> None:
+    """As in the DaemonSet: the container's device cgroup would refuse it, and CAP_SYS_PTRACE is the broker's."""
+    file = tmp_path / "agent.yaml"
+    file.write_text(f"brokerMount: false\npolicy: {good.plugin.policy}\nmetrics: ''\n")
+    less = ["setpriv", "--bounding-set", "-sys_ptrace"]
+    argv = [*less, BIN / "vmtapd", "--config", file, "--run", good.plugin.state]
+    agent = subprocess.Popen(lab.node.argv(argv), stderr=subprocess.PIPE)
+    try:
+        assert agent.stderr
+        assert any(b'"msg": "ready"' in line for line in agent.stderr)
+        assert wrong(good, "--config", file) == {}
+        text = good("doctor", "--config", file, status=None).stdout
+        assert "makes and shows macvtaps and taps" in text
+        assert "has not CAP_SYS_PTRACE" in good("doctor", status=None).stdout
+    finally:
+        agent.kill()
+        agent.communicate()
+
+
 def test_the_trial_leaves_nothing(good: Ctl, lab: Lab) -> None:
     before = set(lab.node.links())
     good("doctor", status=None)
