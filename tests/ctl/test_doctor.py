@@ -76,7 +76,7 @@ def test_without_a_broker_no_device_is_opened(good: Ctl, lab: Lab, tmp_path: Pat
     file = tmp_path / "agent.yaml"
     file.write_text(f"brokerMount: false\npolicy: {good.plugin.policy}\nmetrics: ''\n")
     less = ["setpriv", "--bounding-set", "-sys_ptrace"]
-    argv = [*less, BIN / "vmtapd", "--config", file, "--run", good.plugin.state]
+    argv: list[str | Path] = [*less, BIN / "vmtapd", "--config", file, "--run", good.plugin.state]
     agent = subprocess.Popen(lab.node.argv(argv), stderr=subprocess.PIPE)
     try:
         assert agent.stderr
