@@ -25,6 +25,19 @@ if TYPE_CHECKING:
 
 SLEEP = Container(SANDBOX, ["/bin/busybox", "sleep", "infinity"])
 SHELL = ["/bin/busybox", "sh", "-euc"]
+OWN_DEV = """
+mount -t tmpfs -o mode=755 none /dev
+mkdir /dev/pts /dev/shm
+mount -t devpts -o newinstance,ptmxmode=0666 none /dev/pts
+ln -s pts/ptmx /dev/ptmx
+ln -s /proc/self/fd /dev/fd
+mknod -m 666 /dev/null c 1 3
+mknod -m 666 /dev/zero c 1 5
+mknod -m 666 /dev/full c 1 7
+mknod -m 666 /dev/random c 1 8
+mknod -m 666 /dev/urandom c 1 9
+"""
+"""What a runtime gives a privileged container but for the host's devices."""
 
 
 def _at_once(function: Callable[[str], Any], names: list[str]) -> list[Any]:
@@ -144,13 +157,20 @@ def test_the_agent_is_restarted_while_pods_come_and_go(node: Node) -> None:
         node.left(before)
 
 
-def test_a_container_opens_its_own_device_and_no_other(node: Node) -> None:
-    """What a device plugin's DeviceSpec comes to: here, the device is named by hand."""
+@pytest.mark.parametrize("its_own", [False, True], ids=["the kernel's /dev", "a /dev of its own"])
+def test_a_container_opens_its_own_device_and_no_other(node: Node, its_own: bool) -> None:
+    """What a device plugin's DeviceSpec comes to: here, the device is named by hand.
+
+    Also where the node is a container itself, as kind's are: the kernel's devtmpfs, with its tap nodes, is not there.
+    """
+    if its_own:
+        node.machine.run(["/bin/sh", "-euc", OWN_DEV])
     node.network("20-wire", WIRE | {"owner": 107, "group": 107})
     with node.containerd() as containerd:
         before = node.traces()
         own, other = _at_once(containerd.cri.run_pod, ["own", "other"])
         tap = node.device(_interface(containerd, own)["Mac"])
+        assert node.machine.path(f"/dev/{tap.name}").exists() != its_own
         device = api.Device(container_path=f"/dev/{tap.name}", host_path=str(tap), permissions="rw")
         user = Container(
             SANDBOX, SLEEP.command, devices=[device], user=107, group=107, drop=["ALL"], no_new_privs=True
