@@ -105,7 +105,8 @@ def test_the_values_are_good_and_the_schema_knows_each() -> None:
     def compare(values: dict[str, Any], rules: dict[str, Any], path: str) -> None:
         assert values.keys() | {"global"} == rules["properties"].keys() | {"global"}, path
         for name, value in values.items():
-            if isinstance(value, dict) and "properties" in rules["properties"][name] and name != "resources":
+            described = "properties" in rules["properties"][name]
+            if isinstance(value, dict) and value and described and name != "resources":
                 compare(value, rules["properties"][name], f"{path}.{name}")
 
     compare(VALUES, SCHEMA, "values")

@@ -266,6 +266,21 @@ def test_privileged_only_for_the_broker() -> None:
             assert {word.upper() for word in asked} == {*least["capabilities"]["add"], "SYS_PTRACE"}
 
 
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        ({}, None),
+        (OPENSHIFT, {"type": "spc_t"}),
+        ({**OPENSHIFT, "agent": {"seLinuxOptions": {"type": "ours_t"}}}, {"type": "ours_t"}),
+        ({"agent": {"seLinuxOptions": {"type": "spc_t"}}}, {"type": "spc_t"}),
+    ],
+)
+def test_selinux(values: Document, options: Document | None) -> None:
+    for name in ("vmtap", "vmtap-uninstall"):
+        pod = of(chart(values), "DaemonSet", name)["spec"]["template"]["spec"]
+        assert pod["securityContext"].get("seLinuxOptions") == options
+
+
 def test_a_digest_goes_before_a_tag() -> None:
     digest = "sha256:" + 64 * "a"
     agent = of(chart({"image": {"digest": digest, "tag": "x"}}), "DaemonSet")["spec"]["template"]["spec"]

@@ -39,6 +39,11 @@ interfaces: {{ if .Values.interfaces }}{{ toYaml .Values.interfaces | nindent 2 
 allowUnlisted: {{ .Values.allowUnlisted }}
 {{- end }}
 
+{{/* {} where there are none. */}}
+{{- define "vmtap.selinux" -}}
+{{ .Values.agent.seLinuxOptions | default (.Values.openshift.enabled | ternary (dict "type" "spc_t") dict) | toYaml }}
+{{- end }}
+
 {{/* A root without powers: it may write where root may, and that is all. */}}
 {{- define "vmtap.powerless" -}}
 runAsUser: 0
@@ -62,8 +67,8 @@ tolerations: {{- toYaml .Values.agent.tolerations | nindent 2 }}
 nodeSelector: {{- toYaml .Values.agent.nodeSelector | nindent 2 }}
 securityContext:
   seccompProfile: {type: RuntimeDefault}
-  {{- if .Values.openshift.enabled }}
-  seLinuxOptions: {type: spc_t}
+  {{- with (include "vmtap.selinux" . | fromYaml) }}
+  seLinuxOptions: {{- toYaml . | nindent 4 }}
   {{- end }}
 initContainers:
   - name: uninstall
