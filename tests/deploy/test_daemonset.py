@@ -17,6 +17,7 @@ import yaml
 
 from cni import nodefile, policy, schema
 from cni.ctl.__main__ import make_parser
+from lab import ownimage
 from tests.deploy.test_systemd import CAPABILITIES as SYSTEMDS
 from tests.deploy.test_systemd import Host, use
 
@@ -132,7 +133,8 @@ def test_one_version_everywhere() -> None:
     assert (chart["version"], chart["appVersion"]) == (VERSION, VERSION)
     for path in (BASE.parent).rglob("kustomization.yaml"):
         for image in yaml.safe_load(path.read_text()).get("images", ()):
-            assert image["newTag"] == VERSION, path
+            assert f"{image['newName']}:{image['newTag']}" == ownimage.NAMES["agent"], path
+    assert f"{VALUES['image']['repository']}:{VERSION}" == ownimage.NAMES["agent"]
 
 
 def test_the_chart_has_no_value_that_nobody_reads() -> None:
