@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import cni
+from cni import offload
 from cni.agent.health import served
 from cni.cdi import KIND
 from cni.ctl import inventory
@@ -71,6 +72,8 @@ def uninstall(folder: str, run: str, cdi: str, *, state: bool, force: bool) -> I
         if KIND.encode() in each.read_bytes():
             each.unlink()
             yield f"{each} is removed"
+    for source in offload.restore(run):
+        yield f"{offload.FEATURE} of {source} is off again, as it was"
     if os.path.isdir(run):
         shutil.rmtree(run)
         yield f"{run} is removed"
