@@ -1,6 +1,7 @@
 """Ends when a DaemonSet's pods are ready on all of its nodes. Arguments: namespace, name. Needs `get` on it."""
 
 import json
+import os
 import ssl
 import sys
 import time
@@ -8,7 +9,10 @@ import urllib.request
 
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 namespace, name = sys.argv[1:]
-url = f"https://kubernetes.default.svc/apis/apps/v1/namespaces/{namespace}/daemonsets/{name}"
+# By its address, as clients in a cluster do: names may not be served, least of all where a cluster is taken down.
+host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
+host = f"[{host}]" if ":" in host else host
+url = f"https://{host}:{port}/apis/apps/v1/namespaces/{namespace}/daemonsets/{name}"
 trusted = ssl.create_default_context(cafile=f"{ACCOUNT}/ca.crt")
 said = ""
 while True:  # the job has a deadline
