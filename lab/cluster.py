@@ -45,7 +45,9 @@ _HOME = "/run/lab/cluster"
 _SOCKET = "/run/containerd/containerd.sock"
 _LOG_TAIL = 3000
 _LOOK_SECONDS = 0.02
-_SERVER = f"https://{ADDRESS}:6443"
+_SERVER = f"https://{ADDRESS}"
+_SERVICE = "10.96.0.1"
+"""Where pods find the API server: an address of the node, in place of a proxy."""
 _CERTIFICATE = f"{_HOME}/tls/apiserver.crt"
 
 # Folders that the programs write to are the machine's, with what is written kept apart; mounts spread, as on a host
@@ -104,7 +106,7 @@ _USERS = {
 _PODS_NETWORK = {
     "type": "bridge",
     "bridge": _BRIDGE,
-    "isGateway": True,
+    "isDefaultGateway": True,
     "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.0.0/16"}]]},
 }
 
@@ -247,6 +249,7 @@ class Cluster:
         self.lab.node.ip(
             f"address add {ADDRESS}/24 dev eth0",
             "route add default via 10.78.0.1",
+            f"address add {_SERVICE}/32 dev lo",
             f"link add {_BRIDGE} up type bridge",  # the plugin would make it, and leave it
         )
         self.lab.node.wait_until_up("eth0")
@@ -366,6 +369,7 @@ def _server_flags() -> list[str]:
         f"--advertise-address={ADDRESS}",
         "--kubelet-preferred-address-types=InternalIP",
         f"--cert-dir={_HOME}/tls",  # it makes its certificate by itself
+        "--secure-port=443",
         "--service-cluster-ip-range=10.96.0.0/16",
         "--service-account-issuer=https://kubernetes.default.svc",
         f"--service-account-key-file={_HOME}/accounts.key",

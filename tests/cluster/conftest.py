@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lab import ownimage
-from lab.cluster import NODE, PLUGINS, Cluster
+from lab.cluster import NETCONF, NODE, PLUGINS, Cluster
 from lab.wire import NIC, Lab, LabError
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class Release:
             ],
             "image": {"tag": ownimage.VERSION},
         }
+        self.before: dict[str, Any] = {}
+        """node(), as it was without the agent."""
 
     def install(self, **values: Any) -> None:
         """Or change what is installed; returns when the agent is ready."""
@@ -103,12 +105,16 @@ class Release:
         self.wait()
 
     def uninstall(self) -> None:
-        """What the agent leaves, and its namespace."""
-        self.cluster.run(["helm", "uninstall", "vmtap", "--namespace", NAMESPACE, "--wait"])
+        """By helm, which leaves the namespace."""
+        try:
+            self.cluster.run(["helm", "uninstall", "vmtap", "--namespace", NAMESPACE, "--wait"])
+        except LabError as error:
+            said = self.kubectl("logs", "-l", "job-name=vmtap-uninstall", check=False)
+            raise LabError(f"{error}\n{self.cluster.story()}\nThe job said: {said}") from error
         self.cluster.kubectl("delete", "namespace", NAMESPACE, f"--timeout={PATIENCE:g}s")
 
-    def kubectl(self, *words: str) -> str:
-        return self.cluster.kubectl("-n", NAMESPACE, *words)
+    def kubectl(self, *words: str, check: bool = True) -> str:
+        return self.cluster.kubectl("-n", NAMESPACE, *words, check=check)
 
     def daemonset(self) -> dict[str, Any]:
         found: dict[str, Any] = self.cluster.get("-n", NAMESPACE, "daemonset", "vmtap")
@@ -141,6 +147,19 @@ class Release:
                 len(self._in("/run/netns")),
             ),
             "promiscuity": links[NIC]["promiscuity"],
+        }
+
+    def node(self) -> dict[str, Any]:
+        """What the agent itself may leave: on the node, and of objects that belong to no namespace."""
+        folders = (PLUGINS, NETCONF, "/run/vmtap", "/etc/vmtap", "/var/run/cdi")
+        kinds = "clusterroles,clusterrolebindings,priorityclasses,customresourcedefinitions,namespaces"
+        return {
+            **self.traces(),
+            "files": sorted(str(path) for folder in folders for path in self._in(folder)),
+            "folder": self.cluster.machine.path(RUN).exists(),
+            "sockets": [path.name for path in self._in("/var/lib/kubelet/device-plugins", "vmtap*")],
+            "processes": [each for each in self.cluster.machine.processes().values() if "vmtap" in each],
+            "objects": self.cluster.kubectl("get", kinds, "-o", "name").split(),
         }
 
     def left(self, before: dict[str, Any]) -> None:
@@ -238,5 +257,6 @@ def release(cluster: Cluster) -> Release:
     cluster.load(built.agent, ownimage.NAMES["agent"])
     cluster.load(built.launcher, ownimage.NAMES["launcher"])
     made = Release(cluster)
+    made.before = made.node()
     made.install()
     return made

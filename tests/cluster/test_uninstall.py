@@ -1,1 +1,27 @@
-"""What is left when the agent is taken from the cluster."""
+"""What is left when the agent is taken from the cluster. Later tests would find none: this file is the last."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from tests.cluster.conftest import NAMESPACE, pod
+
+if TYPE_CHECKING:
+    from tests.cluster.conftest import Release
+
+
+def test_uninstall_waits_for_the_last_pod_and_leaves_nothing(release: Release) -> None:
+    cluster = release.cluster
+    cluster.apply(pod("last", "dataplane"))
+    cluster.wait("pod/last", "condition=Ready")
+    with ThreadPoolExecutor(1) as threads:
+        uninstalled = threads.submit(release.uninstall)
+        cluster.kubectl("-n", NAMESPACE, "wait", "daemonset/vmtap", "--for=delete", "--timeout=60s")
+        cluster.kubectl("-n", NAMESPACE, "wait", "job/vmtap-uninstall", "--for=create", "--timeout=60s")
+        assert len(release.records()) == 1
+        cluster.kubectl("delete", "pod", "last", "--timeout=60s")
+        uninstalled.result()
+    after = release.node()
+    differs = {key: (was, after[key]) for key, was in release.before.items() if after[key] != was}
+    assert not differs, f"before and now: {differs}"
