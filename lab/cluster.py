@@ -1,7 +1,5 @@
 """A Kubernetes of one node: the real API server, controllers, scheduler, etcd, kubelet, containerd and runc, by hand.
 
-    python -m lab.cluster        a shell on the node, with kubectl, helm, ctr; the cluster ends with it
-
 On a lab's machine (lab/machine.py), so that nothing can outlive it, and nothing of the host's is touched. No registry:
 images are imported. No proxy and no DNS: a pod is reached by its address. Must not know what runs in it.
 """
@@ -12,11 +10,8 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Self
 from lab import assets, image
 from lab.cri import Cri, CriError
 from lab.machine import Machine
-from lab.wire import Lab, LabError
+from lab.wire import LabError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lab.wire import Lab
 
 NODE = "node"
 """Its name; also the machine's in the lab."""
@@ -230,6 +227,12 @@ class Cluster:
         part.write_text(text)
         part.rename(self.machine.path(f"{NETCONF}/{name}.conflist"))
 
+    def plugin(self, name: str, script: str) -> None:
+        """An executable in the node's CNI folder."""
+        path = self.machine.path(f"{PLUGINS}/{name}")
+        path.write_text(script)
+        path.chmod(0o755)
+
     def wait_containerd(self) -> None:
         """Until it takes requests, after a start."""
         try:
@@ -398,20 +401,3 @@ def _client_flags(user: str) -> list[str]:
         f"--authentication-kubeconfig={config}",
         f"--authorization-kubeconfig={config}",
     ]
-
-
-def main() -> int:
-    with Lab() as lab, tempfile.TemporaryDirectory(prefix="vmtap-cluster-") as logs:
-        print("starting …", file=sys.stderr)
-        with Cluster(lab, Path(logs)) as cluster:
-            print(
-                f"the node is Ready. Logs: {logs}. The peer on eth1's network: 10.77.0.254", file=sys.stderr
-            )
-            shell = shutil.which(os.environ.get("SHELL", "")) or "/bin/sh"
-            # script: a terminal of the node's own, since job control needs a session of its pid namespace.
-            process = cluster.machine.popen(["script", "-qec", shell, "/dev/null"], env=cluster.environment())
-            return process.wait()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

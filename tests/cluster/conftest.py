@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lab import ownimage
+from lab import multus, ownimage
 from lab.cluster import NETCONF, NODE, PLUGINS, Cluster
 from lab.wire import NIC, Lab, LabError
 
@@ -27,37 +26,6 @@ CAPACITY = 40
 PATIENCE = 60.0
 _LOOK_SECONDS = 0.05
 _NETWORKS = {"apiVersion": "k8s.cni.cncf.io/v1", "kind": "NetworkAttachmentDefinition"}
-_DEFINITION = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {"name": "network-attachment-definitions.k8s.cni.cncf.io"},
-    "spec": {
-        "group": "k8s.cni.cncf.io",
-        "scope": "Namespaced",
-        "names": {
-            "plural": "network-attachment-definitions",
-            "singular": "network-attachment-definition",
-            "kind": "NetworkAttachmentDefinition",
-            "shortNames": ["net-attach-def"],
-        },
-        "versions": [
-            {
-                "name": "v1",
-                "served": True,
-                "storage": True,
-                "schema": {
-                    "openAPIV3Schema": {
-                        "type": "object",
-                        "properties": {
-                            "spec": {"type": "object", "properties": {"config": {"type": "string"}}}
-                        },
-                    }
-                },
-            }
-        ],
-    },
-}
-"""The parts of Multus's that count here."""
 
 
 class Release:
@@ -230,22 +198,7 @@ def pod(name: str, interface: str | None = None, **labels: str) -> dict[str, Any
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     with Lab() as lab, Cluster(lab, folder) as started:
-        multus = started.machine.path(f"{PLUGINS}/multus")
-        multus.write_text(f"#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name('multus.py')}\n")
-        multus.chmod(0o755)
-        started.network(
-            "20-multus",
-            {
-                "type": "multus",
-                "kubeconfig": started.environment()["KUBECONFIG"],
-                "podResources": "/var/lib/kubelet/pod-resources/kubelet.sock",
-                "cache": "/var/lib/cni/multus",
-            },
-        )
-        started.apply(_DEFINITION)
-        started.wait(
-            "customresourcedefinition/network-attachment-definitions.k8s.cni.cncf.io", "condition=Established"
-        )
+        multus.install(started)
         started.apply(network("dataplane", mode="bridge"), network("narrow", mode="bridge"))
         yield started
 

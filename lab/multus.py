@@ -1,6 +1,7 @@
 """A stand-in for Multus, of which there is no package: what it does for a pod with an annotation, and no more.
 
-A plugin of the node's second network config:
+install() makes it a plugin of a cluster's node, with a network config of its own, and tells the API server what a
+NetworkAttachmentDefinition is:
 
     {"type": "multus", "kubeconfig": FILE, "podResources": SOCKET, "cache": FOLDER}
 
@@ -17,19 +18,67 @@ import shutil
 import ssl
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from lab.proto import podresources_pb2 as api
 from lab.proto import podresources_pb2_grpc as services
 
+if TYPE_CHECKING:
+    from lab.cluster import Cluster
+
 NETWORKS = "k8s.v1.cni.cncf.io/networks"
 RESOURCE = "k8s.v1.cni.cncf.io/resourceName"
 DEFINITIONS = "apis/k8s.cni.cncf.io/v1/namespaces"
+_DEFINITION: dict[str, Any] = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {"name": "network-attachment-definitions.k8s.cni.cncf.io"},
+    "spec": {
+        "group": "k8s.cni.cncf.io",
+        "scope": "Namespaced",
+        "names": {
+            "plural": "network-attachment-definitions",
+            "singular": "network-attachment-definition",
+            "kind": "NetworkAttachmentDefinition",
+            "shortNames": ["net-attach-def"],
+        },
+        "versions": [
+            {
+                "name": "v1",
+                "served": True,
+                "storage": True,
+                "schema": {
+                    "openAPIV3Schema": {
+                        "type": "object",
+                        "properties": {
+                            "spec": {"type": "object", "properties": {"config": {"type": "string"}}}
+                        },
+                    }
+                },
+            }
+        ],
+    },
+}
+"""The parts of Multus's that count here."""
+
+
+def install(cluster: Cluster) -> None:
+    cluster.plugin("multus", f"#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()}\n")
+    cluster.network(
+        "20-multus",
+        {
+            "type": "multus",
+            "kubeconfig": cluster.environment()["KUBECONFIG"],
+            "podResources": "/var/lib/kubelet/pod-resources/kubelet.sock",
+            "cache": "/var/lib/cni/multus",
+        },
+    )
+    cluster.apply(_DEFINITION)
+    cluster.wait(f"customresourcedefinition/{_DEFINITION['metadata']['name']}", "condition=Established")
 
 
 def main() -> int:
