@@ -7,7 +7,7 @@ reconciler can find what is left. DEL works without it. Must not touch the netwo
     FOLDER/attachments/ID.json  a Record; ID names network, container and ifname; read-only once its ADD is through
     FOLDER/ifindex/N            a symbolic link to ID: interface index N is that attachment's, on this host
     FOLDER/vf/PCI-ADDRESS       the same for a virtual function (cni/sriov.py)
-    FOLDER/offloads, probes     cni/offload.py, cni/ctl/probe.py
+    FOLDER/offloads/DEVICE      sources whose offload ADD has switched on (cni/offload.py)
     FOLDER/dev/tapN             device nodes that ADD was asked to make (cni/tapdev.py)
     FOLDER/holders/ID           the processes that hold its fds (cni/agent/holders.py)
     FOLDER/probes/SOURCE.json   what is behind a source device (cni/probed.py)
@@ -236,8 +236,6 @@ class Store:
     def load(self, id: str) -> Record | None:
         """The record, or None. One that cannot be understood is set aside, as NAME.bad, for a person to look at."""
         path = self._path(id)
-        if not os.access(path, os.F_OK):  # the way of every first ADD: an exception costs three times as much
-            return None
         try:
             with open(path, "rb", buffering=0) as file:
                 record = decode(id, file.read())
