@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from contextlib import suppress
@@ -79,8 +80,12 @@ class Prometheus:
         url = f"http://127.0.0.1:{self.port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
 
         def get() -> Any:
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                return json.load(answer)
+            try:
+                with urllib.request.urlopen(url, timeout=30) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:  # not ready yet: an answer too, with a socket to close
+                with error:
+                    raise ConnectionError(f"{url}: {error}") from None
 
         document = self.lab.node.call(get)
         assert document["status"] == "success"

@@ -80,6 +80,8 @@ def attach(plugin: Plugin) -> Iterator[Callable[..., Attached]]:
             fds = open_queues(pod, record, record.queues) if opened else []
             for fd in fds:
                 stack.callback(os.close, fd)
+            if opened:  # a tap gets a carrier with its first reader, and drops what comes before
+                pod.wait_until_up(ifname)
             return Attached(pod, record, fds, result)
 
         yield attach
