@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from fcntl import ioctl
 
@@ -47,21 +48,33 @@ def reopen(
     own_allowed: bool = False,
     own: tuple[int, int] | None = None,
 ) -> int:
-    """The same from an O_PATH fd that somebody has opened already. own: the caller's identity, if it knows it."""
+    """The same from an fd that somebody has opened already; that itself, if it is not an O_PATH one.
+
+    own: the caller's identity, if it knows it.
+    """
     own = own or own_identity()
-    if os.fstat(seen).st_dev != own[0]:  # there is one nsfs in the kernel
+    that = identity(seen)
+    if that[0] != own[0]:  # there is one nsfs in the kernel
         raise CniError(INVALID_NETNS, f"{name} {path!r} is not a namespace")
-    fd = os.open(f"/proc/self/fd/{seen}", os.O_RDONLY | os.O_CLOEXEC)
+    if that == own and not own_allowed:
+        raise CniError(
+            INVALID_NETNS,
+            f"{name} {path!r} is the plugin's own network namespace: a pod must have one of its own",
+        )
+    fd = seen
     try:
-        if ioctl(fd, NS_GET_NSTYPE) != CLONE_NEWNET:
+        try:
+            kind = ioctl(seen, NS_GET_NSTYPE)
+        except OSError as error:
+            if error.errno != errno.EBADF:  # that: O_PATH
+                raise
+            fd = os.open(f"/proc/self/fd/{seen}", os.O_RDONLY | os.O_CLOEXEC)
+            kind = ioctl(fd, NS_GET_NSTYPE)
+        if kind != CLONE_NEWNET:
             raise CniError(INVALID_NETNS, f"{name} {path!r} is not a network namespace")
-        if not own_allowed and identity(fd) == own:
-            raise CniError(
-                INVALID_NETNS,
-                f"{name} {path!r} is the plugin's own network namespace: a pod must have one of its own",
-            )
     except BaseException:
-        os.close(fd)
+        if fd != seen:
+            os.close(fd)
         raise
     return fd
 

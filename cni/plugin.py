@@ -55,7 +55,7 @@ class Request:
     """One execution of the plugin.
 
     env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
-    policy: path of the node's policy file; netns: an fd of CNI_NETNS (O_PATH is enough), where the caller has
+    policy: path of the node's policy file; netns: an fd of CNI_NETNS (O_PATH will do), where the caller has
     opened it; host: the calling thread's, where the caller keeps one; load_policy: see policy.py; delete_link, cdi,
     waits, made: see attachment.py; note: see state.py.
     """
@@ -153,7 +153,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         )
         return _carry_out(command, request, conf, call)
     finally:
-        if opened is not None:
+        if opened not in (None, request.netns):
             os.close(opened)
         if host is not request.host:
             host.close()
@@ -203,7 +203,7 @@ def _check_environment(command: str, env: Mapping[str, str]) -> None:
 
 
 def _open(request: Request, command: str, host: Host) -> int | None:
-    """An fd of CNI_NETNS that we have to close. DEL goes on without: the namespace may well be gone."""
+    """An fd of CNI_NETNS, that of the request or a new one. DEL goes on without: the namespace may well be gone."""
     path = request.env.get("CNI_NETNS", "")
     if command in ("GC", "STATUS") or not path:
         return None

@@ -42,7 +42,7 @@ class WireError(ValueError):
 
 @dataclass(frozen=True)
 class Asked:
-    """One request as the shim sent it. netns: an O_PATH fd that the receiver closes, or None."""
+    """One request as the shim sent it. netns: an fd that the receiver closes (an O_PATH one if it is none), or None."""
 
     called_as: str
     env: Mapping[str, str]

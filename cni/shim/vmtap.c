@@ -4,7 +4,7 @@
  * file that needs nothing. It understands no JSON and decides nothing; what it does when the agent is away is below.
  *
  * Request:  struct head { magic, called as macvtap?, length of env, length of stdin }, the environment (each entry
- *           ends with a NUL), stdin. With the first byte goes, by SCM_RIGHTS, an O_PATH fd of CNI_NETNS if it is there.
+ *           ends with a NUL), stdin. With the first byte goes, by SCM_RIGHTS, an fd of CNI_NETNS if it is there.
  * Answer:   struct tail { exit status, length of stdout, length of stderr }, stdout, stderr.
  * Both are streams of known length, so no size is a trap. cni/agent/server.py is the other end.
  *
@@ -27,12 +27,14 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
 #ifndef VMTAP_RUN
 #define VMTAP_RUN "/run/vmtap"
 #endif
+#define NSFS_MAGIC 0x6e736673 /* linux/magic.h, which musl-gcc does not find */
 #define MAGIC 0x31746d76u /* "vmt1" */
 #define INPUT_MAX (1u << 20)
 #define OUTPUT_MAX (16u << 20)
@@ -94,6 +96,20 @@ static const char *decimal(char room[24], uint64_t number)
         *--at = (char)('0' + number % 10);
     while (number /= 10);
     return at;
+}
+
+/* A namespace is opened, which does nothing else; anything else is only pointed at (O_PATH), and the agent refuses it. */
+static int open_netns(const char *path)
+{
+    struct statfs at;
+    int seen = open(path, O_PATH | O_CLOEXEC);
+    if (seen < 0 || fstatfs(seen, &at) || at.f_type != NSFS_MAGIC)
+        return seen;
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+    if (fd < 0)
+        return seen;
+    close(seen);
+    return fd;
 }
 
 static int write_all(int fd, const char *data, size_t length)
@@ -245,15 +261,16 @@ static int ask(int fd, const struct head *head, const char *env, int netns, int6
     free(request);
     if (bad || receive_all(fd, &tail, sizeof tail, until))
         return -1;
+    static char room[1 << 14]; /* enough for nearly every answer: the runtime need not wait for a mapping to come and go */
     size_t total = (size_t)tail.stdout_length + tail.stderr_length;
-    char *text = total <= OUTPUT_MAX ? malloc(total + 1) : NULL;
-    if (!text || receive_all(fd, text, total, until)) {
-        free(text);
-        return -1;
+    char *text = total <= sizeof room ? room : total <= OUTPUT_MAX ? malloc(total) : NULL;
+    int status = -1;
+    if (text && !receive_all(fd, text, total, until)) {
+        write_all(2, text + tail.stdout_length, tail.stderr_length);
+        status = write_all(1, text, tail.stdout_length) ? -2 : tail.status;
     }
-    write_all(2, text + tail.stdout_length, tail.stderr_length);
-    int status = write_all(1, text, tail.stdout_length) ? -2 : tail.status;
-    free(text);
+    if (text != room)
+        free(text);
     return status;
 }
 
@@ -339,6 +356,8 @@ int main(int argc, char **argv)
         return fail(code, code == 6 ? "the network config is larger than 1 MiB" : "the network config on stdin did not end");
     input[input_length < INPUT_MAX ? input_length : INPUT_MAX] = 0;
 
+    int64_t begin = now_ms(), until = begin + seconds("VMTAP_DEADLINE", 120);
+    int fd = connect_agent(agent, path, begin + seconds("VMTAP_WAIT", 5)); /* the agent wakes while the request is put together */
     char *env = malloc(env_length + 1), *end = env, *verb = env;
     if (!env)
         return fail(11, "no memory");
@@ -349,24 +368,20 @@ int main(int argc, char **argv)
     }
     struct head head = {MAGIC, !strcmp(name, "macvtap"), (uint32_t)env_length, (uint32_t)input_length};
     const char *netns_path = getenv("CNI_NETNS");
-    int netns = netns_path && *netns_path ? open(netns_path, O_PATH | O_CLOEXEC) : -1;
+    int netns = netns_path && *netns_path ? open_netns(netns_path) : -1;
 
-    int64_t begin = now_ms(), wait = begin + seconds("VMTAP_WAIT", 5), until = begin + seconds("VMTAP_DEADLINE", 120);
     int status = -1;
-    for (int tries = 0; tries < TRIES; tries++) {
-        int fd = connect_agent(agent, path, wait);
-        if (fd < 0)
-            break;
+    for (int tries = 1; fd >= 0; tries++) {
         status = ask(fd, &head, env, netns, until);
         close(fd);
         /* An agent that ended in between: what can be repeated is, as soon as it is back. */
-        if (status != -1 || now_ms() >= until || !strcmp(command, "ADD"))
+        if (status != -1 || tries == TRIES || now_ms() >= until || !strcmp(command, "ADD"))
             break;
-        wait = now_ms() + seconds("VMTAP_WAIT", 5);
+        fd = connect_agent(agent, path, now_ms() + seconds("VMTAP_WAIT", 5));
     }
     if (status == -2 && !strcmp(command, "ADD")) { /* nobody will know of the attachment: undo it */
         memcpy(verb, "DEL", 3);
-        int fd = connect_agent(agent, path, wait);
+        fd = connect_agent(agent, path, now_ms() + seconds("VMTAP_WAIT", 5));
         if (fd >= 0) {
             ask(fd, &head, env, netns, until);
             close(fd);
