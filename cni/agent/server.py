@@ -195,6 +195,7 @@ class Server:
         def reply(response: Response, stderr: bytes) -> None:
             with suppress(OSError):  # a shim that is gone was killed by its runtime, which sends a DEL
                 wire.reply(connection, response, stderr, late)
+            os.sched_yield()  # the kernel often wakes the shim on this CPU: what is left to do here is not its wait
 
         try:
             self._answer(asked, reply, turn.leave)

@@ -143,6 +143,8 @@ def test_what_the_agent_counts(agent: Agent, lab: Lab) -> None:
     shim("ADD", config(interface="else"), netns=lab.pod()).error(7)
     shim("DEL", data, container="c2").ok()
     shim("JUNK\n", data).error(4)
+    while agent.wait_for("request")["command"] != "JUNK\n":  # it answers first, then counts, then logs
+        pass
     found = _scrape(agent)
 
     def operations(command: str, code: int) -> float:
