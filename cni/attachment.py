@@ -79,6 +79,8 @@ class Call:
     """The attachment's name in the store."""
     container_id: str
     ifname: str
+    arguments: Mapping[str, str]
+    """CNI_ARGS."""
     netns_path: str
     netns: int | None
     env: Mapping[str, str]
@@ -119,7 +121,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
     source, nsid = call.host.look(grant.source, call.netns)
     if source is None and len(grant.sources) > 1:
         source = call.source(grant)
-    plan = plans.decide(source, call.conf, grant, call.container_id, call.ifname)
+    plan = plans.decide(source, call.conf, grant, call.container_id, call.ifname, arguments=call.arguments)
     call.store.prepare()
     with call.store.locked(call.id, waits=call.waits):
         stale = call.store.load(call.id)
@@ -249,7 +251,9 @@ def status(call: Call, grant: Grant) -> None:
     try:
         if delegate:
             delegate.find()
-        plan = plans.decide(call.source(grant), call.conf, grant, call.container_id, call.ifname)
+        plan = plans.decide(
+            call.source(grant), call.conf, grant, call.container_id, call.ifname, arguments=call.arguments
+        )
         if plan.functions:
             from cni import sriov  # noqa: PLC0415 - most nodes have none
 

@@ -41,7 +41,9 @@ def check(call: Call, grant: Grant) -> None:
             CHECK_FAILED,
             f"prevResult.interfaces has no {call.ifname} with sandbox {call.netns_path}: was ADD run?",
         )
-    plan = plans.decide(call.source(grant), conf, grant, call.container_id, call.ifname)
+    plan = plans.decide(
+        call.source(grant), conf, grant, call.container_id, call.ifname, arguments=call.arguments
+    )
     if plan.functions:
         plan = _check_function(call, plan)
     if plan.offload and plan.source:

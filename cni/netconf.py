@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 from cni import deviceid, schema, spec
@@ -63,7 +63,7 @@ class Vlan:
         return 0x88A8 if self.protocol == "802.1ad" else 0x8100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NetConf:
     """A valid network configuration. None: not given, and the schema has no default."""
 
@@ -77,6 +77,8 @@ class NetConf:
     """"vepa", "pepa" or "bridge"."""
     mac: str | None
     """From runtimeConfig, CNI_ARGS or the configuration, lower case, unicast. None on DEL and GC."""
+    mac_is_final: bool
+    """Whether CNI_ARGS have no say in it."""
     mtu: int | None
     queues: int
     promisc: bool
@@ -94,7 +96,6 @@ class NetConf:
     device_id: str | None
     valid_attachments: tuple[tuple[str, str], ...] | None
     """(container id, ifname) of each. None (key absent or null) is not the same as none being valid."""
-    args: Mapping[str, str]
     raw: Mapping[str, Any]
     """The decoded document, as it came: what an IPAM delegate gets."""
 
@@ -104,29 +105,60 @@ class NetConf:
         return deviceid.index_of(self.device_id)
 
 
-def parse(stdin: bytes, *, args: str = "", command: str = "ADD", called_as: str = "vmtap") -> NetConf:
-    """The configuration of one request.
+def parse(stdin: bytes, *, command: str = "ADD", called_as: str = "vmtap") -> NetConf:
+    """The configuration of one request; called_as is the name of the executable.
 
-    args is CNI_ARGS, called_as the name of the executable. Codes: 1 version, 2 a key that we do not have, 4
-    CNI_ARGS, 6 not a JSON object that can be decoded, 7 a value that is not allowed. DEL and GC come after an
-    ADD that has accepted the configuration, perhaps by another version of this program, and must not fail
-    because of it: there, what is wrong counts as absent, except for the network's name and the list that GC
-    goes by.
+    Codes: 1 version, 2 a key that we do not have, 6 not a JSON object that can be decoded, 7 a value that is not
+    allowed. DEL and GC come after an ADD that has accepted the configuration, perhaps by another version of this
+    program, and must not fail because of it: there, what is wrong counts as absent, except for the network's name and
+    the list that GC goes by.
     """
-    cleaning = command in _CLEANING
     read = _read_again if command == "ADD" and len(stdin) <= _KEPT_BYTES else _read
-    fields, runtime, conf = read(stdin, command, called_as)
-    arguments = _arguments(args, strict=not cleaning)
-    mac = None if cleaning else _mac(runtime, arguments, fields)
-    made: NetConf = object.__new__(
-        NetConf
-    )  # a copy of so many fields by its constructor would cost more than all this
-    vars(made).update(vars(conf), mac=mac, args=arguments)
-    return made
+    return read(stdin, command, called_as)
 
 
-def _read(stdin: bytes, command: str, called_as: str) -> tuple[dict[str, Any], dict[str, Any], NetConf]:
-    """All that the bytes say: the fields with their defaults, what counts of runtimeConfig, and the NetConf."""
+def arguments(text: str, *, command: str = "ADD") -> dict[str, str]:
+    """CNI_ARGS, K=V;K=V. Multus repeats keys; the last one counts, as in the reference implementation.
+
+    Code 4 if it is of another form, or has keys that nobody knows; on DEL and GC what can be read of it counts.
+    """
+    strict = command not in _CLEANING
+    if strict and _UNSPEAKABLE.search(text):
+        raise CniError(spec.INVALID_ENVIRONMENT, f"CNI_ARGS: {schema.show(text)} is not allowed; give UTF-8")
+    found: dict[str, str] = {}
+    for pair in text.split(";") if text else ():
+        key, equals, value = pair.partition("=")
+        if key and equals:
+            found[key] = value
+        elif strict:
+            message = (
+                f"CNI_ARGS: {schema.show(pair)} is not allowed; give KEY=VALUE pairs with ';' between them"
+            )
+            raise CniError(spec.INVALID_ENVIRONMENT, message)
+    if strict:
+        ignore = found.get("IgnoreUnknown", "0").lower()
+        if ignore not in ("0", "1", "false", "true"):
+            message = (
+                f"CNI_ARGS: IgnoreUnknown={schema.show(ignore)} is not allowed; give 1, true, 0 or false"
+            )
+            raise CniError(spec.INVALID_ENVIRONMENT, message)
+        unknown = [key for key in found if key not in KNOWN_ARGS]
+        if unknown and ignore in ("0", "false"):
+            hint = schema.nearest(unknown[0], list(KNOWN_ARGS))
+            message = f"CNI_ARGS: unknown key {schema.show(unknown[0])}; {hint} IgnoreUnknown=1 lets it pass"
+            raise CniError(spec.INVALID_ENVIRONMENT, message)
+    return found
+
+
+def with_arguments(conf: NetConf, arguments: Mapping[str, str]) -> NetConf:
+    """conf with the MAC of CNI_ARGS, where that counts: more than mac, less than runtimeConfig.mac. Code 4."""
+    mac = arguments.get("MAC")
+    if not mac or conf.mac_is_final:
+        return conf
+    return replace(conf, mac=_unicast("CNI_ARGS: MAC", mac, spec.INVALID_ENVIRONMENT))
+
+
+def _read(stdin: bytes, command: str, called_as: str) -> NetConf:
     raw = _decode(stdin)
     version = _version(raw)
     rules = _rules(called_as)
@@ -145,7 +177,10 @@ def _read(stdin: bytes, command: str, called_as: str) -> tuple[dict[str, Any], d
     runtime = _declared(fields)
     ipam = fields.get("ipam")
     attachments = fields.get(VALID_ATTACHMENTS)
-    conf = NetConf(
+    mac = None
+    if command not in _CLEANING:
+        mac = _mac("runtimeConfig.mac", runtime) or _mac("mac", fields)
+    return NetConf(
         cni_version=version,
         name=fields["name"],
         type=fields.get("type", called_as),
@@ -153,7 +188,8 @@ def _read(stdin: bytes, command: str, called_as: str) -> tuple[dict[str, Any], d
         source=fields.get("source"),
         device=fields.get("device"),
         mode=canonical(fields["mode"]) if "mode" in fields else None,
-        mac=None,
+        mac=mac,
+        mac_is_final=bool(runtime.get("mac")) or command in _CLEANING,
         mtu=fields.get("mtu"),
         queues=fields["queues"],
         promisc=fields["promisc"] or fields.get("promiscMode", False),
@@ -170,10 +206,8 @@ def _read(stdin: bytes, command: str, called_as: str) -> tuple[dict[str, Any], d
         valid_attachments=attachments
         if attachments is None
         else tuple((each["containerID"], each["ifname"]) for each in attachments),
-        args={},
         raw=raw,
     )
-    return fields, runtime, conf
 
 
 _read_again = lru_cache(maxsize=_KEPT)(_read)
@@ -274,35 +308,6 @@ def _version(document: dict[str, Any]) -> str:
     return version
 
 
-def _arguments(text: str, *, strict: bool) -> dict[str, str]:
-    """CNI_ARGS, K=V;K=V. Multus repeats keys; the last one counts, as in the reference implementation."""
-    if strict and _UNSPEAKABLE.search(text):
-        raise CniError(spec.INVALID_ENVIRONMENT, f"CNI_ARGS: {schema.show(text)} is not allowed; give UTF-8")
-    arguments: dict[str, str] = {}
-    for pair in text.split(";") if text else ():
-        key, equals, value = pair.partition("=")
-        if key and equals:
-            arguments[key] = value
-        elif strict:
-            message = (
-                f"CNI_ARGS: {schema.show(pair)} is not allowed; give KEY=VALUE pairs with ';' between them"
-            )
-            raise CniError(spec.INVALID_ENVIRONMENT, message)
-    if strict:
-        ignore = arguments.get("IgnoreUnknown", "0").lower()
-        if ignore not in ("0", "1", "false", "true"):
-            message = (
-                f"CNI_ARGS: IgnoreUnknown={schema.show(ignore)} is not allowed; give 1, true, 0 or false"
-            )
-            raise CniError(spec.INVALID_ENVIRONMENT, message)
-        unknown = [key for key in arguments if key not in KNOWN_ARGS]
-        if unknown and ignore in ("0", "false"):
-            hint = schema.nearest(unknown[0], list(KNOWN_ARGS))
-            message = f"CNI_ARGS: unknown key {schema.show(unknown[0])}; {hint} IgnoreUnknown=1 lets it pass"
-            raise CniError(spec.INVALID_ENVIRONMENT, message)
-    return arguments
-
-
 def _declared(fields: dict[str, Any]) -> dict[str, Any]:
     """What counts of runtimeConfig.
 
@@ -324,16 +329,9 @@ def _vlan(fields: dict[str, Any]) -> Vlan | None:
     return None
 
 
-def _mac(runtime: dict[str, Any], arguments: dict[str, str], fields: dict[str, Any]) -> str | None:
-    config = spec.INVALID_NETWORK_CONFIG
-    for where, mac, code in (
-        ("runtimeConfig.mac", runtime.get("mac"), config),
-        ("CNI_ARGS: MAC", arguments.get("MAC"), spec.INVALID_ENVIRONMENT),
-        ("mac", fields.get("mac"), config),
-    ):
-        if mac:
-            return _unicast(where, mac, code)
-    return None
+def _mac(where: str, fields: dict[str, Any]) -> str | None:
+    mac = fields.get("mac")
+    return _unicast(where, mac, spec.INVALID_NETWORK_CONFIG) if mac else None
 
 
 def _unicast(where: str, mac: str, code: int) -> str:

@@ -14,6 +14,8 @@ from cni.spec import INVALID_NETWORK_CONFIG, SOURCE_MISSING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cni.netconf import NetConf, Vlan
     from cni.policy import Functions, Grant
     from cni.rtnl import Link
@@ -38,8 +40,19 @@ class Plan:
     """Whether the source's queues are to do the sorting."""
 
 
-def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, ifname: str) -> Plan:
-    """source: the link that grant names; None if there is none of that name. Raises CniError 7 or 104."""
+def decide(
+    source: Link | None,
+    conf: NetConf,
+    grant: Grant,
+    container_id: str,
+    ifname: str,
+    *,
+    arguments: Mapping[str, str],
+) -> Plan:
+    """source: the link that grant names; None if there is none of that name. arguments: CNI_ARGS.
+
+    Raises CniError 7 or 104.
+    """
     if grant.source is not None:
         if source is None:
             raise CniError(
@@ -70,7 +83,7 @@ def decide(source: Link | None, conf: NetConf, grant: Grant, container_id: str, 
             INVALID_NETWORK_CONFIG,
             f"mtu {mtu} is more than the {source.mtu} of source device {source.name!r}",
         )
-    mac = conf.mac or mac_rules.derive(conf.name, container_id, ifname, conf.args)
+    mac = conf.mac or mac_rules.derive(conf.name, container_id, ifname, arguments)
     return Plan(
         device,
         grant.mode if source else None,

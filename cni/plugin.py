@@ -121,9 +121,9 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         version = netconf.peek_version(request.stdin) or VERSIONS[-1]
         return {"cniVersion": version, "supportedVersions": list(VERSIONS)}
     _check_environment(command, request.env)
-    conf = netconf.parse(
-        request.stdin, args=request.env.get("CNI_ARGS", ""), command=command, called_as=request.called_as
-    )
+    conf = netconf.parse(request.stdin, command=command, called_as=request.called_as)
+    arguments = netconf.arguments(request.env.get("CNI_ARGS", ""), command=command)
+    conf = netconf.with_arguments(conf, arguments)
     since = _SINCE.get(command, VERSIONS[0])
     if VERSIONS.index(conf.cni_version) < VERSIONS.index(since):
         raise CniError(
@@ -140,6 +140,7 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
             id=identifier(conf.name, container_id, ifname),
             container_id=container_id,
             ifname=ifname,
+            arguments=arguments,
             netns_path=request.env.get("CNI_NETNS", ""),
             netns=opened,
             env=request.env,

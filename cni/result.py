@@ -7,7 +7,7 @@ not decide what is in a result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from cni import schema, spec
 from cni.errors import CniError
@@ -63,12 +63,15 @@ class DNS:
     options: tuple[str, ...] = ()
 
 
+_NO_DNS = DNS()
+
+
 @dataclass(frozen=True)
 class Result:
     interfaces: tuple[Interface, ...] = ()
     ips: tuple[IP, ...] = ()
     routes: tuple[Route, ...] = ()
-    dns: DNS = field(default_factory=DNS)
+    dns: DNS = _NO_DNS
 
 
 def needs_ip(version: str) -> bool:
@@ -117,19 +120,21 @@ def render(result: Result, version: str) -> dict[str, Any]:
     CniError 1 if the version cannot express a result without an address and there is none (see `needs_ip`).
     """
     document: dict[str, Any] = {"cniVersion": version}
+    rich = version in RICH
     if version in FIRST:
         document |= _render_first(result)
     else:
-        interfaces = [_render_interface(each, version in RICH) for each in result.interfaces]
-        ips = [_render_ip(each, version in RICH) for each in result.ips]
         document |= _filled(
-            interfaces=interfaces, ips=ips, routes=[_render_route(each) for each in result.routes]
+            interfaces=[_render_interface(each, rich) for each in result.interfaces],
+            ips=[_render_ip(each, rich) for each in result.ips],
+            routes=[_render_route(each) for each in result.routes],
         )
     dns = result.dns
-    names = _filled(
-        nameservers=[*dns.nameservers], domain=dns.domain, search=[*dns.search], options=[*dns.options]
-    )
-    return document | _filled(dns=names)
+    if dns != _NO_DNS:
+        document["dns"] = _filled(
+            nameservers=[*dns.nameservers], domain=dns.domain, search=[*dns.search], options=[*dns.options]
+        )
+    return document
 
 
 def extend(previous: Mapping[str, Any] | None, own: Result, version: str) -> dict[str, Any]:

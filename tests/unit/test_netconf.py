@@ -32,45 +32,51 @@ COSTLY = (
 
 
 def conf(fields: dict[str, Any], **options: str) -> netconf.NetConf:
-    return netconf.parse(json.dumps(BASE | fields).encode(), **options)
+    return parse(json.dumps(BASE | fields).encode(), **options)
+
+
+def parse(stdin: bytes, *, args: str = "", command: str = "ADD", called_as: str = "vmtap") -> netconf.NetConf:
+    """As a request has it."""
+    parsed = netconf.parse(stdin, command=command, called_as=called_as)
+    return netconf.with_arguments(parsed, netconf.arguments(args, command=command))
 
 
 def refused(stdin: bytes | dict[str, Any], **options: str) -> CniError:
     raw = stdin if isinstance(stdin, bytes) else json.dumps(BASE | stdin).encode()
     with pytest.raises(CniError) as caught:
-        netconf.parse(raw, **options)
+        parse(raw, **options)
     assert "\n" not in str(caught.value)
     return caught.value
 
 
 def test_minimal() -> None:
     parsed = netconf.parse(b'{"name": "net", "type": "vmtap"}')
-    assert parsed == netconf.NetConf(
-        cni_version="0.1.0",
-        name="net",
-        type="vmtap",
-        interface=None,
-        source=None,
-        device=None,
-        mode=None,
-        mac=None,
-        mtu=None,
-        queues=1,
-        promisc=False,
-        allmulti=True,
-        bcqueuelen=None,
-        owner=None,
-        group=None,
-        addressing="guest",
-        vlan=None,
-        ipam=None,
-        dns=None,
-        prev_result=None,
-        device_id=None,
-        valid_attachments=None,
-        args={},
-        raw={"name": "net", "type": "vmtap"},
-    )
+    assert vars(parsed) == {
+        "cni_version": "0.1.0",
+        "name": "net",
+        "type": "vmtap",
+        "interface": None,
+        "source": None,
+        "device": None,
+        "mode": None,
+        "mac": None,
+        "mac_is_final": False,
+        "mtu": None,
+        "queues": 1,
+        "promisc": False,
+        "allmulti": True,
+        "bcqueuelen": None,
+        "owner": None,
+        "group": None,
+        "addressing": "guest",
+        "vlan": None,
+        "ipam": None,
+        "dns": None,
+        "prev_result": None,
+        "device_id": None,
+        "valid_attachments": None,
+        "raw": {"name": "net", "type": "vmtap"},
+    }
 
 
 def test_every_field_arrives() -> None:
@@ -100,7 +106,8 @@ def test_valid_configuration_imports_nothing_costly() -> None:
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from cni import netconf, policy, result
-netconf.parse({json.dumps(BASE | {"interface": "a", "mac": A}).encode()!r}, args="MAC={B}")
+netconf.parse({json.dumps(BASE | {"interface": "a", "mac": A}).encode()!r})
+netconf.arguments("MAC={B}")
 result.render(result.Result(interfaces=(result.Interface("eth0"),)), "1.1.0")
 print(*(name for name in {COSTLY!r} if name in sys.modules))
 """
@@ -386,7 +393,7 @@ def test_device_id(fields: dict[str, Any], device: str | None) -> None:
 
 def test_cni_args() -> None:
     args = "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=vm;K8S_POD_NAME=vm;X=a=b"
-    assert conf({}, args=args).args == {
+    assert netconf.arguments(args) == {
         "IgnoreUnknown": "1",
         "K8S_POD_NAMESPACE": "ns",
         "K8S_POD_NAME": "vm",
@@ -417,7 +424,7 @@ def test_cni_args_are_refused(args: str, text: str) -> None:
 
 @pytest.mark.parametrize("value", ["1", "true", "True", "TRUE"])
 def test_ignore_unknown(value: str) -> None:
-    assert conf({}, args=f"x=y;IgnoreUnknown={value}").args["x"] == "y"
+    assert netconf.arguments(f"x=y;IgnoreUnknown={value}")["x"] == "y"
 
 
 @pytest.mark.parametrize(
@@ -495,7 +502,7 @@ KEYS = st.sampled_from(
 @example(b'{"name": "a", "capabilities": null, "runtimeConfig": null, "ipam": null}', "", "ADD", "vmtap")
 def test_whatever_comes_is_parsed_or_refused(stdin: bytes, args: str, command: str, called_as: str) -> None:
     try:
-        parsed = netconf.parse(stdin, args=args, command=command, called_as=called_as)
+        parsed = parse(stdin, args=args, command=command, called_as=called_as)
     except CniError as error:
         assert error.code in (1, 2, 4, 6, 7)
         assert "\n" not in str(error)

@@ -34,6 +34,7 @@ def _decide(
             Grant(None, source, device, mode, type),
             "c1",
             "net1",
+            arguments={},
         )
 
 
