@@ -34,7 +34,7 @@ cluster: ## a real Kubernetes of one node, and a shell on it with kubectl
 	@lab/setup cluster
 	@$(BIN)/python -m lab.clustershell
 
-test-cluster: ## the tests that want that Kubernetes; the first time it is built, which takes many minutes
+test-cluster: ## the tests that want that Kubernetes; the first time it is built, in ten minutes
 	@lab/setup cluster
 	@$(BIN)/python -m pytest tests/cluster tests/deploy/manifests $(T)
 

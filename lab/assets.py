@@ -198,7 +198,7 @@ def make_manifests() -> None:
 
 
 def make_cluster() -> None:
-    """A Kubernetes and its container runtime, from their modules: five minutes on two cores, 1.5 GB of cache.
+    """A Kubernetes and its container runtime, from their modules: ten minutes on two cores, 6 GB of cache.
 
     A line on stderr says what is being built: with lab/setup it is in the log.
     """

@@ -8,6 +8,8 @@ NetworkAttachmentDefinition is:
 For each NetworkAttachmentDefinition that the pod's annotation names, it asks the kubelet which device of its resource
 the pod has, and runs the delegate for net1, net2 … with it as deviceID. What it ran is kept: a DEL comes when the pod
 may be forgotten. Its own result is empty; it writes no network-status.
+
+Where there is no API server, "networks" stands in place of "kubeconfig": [{"resource": NAME, "config": {…}}, …].
 """
 
 from __future__ import annotations
@@ -66,8 +68,13 @@ _DEFINITION: dict[str, Any] = {
 """The parts of Multus's that count here."""
 
 
+def script() -> str:
+    """The plugin."""
+    return f"#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()}\n"
+
+
 def install(cluster: Cluster) -> None:
-    cluster.plugin("multus", f"#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()}\n")
+    cluster.plugin("multus", script())
     cluster.network(
         "20-multus",
         {
@@ -129,21 +136,29 @@ def _run(delegate: dict[str, Any], ifname: str) -> str:
 
 
 def _delegates(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """With the pod's devices, in the order of the annotation: names of definitions in the pod's namespace."""
+    """With the pod's devices, in the order of the networks."""
     args = dict(word.split("=", 1) for word in os.environ["CNI_ARGS"].split(";"))
     namespace, name = args["K8S_POD_NAMESPACE"], args["K8S_POD_NAME"]
-    ask = _Server(Path(config["kubeconfig"]))
-    annotations = ask(f"api/v1/namespaces/{namespace}/pods/{name}")["metadata"].get("annotations", {})
-    wanted = [each.strip() for each in annotations.get(NETWORKS, "").split(",") if each]
-    devices = _devices(config["podResources"], namespace, name) if wanted else {}
+    networks = config.get("networks") or _annotated(_Server(Path(config["kubeconfig"])), namespace, name)
+    devices = _devices(config["podResources"], namespace, name) if networks else {}
     found = []
-    for each in wanted:
-        definition = ask(f"{DEFINITIONS}/{namespace}/network-attachment-definitions/{each}")
-        delegate = {"name": each, **json.loads(definition["spec"]["config"])}
-        resource = definition["metadata"].get("annotations", {}).get(RESOURCE)
-        if devices.get(resource):
-            delegate["deviceID"] = devices[resource].pop(0)
+    for each in networks:
+        delegate = {"cniVersion": config["cniVersion"], "name": config["name"], **each["config"]}
+        if devices.get(each["resource"]):
+            delegate["deviceID"] = devices[each["resource"]].pop(0)
         found.append(delegate)
+    return found
+
+
+def _annotated(ask: _Server, namespace: str, name: str) -> list[dict[str, Any]]:
+    """The definitions in the pod's namespace that its annotation names, in its order."""
+    annotations = ask(f"api/v1/namespaces/{namespace}/pods/{name}")["metadata"].get("annotations", {})
+    found = []
+    for each in (word.strip() for word in annotations.get(NETWORKS, "").split(",") if word):
+        definition = ask(f"{DEFINITIONS}/{namespace}/network-attachment-definitions/{each}")
+        resource = definition["metadata"].get("annotations", {}).get(RESOURCE)
+        config = {"name": each, **json.loads(definition["spec"]["config"])}
+        found.append({"resource": resource, "config": config})
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,25 +57,33 @@ def test_one_more_than_there_are_stays_pending_and_says_why(release: Release) ->
     cluster.kubectl("delete", "pod", "second", "--timeout=60s")
 
 
+@pytest.fixture(scope="module")
+def shared(release: Release) -> Path:
+    """A folder of the node with the guest's files in it, and one for the channel to it."""
+    path = release.cluster.machine.path("/run/lab")
+    for name in ("guest", "channel"):
+        (path / name).mkdir()
+    shutil.copy(assets.guest().kernel, path / "guest/vmlinuz")
+    shutil.copy(assets.guest().initramfs, path / "guest/initramfs")
+    (path / "channel").chmod(0o777)
+    return path
+
+
 @pytest.mark.vm
-def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release) -> None:
-    """The example pod in the launcher's image, with a device of its network's resource, over the agent's broker."""
+@pytest.mark.parametrize("route", ["device", "broker"])
+def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release, shared: Path, route: str) -> None:
+    """The example pod in the launcher's image: on the device that its container has got, or by the agent's broker."""
     cluster = release.cluster
-    release.install(broker={"enabled": True})
-    guest_files = cluster.machine.path("/run/lab/guest")
-    guest_files.mkdir()
-    shutil.copy(assets.guest().kernel, guest_files / "vmlinuz")
-    shutil.copy(assets.guest().initramfs, guest_files / "initramfs")
-    channel = cluster.machine.path("/run/lab/channel")
-    channel.mkdir()
-    channel.chmod(0o777)
+    release.install(broker={"enabled": route == "broker"})
     before = release.traces()
     document = _vm()
+    if route == "device":
+        _on_its_device(document["spec"])
     name = document["metadata"]["name"]
     cluster.apply(document)
     cluster.wait(f"pod/{name}", "condition=Ready")
     [log] = cluster.machine.path("/var/log/pods").glob(f"default_{name}_*/vm/0.log")
-    with InPod(channel / "channel.sock", log) as guest:
+    with InPod(shared / "channel/channel.sock", log) as guest:
         guest.ready()
         guest.must(f"ip address add {ADDRESS}/24 dev eth0")
         assert guest.ping(PEER)
@@ -83,6 +92,20 @@ def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release) -> None:
     cluster.kubectl("delete", "pod", name, "--timeout=60s")
     release.left(before)
     release.install(broker={"enabled": False})
+
+
+def _on_its_device(spec: dict[str, Any]) -> None:
+    """Its container opens the device of its limits by itself, and has nothing of the agent's."""
+    [container] = spec["containers"]
+    qemu = shlex.join(["qemu-system-x86_64", *container["args"]])
+    script = f"""
+        exec 3<>/dev/tap*
+        read -r mac </sys/class/net/net1/address
+        exec {qemu} -netdev tap,id=net0,fd=3 -device virtio-net-pci,netdev=net0,mac=$mac
+    """
+    container |= {"command": ["bash", "-euc", script], "args": []}
+    container["volumeMounts"] = [each for each in container["volumeMounts"] if each["name"] != "vmtap"]
+    spec["volumes"] = [each for each in spec["volumes"] if each["name"] != "vmtap"]
 
 
 def _vm() -> dict[str, Any]:

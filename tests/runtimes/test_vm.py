@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import yaml
 
 from cni import deviceid
-from lab import image
+from lab import image, multus
 from lab.containerd import LOGS
 from lab.cri import Container
 from lab.guest import Conversation
@@ -151,14 +150,14 @@ def containerd(node: Node, spec: Spec, dataplane: None) -> Iterator[Containerd]:
 @pytest.fixture
 def kubelet(node: Node, dataplane: None) -> Iterator[Kubelet]:
     """Which knows the agent's devices; the example's network asks it for one, by a stand-in for Multus."""
-    multus = node.plugins / "multus"
-    multus.write_text(f"#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name('multus.py')}\n")
-    multus.chmod(0o755)
+    plugin = node.plugins / "multus"
+    plugin.write_text(multus.script())
+    plugin.chmod(0o755)
     config = {
         "type": "multus",
         "podResources": str(DEVICE_PLUGINS.parent / "pod-resources/kubelet.sock"),
-        "resourceName": RESOURCE,
-        "delegate": {"type": "vmtap", "mode": "bridge"},
+        "cache": str(node.folder / "multus"),
+        "networks": [{"resource": RESOURCE, "config": {"type": "vmtap", "mode": "bridge"}}],
     }
     node.network("20-dataplane", config)
     node.agent.end()
@@ -226,7 +225,7 @@ def test_from_allocate_to_a_guest_that_talks(
     net = "-netdev tap,id=net0,fd=3 -device virtio-net-pci,netdev=net0,mac=$mac"
     script = f"""
         exec 3<>{device.container_path}
-        read -r mac </sys/class/net/eth1/address
+        read -r mac </sys/class/net/net1/address
         exec {qemu} {net}
     """
     made = replace(
