@@ -98,21 +98,31 @@ class Server:
         self._successor()
 
     def stop(self, seconds: float) -> bool:
-        """Take no more requests and wait for those in flight; whether all of them ended in time."""
+        """Take no more requests and wait for those that were made; whether all of them ended in time.
+
+        Who has connected by now is served, too: an ADD whose connection breaks would have to be undone.
+        """
         with self._lock:
             self._stopping = True
-            threads = list(self._threads)
+            self._idle = 0
+            for _ in self._threads:
+                self._called.put(None)
         if self._lent:
             self._wake()
         else:
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
-        for _ in threads:
-            self._called.put(None)
+            self._listener.shutdown(socket.SHUT_RDWR)  # accept() goes on to the last that waits, then fails
         until = time.monotonic() + (threading.TIMEOUT_MAX if seconds < 0 else seconds)
-        for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
+        while thread := self._any():
+            if (left := until - time.monotonic()) <= 0:
+                break
+            thread.join(left)
         self._listener.close()
-        return not any(thread.is_alive() for thread in threads)
+        return thread is None
+
+    def _any(self) -> threading.Thread | None:
+        """One that has not ended."""
+        with self._lock:
+            return next(iter(self._threads), None)
 
     def _wake(self) -> None:
         """End accept() by a connection that says nothing: shutdown() would end the socket for systemd, too."""
@@ -124,7 +134,7 @@ class Server:
     def _successor(self) -> None:
         """Let an idle thread take the next request, or a new one."""
         with self._lock:
-            if self._stopping:
+            if self._stopping and self._lent:
                 return
             if self._idle:
                 self._idle -= 1
@@ -132,7 +142,7 @@ class Server:
                 return
             thread = threading.Thread(target=self._serve, name="cni", daemon=True)
             self._threads.add(thread)
-        thread.start()
+            thread.start()
 
     def _serve(self) -> None:
         try:
@@ -146,7 +156,7 @@ class Server:
         """Serve until another thread has been called to do so; False when it is all over."""
         turn = Turn(self._successor)
         while not turn.left:
-            if self._stopping:
+            if self._stopping and self._lent:  # systemd's socket keeps who waits there for the next agent
                 return False
             try:
                 fd, _ = self._listener._accept()  # type: ignore[attr-defined]

@@ -1,0 +1,66 @@
+"""The server's end, where a peer that waits cannot be had of a real shim at will."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cni.agent.server import Server, listen
+from cni.plugin import Response
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from cni.agent.server import Reply
+    from cni.agent.wire import Asked
+
+TAIL = struct.calcsize("=iII")
+
+
+def _connected(path: Path) -> socket.socket:
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    peer.settimeout(20)
+    try:
+        peer.connect(str(path))
+    except OSError:
+        peer.close()
+        raise
+    return peer
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_who_has_connected_when_it_stops_is_served(tmp_path: Path, waits: bool) -> None:
+    """Also those whom nobody has accepted yet. Who comes later is refused at once, and finds the next agent."""
+    path = tmp_path / "cni.sock"
+    begun, go = threading.Event(), threading.Event()
+
+    def answer(_: Asked, reply: Reply, leave: Callable[[], None]) -> None:
+        begun.set()
+        assert go.wait(20)
+        if waits:
+            leave()
+        reply(Response(b"", 0), b"")
+
+    faults: list[str] = []
+    server = Server(listen(str(path)), answer, faults.append)
+    server.start()
+    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        peers = [stack.enter_context(_connected(path)) for _ in range(5)]
+        for peer in peers:
+            peer.sendall(struct.pack("=IIII", 0x31746D76, 0, 0, 0))
+        assert begun.wait(20)
+        stopped = pool.submit(server.stop, 20)
+        with pytest.raises(ConnectionRefusedError):
+            while True:  # until it has heard that it is to stop
+                _connected(path).close()
+        go.set()
+        assert stopped.result()
+        assert [len(peer.recv(TAIL)) for peer in peers] == [TAIL] * 5
+    assert faults == []
