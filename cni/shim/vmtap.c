@@ -8,8 +8,8 @@
  * Answer:   struct tail { exit status, length of stdout, length of stderr }, stdout, stderr.
  * Both are streams of known length, so no size is a trap. cni/agent/server.py is the other end.
  *
- * The agent away, for longer than VMTAP_WAIT seconds (5): ADD, CHECK and GC end with code 11 (try again later), STATUS with
- * 50; VERSION is answered here. DEL succeeds, so that pods can always be deleted: the request is left in the folder
+ * The agent away, for longer than VMTAP_WAIT seconds (ADD 20, others 5): ADD, CHECK and GC end with code 11 (try again
+ * later), STATUS with 50; VERSION is answered here. DEL succeeds, so that pods can always be deleted: the request is left in the folder
  * pending/, and the agent carries it out when it is back.
  */
 #define _GNU_SOURCE
@@ -357,7 +357,9 @@ int main(int argc, char **argv)
     input[input_length < INPUT_MAX ? input_length : INPUT_MAX] = 0;
 
     int64_t begin = now_ms(), until = begin + seconds("VMTAP_DEADLINE", 120);
-    int fd = connect_agent(agent, path, begin + seconds("VMTAP_WAIT", 5)); /* the agent wakes while the request is put together */
+    /* An upgrade of the agent takes a few seconds, on a busy node more: an ADD rather waits than fails. */
+    int64_t wait = seconds("VMTAP_WAIT", strcmp(command, "ADD") ? 5 : 20);
+    int fd = connect_agent(agent, path, begin + wait); /* the agent wakes while the request is put together */
     char *env = malloc(env_length + 1), *end = env, *verb = env;
     if (!env)
         return fail(11, "no memory");
@@ -377,11 +379,11 @@ int main(int argc, char **argv)
         /* An agent that ended in between: what can be repeated is, as soon as it is back. */
         if (status != -1 || tries == TRIES || now_ms() >= until || !strcmp(command, "ADD"))
             break;
-        fd = connect_agent(agent, path, now_ms() + seconds("VMTAP_WAIT", 5));
+        fd = connect_agent(agent, path, now_ms() + wait);
     }
     if (status == -2 && !strcmp(command, "ADD")) { /* nobody will know of the attachment: undo it */
         memcpy(verb, "DEL", 3);
-        fd = connect_agent(agent, path, now_ms() + seconds("VMTAP_WAIT", 5));
+        fd = connect_agent(agent, path, now_ms() + wait);
         if (fd >= 0) {
             ask(fd, &head, env, netns, until);
             close(fd);

@@ -166,9 +166,12 @@ def network(name: str, **config: Any) -> dict[str, Any]:
     return {**_NETWORKS, "metadata": metadata, "spec": {"config": text}}
 
 
-def pod(name: str, interface: str | None = None, **labels: str) -> dict[str, Any]:
-    """Which does nothing, and ends at once when it is told to; interface: the one that it wants a device of."""
-    wanted = {f"{RESOURCES}/{interface}": 1} if interface else {}
+def pod(name: str, interface: str | None = None, *, device: bool = True, **labels: str) -> dict[str, Any]:
+    """Which does nothing, and ends at once when it is told to.
+
+    interface: the network that it wants, and the one that it wants a device of, unless device is false.
+    """
+    wanted = {f"{RESOURCES}/{interface}": 1} if interface and device else {}
     annotations = {"k8s.v1.cni.cncf.io/networks": interface} if interface else {}
     return {
         "apiVersion": "v1",
@@ -176,6 +179,7 @@ def pod(name: str, interface: str | None = None, **labels: str) -> dict[str, Any
         "metadata": {"name": name, "labels": labels, "annotations": annotations},
         "spec": {
             "automountServiceAccountToken": False,
+            "dnsPolicy": "Default",  # there is no cluster DNS, and the kubelet would warn of that
             "terminationGracePeriodSeconds": 5,
             "containers": [
                 {
