@@ -63,7 +63,7 @@ class Vlan:
         return 0x88A8 if self.protocol == "802.1ad" else 0x8100
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class NetConf:
     """A valid network configuration. None: not given, and the schema has no default."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from cni import deviceid, nodefile, schema, spec
 from cni.errors import CniError
@@ -77,8 +76,6 @@ class Policy:
     interfaces: tuple[Interface, ...]
     allow_unlisted: bool
 
-    __hash__ = object.__hash__  # for authorize: one that was read anew is another one
-
 
 @dataclass(frozen=True)
 class Grant:
@@ -102,7 +99,6 @@ class Grant:
         return self.functions.pool if self.functions else tuple(filter(None, (self.source,)))
 
 
-@lru_cache(maxsize=256)
 def authorize(policy: Policy | None, conf: NetConf) -> Grant:
     """Raise CniError 7, with the list of what is allowed, for what the policy does not allow."""
     entries = policy.interfaces if policy else ()

@@ -272,9 +272,8 @@ class Rtnl:
             nsid, link = self.talk(
                 asked, link_message(RTM_GETLINK, _NO_STATS, text(IFLA_IFNAME, name), nlm=0)
             )
-        if (
-            nsid == NETNSA_NSID_NOT_ASSIGNED
-        ):  # a pod whose first network is another plugin's has one, by its veth
+        # A pod whose first network is another plugin's has one, by its veth.
+        if nsid == NETNSA_NSID_NOT_ASSIGNED:
             new = (RTM_NEWNSID, NLM_F_ACK, bytes(4) + s32(NETNSA_NSID, -1) + fd)
             _, nsid = self.talk(new, asked)  # EEXIST, the first's: somebody was quicker
         if isinstance(nsid, OSError):

@@ -51,32 +51,32 @@ def refused(stdin: bytes | dict[str, Any], **options: str) -> CniError:
 
 def test_minimal() -> None:
     parsed = netconf.parse(b'{"name": "net", "type": "vmtap"}')
-    assert vars(parsed) == {
-        "cni_version": "0.1.0",
-        "name": "net",
-        "type": "vmtap",
-        "interface": None,
-        "source": None,
-        "device": None,
-        "mode": None,
-        "mac": None,
-        "mac_is_final": False,
-        "mtu": None,
-        "queues": 1,
-        "promisc": False,
-        "allmulti": True,
-        "bcqueuelen": None,
-        "owner": None,
-        "group": None,
-        "addressing": "guest",
-        "vlan": None,
-        "ipam": None,
-        "dns": None,
-        "prev_result": None,
-        "device_id": None,
-        "valid_attachments": None,
-        "raw": {"name": "net", "type": "vmtap"},
-    }
+    assert parsed == netconf.NetConf(
+        cni_version="0.1.0",
+        name="net",
+        type="vmtap",
+        interface=None,
+        source=None,
+        device=None,
+        mode=None,
+        mac=None,
+        mac_is_final=False,
+        mtu=None,
+        queues=1,
+        promisc=False,
+        allmulti=True,
+        bcqueuelen=None,
+        owner=None,
+        group=None,
+        addressing="guest",
+        vlan=None,
+        ipam=None,
+        dns=None,
+        prev_result=None,
+        device_id=None,
+        valid_attachments=None,
+        raw={"name": "net", "type": "vmtap"},
+    )
 
 
 def test_every_field_arrives() -> None:
