@@ -41,11 +41,18 @@ def test_what_is_in_it_stays_in_it(lab: Lab) -> None:
         assert not Path("/var/lib/vmtap-lab-test").exists()
         assert machine.mounts() == ["/mnt"]
         assert "eth1" in machine.run(["ip", "-br", "link"]).stdout
-        sleeper = machine.popen(["sleep", "1000"])
-        assert list(machine.processes().values()) == ["sleep 1000"]
+        sleeper = machine.popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert sleeper.stdin
+        assert sleeper.stdout
+        sleeper.stdin.write(b"runs\n")
+        sleeper.stdin.flush()
+        sleeper.stdout.readline()  # exec(2) lets the parent go on a moment before /proc has the new name
+        assert list(machine.processes().values()) == ["cat"]
         with pytest.raises(LabError, match="no such folder"):
             machine.run(["sh", "-c", "echo no such folder >&2; exit 1"])
     assert sleeper.returncode == -signal.SIGKILL
+    sleeper.stdin.close()
+    sleeper.stdout.close()
 
 
 def test_it_goes_with_who_made_it(lab: Lab) -> None:
