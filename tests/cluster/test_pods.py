@@ -79,7 +79,7 @@ def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release, shared: Path,
     document = _vm()
     if route == "device":
         _on_its_device(document["spec"])
-    name = document["metadata"]["name"]
+    name = document["metadata"]["name"] = f"vm-{route}"  # the kubelet keeps a pod's logs for a while
     cluster.apply(document)
     cluster.wait(f"pod/{name}", "condition=Ready")
     [log] = cluster.machine.path("/var/log/pods").glob(f"default_{name}_*/vm/0.log")
