@@ -261,7 +261,8 @@ def demo(show: Show) -> Outcome:
             _peer_is_gateway(lab.peer, attachments["a"].values())
         show.attachments(attachments)
         with show.step("vmtap-launch: two guests boot on the open fds, in software emulation"):
-            image = stack.enter_context(Image())
+            with _undisturbed():
+                image = stack.enter_context(Image())
             guests = {}
             for name, attached in attachments.items():
                 nics = [Nic(one.mac, str(one.address)) for one in attached.values()]
@@ -376,6 +377,16 @@ def _check(cnitool: Cnitool, pod: Netns, network: str, ifname: str) -> str:
     """What cnitool check has to complain about; "" if nothing."""
     checked = cnitool("check", network, pod.path, ifname, check=False)
     return f"{network}: {checked.stderr.strip()}" if checked.returncode else ""
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and the like wait: between the making of a folder and the note of it there is a moment."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 def _interrupt(*_: object) -> None:
