@@ -357,7 +357,7 @@ int main(int argc, char **argv)
     input[input_length < INPUT_MAX ? input_length : INPUT_MAX] = 0;
 
     int64_t begin = now_ms(), until = begin + seconds("VMTAP_DEADLINE", 120);
-    /* An upgrade of the agent takes a few seconds, on a busy node more: an ADD rather waits than fails. */
+    /* Between two agents of an upgrade there is a second, on a busy node more: an ADD rather waits than fails. */
     int64_t wait = seconds("VMTAP_WAIT", strcmp(command, "ADD") ? 5 : 20);
     int fd = connect_agent(agent, path, begin + wait); /* the agent wakes while the request is put together */
     char *env = malloc(env_length + 1), *end = env, *verb = env;
