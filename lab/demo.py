@@ -143,6 +143,36 @@ class Outcome:
         }
 
 
+class Ending:
+    """Ctrl-C and the like: noted, and the guests are killed, so that who waits for one is told that it has ended.
+
+    Nothing is raised in the midst of what runs: that could be the making of a thing that nobody has a note of yet.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._guests: list[Guest] = []
+        for number in ENDING:
+            signal.signal(number, self._end)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if the end is wanted."""
+        if self.wanted:
+            raise KeyboardInterrupt
+
+    def ends(self, guest: Guest) -> None:
+        """This guest too; it may not outlive an end that is wanted already, so: check()."""
+        self._guests.append(guest)
+        self.check()
+
+    def _end(self, *_: object) -> None:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        self.wanted = True
+        for guest in self._guests:
+            guest.process.kill()
+
+
 class Show:
     """What the person who watches sees; nothing if a program reads. Plain text where there is no terminal."""
 
@@ -159,7 +189,8 @@ expected / observed, inside both guests. Unicast: ping; from guest to guest with
 static neighbour entries, as ARP is broadcast. Broadcast: a ping to all, and who
 answers it."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, ending: Ending, *, quiet: bool) -> None:
+        self._ending = ending
         self._console = Console(quiet=quiet, highlight=False, emoji=False, soft_wrap=True)
         self._terminal = self._console.is_terminal
         if not self._terminal:
@@ -176,7 +207,11 @@ answers it."""
 
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[list[str]]:
-        """A line for a step when it is done, a spinner while it runs; yields a list for what was wrong."""
+        """A line for a step when it is done, a spinner while it runs; yields a list for what was wrong.
+
+        Raises KeyboardInterrupt before the step if the end is wanted.
+        """
+        self._ending.check()
         start = time.monotonic()
         wrong: list[str] = []
         with self._console.status(f"{text} …"):
@@ -246,8 +281,11 @@ class Attachment:
     gateway: str
 
 
-def demo(show: Show) -> Outcome:
-    """All of it; what it made is gone when it returns or raises. Raises LabError, GuestError, AssetError."""
+def demo(show: Show, ending: Ending) -> Outcome:
+    """All of it; what it made is gone when it returns or raises.
+
+    Raises LabError, GuestError, AssetError, and KeyboardInterrupt before a step if the end is wanted.
+    """
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         with show.step("a host, a switch and a peer machine, made of network namespaces"):
@@ -261,12 +299,12 @@ def demo(show: Show) -> Outcome:
             _peer_is_gateway(lab.peer, attachments["a"].values())
         show.attachments(attachments)
         with show.step("vmtap-launch: two guests boot on the open fds, in software emulation"):
-            with _undisturbed():
-                image = stack.enter_context(Image())
+            image = stack.enter_context(Image())
             guests = {}
             for name, attached in attachments.items():
                 nics = [Nic(one.mac, str(one.address)) for one in attached.values()]
                 guests[name] = stack.enter_context(Guest(image, pods[name].path, nics, env=cnitool.env))
+                ending.ends(guests[name])
             for guest in guests.values():
                 guest.ready()
             _introduce(guests, attachments)
@@ -379,23 +417,6 @@ def _check(cnitool: Cnitool, pod: Netns, network: str, ifname: str) -> str:
     return f"{network}: {checked.stderr.strip()}" if checked.returncode else ""
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and the like wait: between the making of a folder and the note of it there is a moment."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-
-
-def _interrupt(*_: object) -> None:
-    """Ctrl-C and the like: all is cleaned up, and no second signal disturbs that."""
-    for number in ENDING:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     """0 if all was as expected, 1 if not or if something failed, 130 if interrupted."""
     parser = argparse.ArgumentParser(
@@ -403,16 +424,16 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     options = parser.parse_args()
-    for number in ENDING:
-        signal.signal(number, _interrupt)
-    show = Show(quiet=options.json)
+    ending = Ending()
+    show = Show(ending, quiet=options.json)
     show.head()
     try:
-        outcome = demo(show)
-    except (LabError, GuestError, AssetError) as error:
-        print(f"lab.demo: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+        outcome = demo(show, ending)
+        ending.check()
+    except (LabError, GuestError, AssetError, KeyboardInterrupt) as error:
+        if not ending.wanted:
+            print(f"lab.demo: {error}", file=sys.stderr)
+            return 1
         print("lab.demo: interrupted; what it had made is gone", file=sys.stderr)
         return 130
     show.outcome(outcome)

@@ -61,9 +61,19 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout: float = 30,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end with its output captured; LabError if check and its exit status is not 0."""
+    """Runs a command to its end with its output captured; LabError if check and its exit status is not 0.
+
+    A terminal's Ctrl-C is for us, not for the command: it could be half-way through a plugin or a clean-up.
+    """
     done = subprocess.run(
-        argv, input=stdin, env=env, timeout=timeout, capture_output=True, text=True, check=False
+        argv,
+        input=stdin,
+        env=env,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        check=False,
+        process_group=0,
     )
     if check and done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip()) or "nothing"
