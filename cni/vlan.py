@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from cni.state import Record, Store
 
 _IFLA_VLAN_ID, _IFLA_VLAN_PROTOCOL = 1, 5
+_ALIAS = "vmtap: VLAN "
 _NAME = re.compile(r"v([0-9a-f]+)([.s])([0-9]+)")
 
 
@@ -92,16 +93,31 @@ def lower(host: Rtnl, record: Record) -> Link:
 
 
 def release(
-    host: Rtnl, store: Store, name: str, id: str, delete_link: Callable[[Rtnl, int, int | None], None]
-) -> None:
-    """Remove the device if it is ours and no attachment but that of id uses it. Raises CniError, OSError."""
+    host: Rtnl,
+    store: Store,
+    name: str,
+    id: str,
+    delete_link: Callable[[Rtnl, int, int | None], None],
+    *,
+    wait: bool = True,
+) -> bool:
+    """Remove the device if it is ours and no attachment but that of id uses it; whether it was removed.
+
+    Raises CniError, OSError; BlockingIOError: somebody is at work on it, and wait is false.
+    """
     if not _NAME.fullmatch(name):
-        return
-    with store.locked(_lock(name)):
+        return False
+    with store.locked(_lock(name), wait=wait):
         link = host.link(name=name)
         if link is None or not is_ours(link) or _is_used(host, store, link, id):
-            return
+            return False
         delete_link(host, link.index, None)
+    return True
+
+
+def is_marked(link: Link) -> bool:
+    """is_ours(), and it says so: nobody else's can be taken for it by its name alone."""
+    return is_ours(link) and link.alias.startswith(_ALIAS)
 
 
 def is_ours(link: Link) -> bool:
@@ -157,7 +173,7 @@ def _bring_up(host: Rtnl, name: str, source: Link, tag: Vlan) -> None:
         host.do(
             link_message(
                 RTM_SETLINK,
-                text(IFLA_IFALIAS, f"vmtap: VLAN {tag.id} of {source.name}"),
+                text(IFLA_IFALIAS, f"{_ALIAS}{tag.id} of {source.name}"),
                 u32(IFLA_MTU, source.mtu),
                 index=link.index,
                 flags=IFF_UP | IFF_NOARP,

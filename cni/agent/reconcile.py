@@ -15,8 +15,8 @@ with an attachment that nobody is working on (its lock is free; it is looked at 
 
 A link in a pod is never removed for want of a record: no kill can leave one so, only a lost state folder, and then
 a guest may be using it. An adopted record knows no delegate; the runtime's DEL tells it.
-Leftovers that no record speaks of are removed: interface indexes, half-written records, device nodes, and the host's
-end of a bridge port whose tap is gone. DELs that the shim left in pending/ are carried out.
+Leftovers that no record speaks of are removed: interface indexes, half-written records, device nodes, the host's end of
+a bridge port whose tap is gone, VLAN devices without a macvtap. DELs that the shim left in pending/ are carried out.
 Must not wait for a lock: who holds it is a request, and sees to the attachment itself.
 """
 
@@ -381,6 +381,10 @@ class Reconciler:
                 port, id = _PORT.fullmatch(link.name), _id_of(link.alias) or ""
                 if port and id and id not in kept and link.kind == "veth":
                     self._hand_on(id, partial(self._remove_port, id, link))
+            if shared := {link.name for link in links if vlan.is_marked(link)}:
+                used = {each.vlan["device"] for each in self._store.records() if each.vlan}
+                for name in shared - used:
+                    self._hand_on(name, partial(self._remove_vlan, name))
         for number in self._store.sweep_nodes(keep=unrecorded.values()):
             self._removed.inc("node")
             log(INFO, "leftover removed", kind="node", ifindex=number)
@@ -405,6 +409,13 @@ class Reconciler:
             attachment.remove_port(host, number, seen.alias, self._delete_link)
         self._removed.inc("port")
         log(INFO, "leftover removed", kind="port", link=seen.name, alias=seen.alias)
+
+    def _remove_vlan(self, name: str) -> None:
+        with Rtnl() as host:
+            removed = vlan.release(host, self._store, name, "", self._delete_link, wait=False)
+        if removed:  # else a macvtap is on it still
+            self._removed.inc("vlan")
+            log(INFO, "leftover removed", kind="vlan", link=name)
 
     # What the shim left
 

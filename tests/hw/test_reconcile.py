@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cni import attachment, policy, state
 from cni.agent.metrics import Registry
 from cni.agent.reconcile import Reconciler
+from lab.wire import run
 from tests.runner import config
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from cni.plugin import Response
     from lab.wire import Netns
-    from tests.hw.nic import Nic
+    from tests.hw.nic import Nic, Root
     from tests.runner import Plugin
 
 
@@ -75,3 +76,25 @@ def test_an_attachment_whose_pod_is_gone_gives_its_function_back(
     _reconcile(plugin)
     assert plugin.leftovers() == []
     assert bare.changed_since(before) == []
+
+
+def test_a_vlan_device_goes_when_nobody_remembers_whom_it_was_for(
+    node: Root, plugin: Plugin, pods: Callable[[], Netns]
+) -> None:
+    before = set(node.links())
+    pod = pods()
+    plugin("ADD", config(source="pf1", vlan=100), netns=pod).ok()
+    (made,) = set(node.links()) - before
+    run(["ip", "link", "add", "link", "pf1", "name", f"{made}1", "type", "vlan", "id", "1001"])  # not marked
+    try:
+        for folder in ("attachments", "ifindex"):
+            shutil.rmtree(plugin.state / folder)
+        pod.ip("link set net1 alias x")  # no record can be made of it
+        _reconcile(plugin)
+        assert set(node.links()) - before == {made, f"{made}1"}, "a guest's wire was cut"
+        pod.ip("link delete net1")
+        _reconcile(plugin)
+        assert set(node.links()) - before == {f"{made}1"}
+    finally:
+        run(["ip", "link", "delete", f"{made}1"])
+    assert plugin.leftovers() == []
