@@ -96,14 +96,22 @@ class Prometheus:
         result: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
         return result
 
+    def wait(self, expression: str) -> None:
+        """Until it answers with any."""
+        wait_for(lambda: bool(self.query(expression)), expression)
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Until Prometheus has seen it: it tells nobody, so it is asked again and again."""
+
+def wait_for(condition: Callable[[], bool], what: str = "it") -> None:
+    """Until Prometheus has seen it: it tells nobody, so it is asked again and again.
+
+    What was there may be gone for a moment: a scrape that takes longer than a second counts as a failed one, after
+    which Prometheus knows nothing of the agent but that it is not up.
+    """
     for _ in range(600):
         if condition():
             return
         time.sleep(0.1)
-    pytest.fail("Prometheus did not see it in a minute")
+    pytest.fail(f"Prometheus did not see {what} in a minute")
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +197,7 @@ def work(lab: Lab, agent: Agent, kubelet: Kubelet, prometheus: Prometheus) -> No
 def test_each_metric_of_an_alert_is_there(prometheus: Prometheus, name: str) -> None:
     [expression] = [rule["expr"] for rule in RULES if rule["alert"] == name]
     for metric in set(METRIC.findall(expression)):
-        assert prometheus.query(metric), metric
+        prometheus.wait(metric)
     prometheus.query(expression)  # it is understood
 
 
@@ -199,16 +207,18 @@ def test_what_is_in_order_alerts_nobody(prometheus: Prometheus) -> None:
     rules = {rule["name"]: rule for group in groups for rule in group["rules"]}
     assert rules.keys() == {rule["alert"] for rule in RULES}
     wait_for(lambda: all(rule["health"] == "ok" for rule in prometheus.ask("rules")["groups"][0]["rules"]))
-    assert {alert["labels"]["alertname"] for alert in prometheus.ask("alerts")["alerts"]} <= {
-        "VmtapAttachmentsFailing"
-    }
+
+    def alerts() -> set[str]:
+        return {alert["labels"]["alertname"] for alert in prometheus.ask("alerts")["alerts"]}
+
+    wait_for(lambda: alerts() <= {"VmtapAttachmentsFailing"}, "the end of the alerts")
 
 
 @pytest.mark.parametrize("name", QUERIES)
 def test_each_query_of_the_dashboard_is_answered(prometheus: Prometheus, name: str) -> None:
     expression = QUERIES[name].replace("$__rate_interval", "1m").replace("$node", ".*")
     assert "$" not in expression
-    assert prometheus.query(expression), expression
+    prometheus.wait(expression)
 
 
 def test_the_dashboards_variable(prometheus: Prometheus) -> None:
