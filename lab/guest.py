@@ -31,7 +31,7 @@ T = TypeVar("T")
 LAUNCHER = Path(sys.executable).with_name("vmtap-launch")
 BOOT_DEADLINE = 120.0
 """Seconds; three or four are usual, but ten guests may boot at once on two processors."""
-ANSWER_DEADLINE = 15.0
+ANSWER_DEADLINE = 60.0
 _LOG_TAIL = 1500
 
 
@@ -149,8 +149,8 @@ class Conversation:
             )
         return answer.output
 
-    def ping(self, address: str, *, wait: int = 2) -> bool:
-        """Does one echo request get its reply within wait seconds?"""
+    def ping(self, address: str, *, wait: int = 20) -> bool:
+        """Does one echo request get its reply within wait seconds? QEMU may have to wait for a processor."""
         return self.run(f"ping -c 1 -W {wait} {address}", wait + ANSWER_DEADLINE).status == 0
 
     def close(self) -> None:
@@ -180,6 +180,8 @@ class Conversation:
         """Hands each answer to who waits for it, and at the end tells those who wait in vain."""
         with answers, contextlib.suppress(ConnectionResetError):  # a socket whose other end was killed
             for line in answers:
+                if not line.endswith("\n"):  # it was killed in the midst of an answer
+                    break
                 words = line.split()
                 if words == ["ready"]:
                     self._ready.set_result(None)
