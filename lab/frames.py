@@ -79,7 +79,7 @@ def collect(
     ports: Mapping[str, int | socket.socket],
     *,
     until: str | None = None,
-    timeout: float = 5,
+    timeout: float = 30,
     header: int = VNET_HEADER,
 ) -> dict[str, list[Frame]]:
     """What arrives on each port: tap fds (int, with a vnet header) and packet sockets (without one).

@@ -96,7 +96,7 @@ class Kubelet:
         self._plugins: dict[str, _Plugin] = {}
         self._counts: dict[str, int] = {}
         self._changed = threading.Condition()
-        self._servers: list[grpc.Server] = []
+        self._servers: list[tuple[grpc.Server, ThreadPoolExecutor]] = []
 
     def __enter__(self) -> Self:
         self.start()
@@ -113,18 +113,19 @@ class Kubelet:
                 with suppress(FileNotFoundError):  # a plugin that ends removes its own
                     if stat.S_ISSOCK(path.lstat().st_mode):
                         path.unlink()
-        lister = _server(self.pod_resources)
+        lister, listing = _server(self.pod_resources)
         pods_services.add_PodResourcesListerServicer_to_server(_PodResources(self), lister)
-        registration = _server(self.folder / SOCKET)
+        registration, registering = _server(self.folder / SOCKET)
         services.add_RegistrationServicer_to_server(_Registration(self), registration)
-        self._servers = [lister, registration]
-        for server in self._servers:
+        self._servers = [(lister, listing), (registration, registering)]
+        for server, _ in self._servers:
             server.start()
 
     def stop(self) -> None:
         """End, as a kubelet does: its own sockets go, the plugins' stay, and it forgets the plugins."""
-        for server in self._servers:
+        for server, threads in self._servers:
             server.stop(None).wait(_SECONDS)
+            threads.shutdown()  # who is being registered still would be one of the next kubelet's
         self._servers = []
         with self._changed:
             plugins, self._plugins, self._counts = self._plugins, {}, {}
@@ -297,10 +298,11 @@ def _hang_up(plugin: _Plugin) -> None:
         plugin.thread.join(_SECONDS)
 
 
-def _server(path: Path) -> grpc.Server:
-    server = grpc.server(ThreadPoolExecutor(4))
+def _server(path: Path) -> tuple[grpc.Server, ThreadPoolExecutor]:
+    threads = ThreadPoolExecutor(4)
+    server = grpc.server(threads)
     server.add_insecure_port(f"unix:{path}")
-    return server
+    return server, threads
 
 
 class _Registration(services.RegistrationServicer):

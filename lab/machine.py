@@ -92,7 +92,7 @@ class Machine:
         check: bool = True,
         stdin: str = "",
         env: Mapping[str, str] | None = None,
-        timeout: float = 60,
+        timeout: float = 120,
     ) -> subprocess.CompletedProcess[str]:
         """wire.run() on the node."""
         return self.call(lambda: run(argv, check=check, stdin=stdin, env=env, timeout=timeout))
@@ -135,7 +135,7 @@ class Machine:
             each.wait()
         assert self._first.stdin
         self._first.stdin.close()
-        self._first.wait(30)
+        self._first.wait(120)
         for stream in (self._first.stdout, self._first.stderr):
             assert stream
             stream.close()

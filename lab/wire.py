@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import shlex
@@ -153,6 +154,9 @@ class Netns:
                     raise LabError(
                         f"no carrier on {', '.join(late)} within {_CARRIER_DEADLINE:g} s"
                     ) from error
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:  # that: more has changed than there is room for
+                        raise
 
     def call(self, function: Callable[[], T]) -> T:
         """Calls function in a thread that is in here: sockets that it opens stay in here for good."""

@@ -87,7 +87,7 @@ def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release, shared: Path,
         guest.ready()
         guest.must(f"ip address add {ADDRESS}/24 dev eth0")
         assert guest.ping(PEER)
-        cluster.lab.peer.run([image.BUSYBOX, "ping", "-c", "1", "-W", "2", ADDRESS])
+        cluster.lab.peer.run([image.BUSYBOX, "ping", "-c", "1", "-W", "20", ADDRESS])
         _unprivileged(release)
     cluster.kubectl("delete", "pod", name, "--timeout=60s")
     release.left(before)

@@ -61,7 +61,7 @@ def two(node: Root, plugin: Plugin) -> Iterator[Nic]:
 
 
 def test_an_attachment_has_a_function_and_gives_it_back(
-    two: Nic, plugin: Plugin, executable: Plugin, pods: Callable[[], Netns]
+    node: Root, two: Nic, plugin: Plugin, executable: Plugin, pods: Callable[[], Netns]
 ) -> None:
     pod = pods()
     answer = executable("ADD", _config(mac=MAC), netns=pod).ok()
@@ -69,6 +69,7 @@ def test_an_attachment_has_a_function_and_gives_it_back(
     link = pod.links()["net1"]
     assert (link["linkinfo"]["info_data"]["mode"], link["address"]) == ("passthru", MAC)
     vf = two.netdev(0)
+    node.wait_until_up(vf)  # its driver sees the carrier a moment after it was set up
     assert {
         f"vf 0 address {MAC}",
         f"{vf} address {MAC}",

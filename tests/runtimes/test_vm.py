@@ -44,9 +44,17 @@ class InPod(Conversation):
     def __init__(self, path: Path, log: Path) -> None:
         super().__init__()
         self._log = log
-        until(path.is_socket, f"QEMU did not start{self._tail()}")
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(path))
+
+        def listens() -> bool:
+            """The socket is there a moment before QEMU listens on it, or may be another QEMU's that was killed."""
+            return self._socket.connect_ex(str(path)) == 0
+
+        try:
+            until(listens, "QEMU did not start")
+        except AssertionError as error:
+            self._socket.close()
+            raise AssertionError(f"{error}{self._tail()}") from None
         self._listen(self._socket.makefile("w"), self._socket.makefile("r", errors="replace"))
 
     def close(self) -> None:
@@ -54,7 +62,8 @@ class InPod(Conversation):
         with suppress(OSError):  # the guest has ended
             self._socket.shutdown(socket.SHUT_RDWR)
         self._reader.join()
-        self._commands.close()
+        with suppress(OSError):  # a line that the guest did not take before it ended
+            self._commands.close()
         self._socket.close()
 
     def _tail(self) -> str:
@@ -170,7 +179,12 @@ def kubelet(node: Node, dataplane: None) -> Iterator[Kubelet]:
 
 def _processes(containerd: Containerd, container: str) -> list[dict[str, str]]:
     """/proc/PID/status of everything that runs in the container."""
-    look = ["/bin/busybox", "sh", "-c", "busybox cat /proc/[0-9]*/status"]
+    look = [
+        "/bin/busybox",
+        "sh",
+        "-c",
+        "busybox cat /proc/[0-9]*/status 2>/dev/null || :",
+    ]  # one may just end
     shown = containerd.cri.exec(container, look).split("Name:\t")[1:]
     return [dict(line.split(":\t", 1) for line in f"Name:\t{each}".splitlines()) for each in shown]
 
@@ -195,7 +209,7 @@ def _works(node: Node, spec: Spec, containerd: Containerd, container: str) -> No
         guest.ready()
         guest.must(f"ip address add {ADDRESS}/24 dev eth0")
         assert guest.ping(PEER)
-        node.lab.peer.run([image.BUSYBOX, "ping", "-c", "1", "-W", "2", ADDRESS])
+        node.lab.peer.run([image.BUSYBOX, "ping", "-c", "1", "-W", "20", ADDRESS])
         _unprivileged(containerd, container)
         guest.ask("poweroff -f")
         until(lambda: containerd.cri.status(container).state == api.CONTAINER_EXITED, "QEMU still runs")
