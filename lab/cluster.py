@@ -34,7 +34,7 @@ BUSYBOX = "lab.invalid/busybox:1"
 NETCONF = "/etc/cni/net.d"
 PLUGINS = "/opt/cni/bin"
 """On the node; the reference plugins loopback, bridge and host-local are in it."""
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds for what usually takes one."""
 _BRIDGE = "cni0"
 _HOME = "/run/lab/cluster"
@@ -208,6 +208,7 @@ class Cluster:
             **os.environ,
             "PATH": self._path,
             "KUBECONFIG": f"{_HOME}/admin.kubeconfig",
+            "KUBECACHEDIR": f"{_HOME}/kubectl",  # else the host's, where another cluster of this address may be known
             "CONTAINERD_ADDRESS": _SOCKET,
             "CONTAINERD_NAMESPACE": "k8s.io",
             "HELM_CACHE_HOME": f"{_HOME}/helm",
@@ -232,6 +233,14 @@ class Cluster:
         path = self.machine.path(f"{PLUGINS}/{name}")
         path.write_text(script)
         path.chmod(0o755)
+
+    def wait_kind(self, kind: str) -> None:
+        """Until kubectl finds objects of a kind, which the API server lists a moment after it is Established."""
+        until = time.monotonic() + PATIENCE
+        while not self.kubectl("get", kind, "-o", "json", check=False):
+            if time.monotonic() > until:
+                raise LabError(f"the API server does not come to know of {kind}")
+            time.sleep(10 * _LOOK_SECONDS)
 
     def wait_containerd(self) -> None:
         """Until it takes requests, after a start."""
@@ -282,6 +291,8 @@ class Cluster:
         self._program("kube-controller-manager", *_controller_flags()).start()
         self.kubelet.start()
         self.wait_node()
+        # The controllers make it, and without it the API server takes no pod.
+        self.kubectl("wait", "serviceaccount/default", "--for=create", f"--timeout={PATIENCE:g}s")
 
     def wait_node(self) -> None:
         """Until the node is Ready, as far as the API server has been told."""

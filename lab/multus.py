@@ -86,6 +86,7 @@ def install(cluster: Cluster) -> None:
     )
     cluster.apply(_DEFINITION)
     cluster.wait(f"customresourcedefinition/{_DEFINITION['metadata']['name']}", "condition=Established")
+    cluster.wait_kind("network-attachment-definitions")
 
 
 def main() -> int:

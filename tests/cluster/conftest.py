@@ -23,7 +23,7 @@ RUN = Path("/run/vmtap")
 RESOURCES = "macvtap.network.kubevirt.io"
 CAPACITY = 40
 """Of the interface dataplane; narrow has 1."""
-PATIENCE = 60.0
+PATIENCE = 180.0
 _LOOK_SECONDS = 0.05
 _NETWORKS = {"apiVersion": "k8s.cni.cncf.io/v1", "kind": "NetworkAttachmentDefinition"}
 
@@ -126,7 +126,7 @@ class Release:
             "files": sorted(str(path) for folder in folders for path in self._in(folder)),
             "folder": self.cluster.machine.path(RUN).exists(),
             "sockets": [path.name for path in self._in("/var/lib/kubelet/device-plugins", "vmtap*")],
-            "processes": [each for each in self.cluster.machine.processes().values() if "vmtap" in each],
+            "processes": sorted(p for p in self.cluster.machine.processes().values() if "vmtap" in p),
             "objects": self.cluster.kubectl("get", kinds, "-o", "name").split(),
         }
 

@@ -15,7 +15,7 @@ def test_a_pod_runs_and_goes(cluster: Cluster) -> None:
     cluster.wait("pod/plain", "condition=Ready")
     said = cluster.kubectl("exec", "plain", "--", "/bin/busybox", "ip", "-o", "address", "show", "eth0")
     assert "inet 10.88." in said
-    cluster.kubectl("delete", "pod", "plain", "--timeout=60s")
+    cluster.kubectl("delete", "pod", "plain", "--timeout=180s")
     assert cluster.get("pods")["items"] == []
 
 
@@ -31,4 +31,4 @@ def test_kubelet_and_containerd_are_killed_and_started_again(cluster: Cluster) -
     cluster.wait("pod/later", "condition=Ready")
     [first] = cluster.get("pods", "--field-selector=metadata.name=stays")["items"]
     assert first["status"]["containerStatuses"][0]["restartCount"] == 0
-    cluster.kubectl("delete", "pod", "stays", "later", "--timeout=60s")
+    cluster.kubectl("delete", "pod", "stays", "later", "--timeout=180s")

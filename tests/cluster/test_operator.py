@@ -10,7 +10,7 @@ import pytest
 
 from lab import manifests
 from lab.wire import NIC
-from tests.cluster.conftest import CHART, NAMESPACE, RESOURCES, network, pod
+from tests.cluster.conftest import CAPACITY, CHART, NAMESPACE, RESOURCES, network, pod
 
 if TYPE_CHECKING:
     from tests.cluster.conftest import Release
@@ -39,6 +39,7 @@ def test_the_api_server_takes_what_helm_runs_at_the_end(release: Release) -> Non
 
 def test_doctor_finds_nothing_wrong(release: Release) -> None:
     """But vhost, which is the test machine's."""
+    release.wait_resource("dataplane", CAPACITY)  # a test before this one has started the kubelet anew
     doctor = ("exec", "daemonset/vmtap", "-c", "agent", "--", "vmtapctl", "doctor", "--json")
     said = release.cluster.kubectl("-n", NAMESPACE, *doctor, check=False)
     found = json.loads(said)["findings"]

@@ -24,6 +24,7 @@ ADDRESS, PEER = "10.77.0.5", "10.77.0.254"
 
 
 def test_a_pod_gets_its_link_and_its_device(release: Release) -> None:
+    release.wait_resource("dataplane", CAPACITY)
     before = release.traces()
     release.cluster.apply(pod("one", "dataplane"))
     release.cluster.wait("pod/one", "condition=Ready")
@@ -36,7 +37,7 @@ def test_a_pod_gets_its_link_and_its_device(release: Release) -> None:
     assert (int(index), owner, device) == (record["ifindex"], "107:107 660", f"/dev/tap{index}")
     assert int(index) in {deviceid.ifindex("dataplane", number) for number in range(CAPACITY)}
     release.cluster.kubectl("exec", "one", "--", "/bin/busybox", "sh", "-euc", f"exec 3<>/dev/tap{index}")
-    release.cluster.kubectl("delete", "pod", "one", "--timeout=60s")
+    release.cluster.kubectl("delete", "pod", "one", "--timeout=180s")
     release.left(before)
 
 
@@ -52,9 +53,9 @@ def test_one_more_than_there_are_stays_pending_and_says_why(release: Release) ->
     [second] = cluster.get("pods", "--field-selector=metadata.name=second")["items"]
     assert second["status"]["phase"] == "Pending"
     assert f"Insufficient {RESOURCES}/narrow" in json.dumps(second["status"]["conditions"])
-    cluster.kubectl("delete", "pod", "first", "--timeout=60s")
+    cluster.kubectl("delete", "pod", "first", "--timeout=180s")
     cluster.wait("pod/second", "condition=Ready")
-    cluster.kubectl("delete", "pod", "second", "--timeout=60s")
+    cluster.kubectl("delete", "pod", "second", "--timeout=180s")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,9 @@ def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release, shared: Path,
     """The example pod in the launcher's image: on the device that its container has got, or by the agent's broker."""
     cluster = release.cluster
     release.install(broker={"enabled": route == "broker"})
+    release.wait_resource(
+        "dataplane", CAPACITY
+    )  # a kubelet refuses a pod for good whose device nobody offers just now
     before = release.traces()
     document = _vm()
     if route == "device":
@@ -89,7 +93,7 @@ def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release, shared: Path,
         assert guest.ping(PEER)
         cluster.lab.peer.run([image.BUSYBOX, "ping", "-c", "1", "-W", "20", ADDRESS])
         _unprivileged(release)
-    cluster.kubectl("delete", "pod", name, "--timeout=60s")
+    cluster.kubectl("delete", "pod", name, "--timeout=180s")
     release.left(before)
     release.install(broker={"enabled": False})
 
