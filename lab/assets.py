@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,6 +99,11 @@ _GO_ENV = {
     "GOTOOLCHAIN": "local",
     "GOWORK": "off",
 }
+_LATE = re.compile(
+    r"time(d )?out|deadline exceeded|connection re(set|fused)|EOF|\b(429|50[0234])\b|temporary failure", re.I
+)
+"""What Go says of a proxy that may answer the next time."""
+_PAUSES = (2.0, 10.0, 30.0)
 
 
 class AssetError(RuntimeError):
@@ -182,7 +188,7 @@ def make_kubevirt() -> None:
         folder = _kubevirt_folder(version)
         if not folder.exists():
             with building(folder) as part:
-                said = run([_go(), "mod", "download", "-json", f"{KUBEVIRT_API}@{version}"], env=_GO_ENV)
+                said = _ask_go("mod", "download", "-json", f"{KUBEVIRT_API}@{version}")
                 module = Path(json.loads(said)["Dir"])
                 shutil.copytree(module / "apitesting/testdata/HEAD", part)
 
@@ -193,7 +199,7 @@ def make_manifests() -> None:
         for package in MANIFEST_TOOLS:
             _go_install([_FOR_1_34, package], parts)
         for module, path in MANIFEST_SCHEMAS:
-            said = run([_go(), "mod", "download", "-json", module], env=_GO_ENV, cwd=CACHE)
+            said = _ask_go("mod", "download", "-json", module, cwd=CACHE)
             shutil.copy(Path(json.loads(said)["Dir"], path), parts)
 
 
@@ -212,7 +218,7 @@ def make_cluster() -> None:
 
 def _go_install(packages: Sequence[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    run([_go(), "install", *packages], env={**_GO_ENV, "GOBIN": str(folder)})
+    _ask_go("install", *packages, env={**_GO_ENV, "GOBIN": str(folder)})
 
 
 def _go_build(module: str, programs: Sequence[str], folder: Path) -> None:
@@ -225,7 +231,7 @@ def _go_build(module: str, programs: Sequence[str], folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="gobuild.", dir=CACHE) as here:
 
         def go(*words: str) -> str:
-            return run([_go(), *words], env=_GO_ENV, cwd=Path(here))
+            return _ask_go(*words, cwd=Path(here))
 
         go("mod", "init", "lab")
         its_file = json.loads(go("mod", "download", "-json", module))["GoMod"]
@@ -370,6 +376,19 @@ def _go() -> str:
             if version and (int(version[1]), int(version[2])) >= OLDEST_GO:
                 return str(candidate)
     raise AssetError(f"no Go ≥ {'.'.join(map(str, OLDEST_GO))}: lab/setup gets one, run that")
+
+
+def _ask_go(*words: str, env: Mapping[str, str] = _GO_ENV, cwd: Path | None = None) -> str:
+    """What Go says; asked again if the proxy of its modules is late: what Go has got by then, it keeps."""
+    argv = [_go(), *words]
+    for pause in _PAUSES:
+        try:
+            return run(argv, env=env, cwd=cwd)
+        except AssetError as error:
+            if not _LATE.search(str(error)):
+                raise
+        time.sleep(pause)
+    return run(argv, env=env, cwd=cwd)
 
 
 def run(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
