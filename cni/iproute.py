@@ -34,8 +34,8 @@ def veth_names(ifindex: int) -> tuple[str, str]:
 
 def host_mac(ifindex: int) -> str:
     """The MAC of the pair's host end. A bridge takes the lowest of its ports for its own: ours must never be that,
-    or the host's changes."""
-    return f"fe:{ifindex.to_bytes(5).hex(':')}"
+    or the host's changes. So it is above what a NIC has, and nearly all that a kernel makes up (some begin with fe)."""
+    return f"fe:ff:{(ifindex | 1 << 31).to_bytes(4).hex(':')}"
 
 
 def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bool, alias: str) -> None:
