@@ -6,6 +6,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lab import assets
 from lab.wire import Lab
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 # A shell's "&" leaves it ignored, to us and to all that we start; the tests of signals mean it to be heard.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No test measures time: on a busy machine an example may take any, and so may making it up.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture
