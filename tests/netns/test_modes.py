@@ -49,8 +49,10 @@ def expected(unicast: bool, broadcast: bool, echo: bool) -> dict[str, list[str]]
     return {name: sorted(tokens) for name, tokens in heard.items()}
 
 
-def heard(macs: dict[str, str], ports: dict[str, int | socket.socket]) -> dict[str, list[str]]:
-    """Lets everybody send to everybody; who got what, and what came twice is there twice."""
+def heard(
+    macs: dict[str, str], ports: dict[str, int | socket.socket], wanted: dict[str, list[str]]
+) -> dict[str, list[str]]:
+    """Lets everybody send to everybody; who got what, and what came twice is there twice. Waits for what is wanted."""
 
     def send(sender: str, frame: Frame) -> None:
         port = ports[sender]
@@ -66,11 +68,17 @@ def heard(macs: dict[str, str], ports: dict[str, int | socket.socket]) -> dict[s
     send("peer", Frame(BROADCAST, macs["peer"], "marker"))
     send("node", Frame(BROADCAST, NODE_MAC, "marker"))
     guests_and_peer = {name: port for name, port in ports.items() if name != "node"}
-    got = collect(guests_and_peer, until="marker")
-    return {
-        name: sorted(frame.token for frame in frames if frame.dst in (macs[name], BROADCAST))
-        for name, frames in got.items()
-    }
+
+    def by_name(got: dict[str, list[Frame]]) -> dict[str, list[str]]:
+        return {
+            name: sorted(frame.token for frame in frames if frame.dst in (macs[name], BROADCAST))
+            for name, frames in got.items()
+        }
+
+    def enough(got: dict[str, list[Frame]]) -> bool:
+        return all(set(wanted[name]) <= set(tokens) for name, tokens in by_name(got).items())
+
+    return by_name(collect(guests_and_peer, until="marker", enough=enough))
 
 
 @pytest.mark.parametrize(("device", "mode", "reflecting"), BETWEEN_GUESTS)
@@ -82,6 +90,7 @@ def test_mode(lab: Lab, attach: Callable[..., Attached], device: str, mode: str,
     a = attach(lab.pod("a"), container="a", **fields)
     b = attach(lab.pod("b"), container="b", **fields)
     macs = {"a": a.record.mac, "b": b.record.mac, "peer": PEER_MAC}
+    wanted = expected(*BETWEEN_GUESTS[device, mode, reflecting])
     with packet_socket(lab.peer, "eth0") as peer, packet_socket(lab.node, source) as node:
-        got = heard(macs, {"a": a.fd, "b": b.fd, "peer": peer, "node": node})
-    assert got == expected(*BETWEEN_GUESTS[device, mode, reflecting])
+        got = heard(macs, {"a": a.fd, "b": b.fd, "peer": peer, "node": node}, wanted)
+    assert got == wanted

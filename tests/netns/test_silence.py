@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SILENCE = 2.5
 """Seconds; a link that comes up says its first IPv6 word in less than one."""
+DEADLINE = 30
 PEER_MAC = "02:00:00:00:00:fe"
 ETH_P_ALL = 0x0003
 ETH_P_ARP = 0x0806
@@ -40,8 +41,11 @@ def test_no_frame_with_the_guests_mac(lab: Lab, attach: Callable[..., Attached],
         lab.node.ip(f"link add link {NIC} name loud netns {control.path} type macvtap mode bridge")
         control.ip("link set loud up")
         loud = control.links()["loud"]["address"]
-        heard = {frame.src for frame in collect({"wire": wire}, timeout=SILENCE)["wire"]}
-    assert loud in heard
+        heard: set[str] = set()
+        until = time.monotonic() + DEADLINE
+        while loud not in heard:  # on a busy machine it may take longer
+            assert time.monotonic() < until, "the control link never spoke"
+            heard |= {frame.src for frame in collect({"wire": wire}, timeout=SILENCE)["wire"]}
     assert mac not in heard
 
 
@@ -52,7 +56,7 @@ def test_a_router_on_the_wire_is_not_believed(lab: Lab, attach: Callable[..., At
     lab.node.ip(f"link add link {NIC} name loud netns {control.path} type macvtap mode bridge")
     control.ip("link set loud up")
     with packet_socket(lab.peer, "eth0", ETH_P_IPV6) as wire:
-        until = time.monotonic() + 10
+        until = time.monotonic() + DEADLINE
         while "2001:db8:" not in addresses(control, 6):  # the advertisement is a good one
             assert time.monotonic() < until, "the control pod never believed the router"
             wire.send(router_advertisement())
@@ -74,7 +78,7 @@ def test_arp_for_another_address_of_the_pod(lab: Lab, attach: Callable[..., Atta
             wire.send(arp_request(address))
         loud = control.links()["loud"]["address"]
         answers = []
-        until = time.monotonic() + 5
+        until = time.monotonic() + DEADLINE
         while loud not in answers:
             assert time.monotonic() < until, "the control pod did not answer"
             answers += [frame.src for frame in collect({"wire": wire}, timeout=0.1)["wire"]]
