@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lab.wire import Netns
     from tests.runner import Plugin
 
-_PATIENCE = 5.0
+_PATIENCE = 30.0
 """Seconds for what ends by itself a moment later: a process after its pipe, a link after its namespace."""
 
 DELEGATE = """#!/bin/sh
@@ -38,7 +38,7 @@ ADD)
     junk) echo 'leased!'; exit 0 ;;
     list) echo '[]'; exit 0 ;;
     noip) echo '{{"ips":[{{"address":"10.6.0.500/24"}}]}}'; exit 0 ;;
-    linger) sleep 100 & echo $! > lingers; exit 0 ;;
+    linger) sleep 100 & touch hanging; exit 0 ;;
     esac
     echo '{{"cniVersion":"1.1.0","ips":[{{"address":"10.6.0.5/24","gateway":"10.6.0.1"}}]}}' ;;
 DEL)

@@ -11,6 +11,7 @@ import pytest
 from cni import plugin as product
 from cni import spec
 from lab.wire import NIC
+from tests.hanging import until
 from tests.runner import config
 
 if TYPE_CHECKING:
@@ -53,11 +54,12 @@ def test_a_delegate_that_does_not_end(
         stdin=json.dumps(CONF).encode(),
         policy=str(plugin.policy),
         state=str(plugin.state),
-        delegate_seconds=0.5,
+        delegate_seconds=0.2,
     )
     began = time.monotonic()
-    response = plugin.node.call(lambda: product.handle(request))
-    assert time.monotonic() - began < 30  # not the hundred seconds that it would sleep
+    with until(leaser.folder / "hanging"):
+        response = plugin.node.call(lambda: product.handle(request))
+    assert time.monotonic() - began < 90  # not the hundred seconds that it would sleep
     assert response.error
     assert response.error.code == spec.DELEGATE_FAILED
     assert leaser.log() == ["ADD", "DEL"]

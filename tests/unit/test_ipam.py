@@ -12,6 +12,7 @@ import pytest
 from cni.errors import CniError
 from cni.ipam import Delegate
 from cni.spec import DECODING_FAILURE, DELEGATE_FAILED, INVALID_ENVIRONMENT, INVALID_NETWORK_CONFIG
+from tests.hanging import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,8 +78,8 @@ def test_a_result_that_is_none_is_refused(delegate: Callable[..., Delegate], sai
 def test_one_that_hangs_is_killed_with_its_children(
     delegate: Callable[..., Delegate], tmp_path: Path
 ) -> None:
-    made = delegate('sleep 60 & echo $! > "$OUT/child"; wait', seconds=2)
-    with pytest.raises(CniError, match="did not finish ADD in 2 s") as refused:
+    made = delegate('sleep 60 & echo $! > "$OUT/child"; touch "$OUT/hangs"; wait', seconds=0.2)
+    with until(tmp_path / "hangs"), pytest.raises(CniError, match=r"did not finish ADD in 0\.2 s") as refused:
         made.run("ADD")
     assert refused.value.code == DELEGATE_FAILED
     child = int((tmp_path / "child").read_text())
