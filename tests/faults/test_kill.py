@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def _reconcile(plugin: Plugin, delegate_seconds: float = 10) -> None:
+def _reconcile(plugin: Plugin, delegate_seconds: float = 60) -> None:
     """One run of the agent's reconciler on the node."""
 
     def unasked(_: Asked) -> Response:
@@ -58,7 +58,7 @@ def _reconcile(plugin: Plugin, delegate_seconds: float = 10) -> None:
             delete_link=delete_link,
         )
         reconciler.start()
-        reconciler.stop(30)
+        reconciler.stop(60)
 
     plugin.node.call(run)
 
@@ -121,7 +121,7 @@ def test_a_kill_at_each_step_of_add(
 
 def wait_for_orphans(plugin: Plugin) -> None:
     """Until no process of a delegate is left: where the test's own process runs the plugin, they outlive it."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while processes(plugin.state):
         assert time.monotonic() < deadline, "a delegate of the killed plugin does not end"
         time.sleep(0.01)
