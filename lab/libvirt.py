@@ -32,7 +32,7 @@ QEMU_USER = 107
 """uid and gid of KubeVirt's qemu user."""
 _INSIDE = Path("/mnt")
 """Where a daemon sees its folder; the same in each, so that a domain that moves finds its files."""
-_VIRSH_SECONDS = 60
+_VIRSH_SECONDS = 120
 _TAIL = 2000
 
 _POD = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,5 +120,8 @@ def status_of(pid: int) -> dict[str, str]:
 def open_devices(pid: int) -> list[str]:
     """What the process has open under /dev, fd by fd."""
     folder = f"/proc/{pid}/fd"
-    links = [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
+    links = []
+    for fd in os.listdir(folder):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            links.append(os.readlink(f"{folder}/{fd}"))
     return sorted(link for link in links if link.startswith("/dev/"))

@@ -86,7 +86,7 @@ def test_two_queues(lab: Lab, plugin: Plugin, image: Image) -> None:
             assert len(guest.must(f"ls -d /sys/class/net/eth{card}/queues/rx-*").split()) == 2
         for peer in (PEER, SECOND_PEER, THIRD_PEER):
             # Longer than a frame: by the offloads that the vnet header speaks of.
-            assert guest.run(f"ping -c 1 -W 2 -s 8000 {peer}").status == 0
+            assert guest.run(f"ping -c 1 -W 10 -s 8000 {peer}").status == 0
 
 
 def test_what_libvirt_says_of_a_misfit(lab: Lab, plugin: Plugin, image: Image) -> None:

@@ -29,12 +29,12 @@ def test_threads_exclude_each_other_by_name_only(tmp_path: Path) -> None:
     with lock.held(file, "a"):
         thread = threading.Thread(target=second)
         thread.start()
-        assert begun.wait(5)
+        assert begun.wait(30)
         with lock.held(file, "b"):
             order.append("another name")
         thread.join(0.2)
         order.append("first")
-    thread.join(5)
+    thread.join(30)
     assert order == ["another name", "first", "second"]
 
 

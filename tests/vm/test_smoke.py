@@ -63,7 +63,7 @@ def test_a_guest_reaches_the_peer(lab: Lab, plugin: Plugin, image: Image, fields
         receiving = guest.must("ls -d /sys/class/net/eth0/queues/rx-*").split()
         assert len(receiving) == queues
         # Long frames use the offloads that the vnet header speaks of.
-        assert guest.run(f"ping -c 1 -W 2 -s 8000 {PEER}").status == 0
+        assert guest.run(f"ping -c 1 -W 10 -s 8000 {PEER}").status == 0
         status = Path(f"/proc/{guest.process.pid}/status").read_text()
         assert re.search(r"^CapEff:\t0+$", status, re.M)
         assert re.search(r"^NoNewPrivs:\t1$", status, re.M)
@@ -130,4 +130,4 @@ def test_supervised_a_signal_powers_the_guest_down(lab: Lab, plugin: Plugin, ima
     with _guest(plugin, image, pod, [Nic(mac, ADDRESS)], "--supervise", "--deadline", "1") as guest:
         guest.ready()
         guest.process.terminate()
-        assert guest.process.wait(20) == 0
+        assert guest.process.wait(60) == 0

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.unit.launcher.attached import Pod
 
-PATIENCE = 30
+PATIENCE = 120
 
 
 def launch(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str, str]:
@@ -292,6 +292,16 @@ def family(process: subprocess.Popen[str]) -> list[Path]:
     return [Path(f"/proc/{pid}") for pid in (process.pid, *children)]
 
 
+def nodes_of(proc: Path) -> set[str]:
+    """The fds on which the process has a device."""
+    found = set()
+    for fd in (proc / "fd").iterdir():
+        with suppress(FileNotFoundError):  # QEMU has closed it meanwhile
+            if fd.readlink().name == "node":
+                found.add(fd.name)
+    return found
+
+
 @pytest.mark.vm
 @pytest.mark.parametrize("supervised", [False, True])
 @pytest.mark.parametrize("queues", [1, 2])
@@ -306,10 +316,7 @@ def test_qemu_on_an_attachment(folder: Path, device: str, queues: int, supervise
             assert len(members) == 1 + supervised
             for proc in members:
                 assert privilege.excess((proc / "status").read_text().splitlines(), user) == []
-            held = [
-                {fd.name for fd in (proc / "fd").iterdir() if fd.readlink().name == "node"}
-                for proc in members
-            ]
+            held = [nodes_of(proc) for proc in members]
             assert held == [set()] * supervised + [{"3", "4"} if queues == 2 else {"3"}]
             path = "/machine/peripheral-anon"
             [card] = [

@@ -146,7 +146,8 @@ class Events:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self.ask("qmp_capabilities")
 
     def _read(self) -> None:
@@ -154,6 +155,10 @@ class Events:
         for line in self._process.stdout:
             self._lines.put(line)
         self._lines.put("")
+
+    def close(self) -> None:
+        """Waits for QEMU's end, and reads to it: nobody may close the pipe under the thread."""
+        self._reader.join()
 
     def ask(self, command: str) -> None:
         assert self._process.stdin
@@ -177,7 +182,12 @@ class Events:
 def running_vm(deadline: float) -> Iterator[tuple[Supervised, Events]]:
     """A QEMU that answers; its events."""
     with supervised(deadline, *VM, "-qmp", "stdio") as parent:
-        yield parent, Events(parent.process)
+        events = Events(parent.process)
+        try:
+            yield parent, events
+        finally:
+            parent.process.kill()  # and so QEMU
+            events.close()
 
 
 @pytest.mark.vm
