@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LAUNCHER = Path(sys.executable).with_name("vmtap-launch")
-BOOT_DEADLINE = 120.0
+BOOT_DEADLINE = 240.0
 """Seconds; three or four are usual, but ten guests may boot at once on two processors."""
 ANSWER_DEADLINE = 60.0
 _LOG_TAIL = 1500

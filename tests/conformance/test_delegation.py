@@ -108,9 +108,7 @@ def test_item_27_fails(plugin: Plugin, delegates: Delegates, says: str, code: in
         'sleep 600 & touch "$seen/hangs"; exec sleep 600',
     ],
 )
-def test_item_27_hangs(
-    plugin: Plugin, pod: Netns, delegates: Delegates, says: str, tmp_path: Path
-) -> None:
+def test_item_27_hangs(plugin: Plugin, pod: Netns, delegates: Delegates, says: str, tmp_path: Path) -> None:
     """One that hangs is killed at the deadline with all that it started; its DEL runs, and nothing is left."""
     delegates.write(ADD=f'echo $$ > "$seen/pid"; {says}')
     conf = config(source=NIC, ipam={"type": "fake"})

@@ -252,18 +252,30 @@ class Vm:
         """What is not QMP: QEMU's qemu-io prints."""
 
     def ask(self, execute: str, **arguments: object) -> Any:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps({"execute": execute, "arguments": arguments}) + "\n")
-        self.process.stdin.flush()
+        assert self.process.stdout
+        self._send({"execute": execute, "arguments": arguments})
         for line in self.process.stdout:
             if not line.startswith("{"):
                 self.said.append(line)
                 continue
             answer = json.loads(line)
+            if answer.get("id") == "wake":
+                continue
             assert "error" not in answer, answer
             if "return" in answer:
                 return answer["return"]
         raise AssertionError(f"no answer to {execute}")
+
+    def keep_awake(self, over: threading.Event) -> None:
+        """QEMU 7.2 can oversleep a command when it has two monitors: another one wakes it."""
+        while not over.wait(1):
+            with suppress(BrokenPipeError):
+                self._send({"execute": "query-status", "id": "wake"})
+
+    def _send(self, request: dict[str, object]) -> None:
+        assert self.process.stdin
+        # One write, so that two threads may; and past the buffer, which nobody could empty when QEMU has ended.
+        os.write(self.process.stdin.fileno(), json.dumps(request).encode() + b"\n")
 
     def qemu_io(self, command: str) -> str:
         self.said.clear()
@@ -275,15 +287,19 @@ class Vm:
 def qemu(there: Pod, *options: str) -> Iterator[Vm]:
     command = [*LAUNCH, "--netns", there.path, *options, "--", *QEMU, "-qmp", "stdio"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        vm, over = Vm(process), threading.Event()
         watchdog = threading.Timer(PATIENCE, process.kill)
+        waker = threading.Thread(target=vm.keep_awake, args=[over])
         watchdog.start()
+        waker.start()
         try:
-            vm = Vm(process)
             vm.ask("qmp_capabilities")
             yield vm
         finally:
             watchdog.cancel()
+            over.set()
             process.kill()
+            waker.join()  # before the pipe is closed that it writes to
 
 
 def family(process: subprocess.Popen[str]) -> list[Path]:
