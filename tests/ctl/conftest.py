@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shlex
 import signal
 import socket
@@ -91,7 +92,9 @@ class Ctl:
         finally:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(watch, signal.SIGKILL)
+            ended = select.select([watch], [], [], 30)[0]  # until then it has the fds
             os.close(watch)
+            assert ended
 
 
 def lldp_frame(*tlvs: tuple[int, bytes], port: bytes = b"\x05Eth1/7", to: str = "01:80:c2:00:00:0e") -> bytes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cni import lock, netns, state, tapdev
+from tests.agent.test_broker import until
 from tests.ctl.conftest import Ctl, announced, lldp_frame
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def test_status_follows_the_kernel(ctl: Ctl, lab: Lab, pod: Netns) -> None:
     ctl.add(pod)
     assert status() == "idle"
     lab.switch.ip("link set node down")
-    assert status() == "no carrier"
+    until(lambda: status() == "no carrier", "the kernel has not handed on the loss of the carrier")
     pod.ip("link set net1 down")
     assert status() == "down"
     pod.ip("link delete net1")

@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -36,12 +38,34 @@ def evb(bridge: int, station: int) -> tuple[int, bytes]:
     return 127, EVB + bytes([bridge, station, 0x72, 0x54, 0x14])
 
 
-@pytest.fixture
-def at_the_peer(lab: Lab) -> Iterator[socket.socket]:
-    """Captures frames of the probe's ethertype where the switch floods them to."""
-    with frames.packet_socket(lab.peer, "eth0") as capture:
-        capture.settimeout(_PATIENCE)
-        yield capture
+STOPS = """
+import os, signal, sys
+from cni.ctl import __main__, probe
+exchange, write = probe._exchange, os.write
+def write_and_stop(fd, data):
+    sent = write(fd, data)
+    if data.startswith(probe._VNET_HEADER):
+        os.write = write
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return sent
+def exchange_and_stop(host, lower):
+    os.write = write_and_stop
+    return exchange(host, lower)
+probe._exchange = exchange_and_stop
+sys.exit(__main__.main())
+"""
+
+
+@contextmanager
+def stopped(ctl: Ctl) -> Iterator[subprocess.Popen[bytes]]:
+    """A probe of eth1 that has stopped itself after its first frame: who stopped it from outside could be too late."""
+    argv = [*ctl.argv()[:3], sys.executable, "-c", STOPS, "probe", "eth1", "--json"]
+    with subprocess.Popen(argv, env=ctl.env(), stdout=subprocess.PIPE) as running:
+        os.waitid(os.P_PID, running.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        try:
+            yield running
+        finally:
+            running.kill()
 
 
 def test_a_switch_that_reflects(ctl: Ctl, lab: Lab) -> None:
@@ -121,14 +145,8 @@ def test_without_privilege(ctl: Ctl) -> None:
         ("node", "link delete eth1", "meanwhile, it went away"),
     ],
 )
-def test_it_is_lost_meanwhile(
-    ctl: Ctl, lab: Lab, at_the_peer: socket.socket, *, machine: str, change: str, why: str
-) -> None:
-    with subprocess.Popen(
-        ctl.argv("probe", "eth1", "--json"), env=ctl.env(), stdout=subprocess.PIPE
-    ) as running:
-        at_the_peer.recv(2048)
-        running.send_signal(signal.SIGSTOP)
+def test_it_is_lost_meanwhile(ctl: Ctl, lab: Lab, *, machine: str, change: str, why: str) -> None:
+    with stopped(ctl) as running:
         getattr(lab, machine).ip(change)
         running.send_signal(signal.SIGCONT)
         said, _ = running.communicate(timeout=_PATIENCE)
@@ -138,14 +156,10 @@ def test_it_is_lost_meanwhile(
 
 def test_frames_come_back_one_way_only(ctl: Ctl, lab: Lab) -> None:
     """The test is what reflects: the first frame, and no other."""
-    with (
-        frames.packet_socket(lab.switch, "node", ALL) as port,
-        subprocess.Popen(
-            ctl.argv("probe", "eth1", "--json"), env=ctl.env(), stdout=subprocess.PIPE
-        ) as running,
-    ):
+    with frames.packet_socket(lab.switch, "node", ALL) as port, stopped(ctl) as running:
         port.settimeout(_PATIENCE)
         port.send(port.recv(2048))
+        running.send_signal(signal.SIGCONT)
         said, _ = running.communicate(timeout=_PATIENCE)
     assert running.returncode == UNKNOWN
     assert "one way only" in json.loads(said)["why"]
@@ -167,7 +181,7 @@ def test_nothing_else_is_sent_and_nothing_left(ctl: Ctl, lab: Lab) -> None:
         ctl("probe", "eth1", status=NO)
         with frames.packet_socket(lab.switch, "peer") as port:
             port.send(frames.Frame(frames.BROADCAST, "02:00:00:00:00:09", "end").pack())
-        seen = frames.collect({"peer": capture}, until="end")["peer"]
+        seen = frames.collect({"peer": capture}, until="end", timeout=_PATIENCE)["peer"]
     assert seen
     assert {frame.ethertype for frame in seen} == {frames.ETHERTYPE}
     after = lab.node.links()
@@ -176,11 +190,9 @@ def test_nothing_else_is_sent_and_nothing_left(ctl: Ctl, lab: Lab) -> None:
     lab.node.ip("link add link eth1 name taker type macvtap mode passthru")  # refused beside any other
 
 
-def test_killed(ctl: Ctl, lab: Lab, at_the_peer: socket.socket) -> None:
+def test_killed(ctl: Ctl, lab: Lab) -> None:
     with lab.node.call(_link_events) as events:
-        with subprocess.Popen(ctl.argv("probe", "eth1"), env=ctl.env()) as running:
-            at_the_peer.recv(2048)
-            running.send_signal(signal.SIGSTOP)
+        with stopped(ctl) as running:
             assert lab.node.links()["eth1"]["promiscuity"] > 0
             running.send_signal(signal.SIGKILL)
         events.settimeout(_PATIENCE)

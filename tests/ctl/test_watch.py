@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import signal
 import subprocess
+import sys
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import netns, state, tapdev
 from cni.ctl.execs import Execs
 from tests.ctl.conftest import Ctl
 
@@ -34,9 +34,13 @@ class Watch:
 
     def line(self) -> str:
         assert self.process.stdout
-        ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
-        assert ready, "nothing was told"
-        return self.process.stdout.readline()
+        # Not select(2): two lines may have come at once.
+        watchdog = threading.Timer(PATIENCE, self.process.kill)
+        watchdog.start()
+        line = self.process.stdout.readline()
+        watchdog.cancel()
+        assert line, "nothing was told"
+        return line
 
     def event(self) -> tuple[str, str, str]:
         """(what, ifname, status)."""
@@ -58,16 +62,25 @@ def watching(ctl: Ctl, *words: str) -> Iterator[Watch]:
         watch.process.communicate()
 
 
+SLEEPER = """
+import os, sys
+from cni import netns, state, tapdev
+folder, path, ifname = sys.argv[1:]
+namespace = netns.open_path(path)
+records = state.in_netns(folder, netns.identity(namespace))
+[record] = [record for record in records if record.ifname == ifname]
+[fd] = tapdev.open_queues(namespace, record, 1)
+os.set_inheritable(fd, True)
+os.execvp("sleep", ["sleep", "60"])
+"""
+"""As a launcher does it: were the fd handed on by another process, each of the two as its holder would be news."""
+
+
 @contextmanager
 def sleeper(ctl: Ctl, pod: Netns, ifname: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that holds the attachment."""
-    namespace = netns.open_path(str(pod.path))
-    records = state.in_netns(ctl.plugin.state, netns.identity(namespace))
-    [record] = [record for record in records if record.ifname == ifname]
-    [fd] = tapdev.open_queues(namespace, record, 1)
-    with subprocess.Popen(["sleep", "60"], pass_fds=[fd]) as process:
-        os.close(fd)
-        os.close(namespace)
+    """A process that holds the attachment, soon."""
+    argv = [sys.executable, "-c", SLEEPER, str(ctl.plugin.state), str(pod.path), ifname]
+    with subprocess.Popen(argv) as process:
         try:
             yield process
         finally:
