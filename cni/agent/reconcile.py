@@ -127,12 +127,19 @@ class Reconciler:
         self._failed = registry.counter(
             "vmtap_reconcile_failures_total", "Steps that failed; each is tried again in the next run."
         )
-        self._left = registry.gauge("vmtap_reconcile_pending", "DELs that wait in the folder pending/.")
+        # Looked at when asked for: one that is counted up and down would be wrong whenever a worker is the quicker.
+        registry.seen(
+            "vmtap_reconcile_pending",
+            "DELs that wait in the folder pending/.",
+            look=lambda: {(): sum(not name.endswith((".new", ".bad")) for name in self._waiting())},
+        )
         self._lost = registry.gauge(
             "vmtap_reconcile_lost", "Attachments whose link is gone while their namespace lives."
         )
-        self._strange = registry.gauge(
-            "vmtap_reconcile_unrecorded", "Links of ours without a record, of which none can be made."
+        registry.seen(
+            "vmtap_reconcile_unrecorded",
+            "Links of ours without a record, of which none can be made.",
+            look=lambda: {(): len(self._told)},
         )
         self._last = registry.gauge(
             "vmtap_reconcile_last_run_timestamp_seconds", "When the last full run ended, seconds since 1970."
@@ -297,7 +304,6 @@ class Reconciler:
                         seen.add((nsid, link.index))
                         self._hand_on(id, partial(self._adopt, id, nsid, link))
         self._told &= seen
-        self._strange.set(len(self._told))
 
     def _adopt(self, id: str, nsid: int, seen: Link) -> None:
         with self._store.locked(id, wait=False), Rtnl() as host:
@@ -314,7 +320,6 @@ class Reconciler:
             log(WARNING, "link without a record adopted", **fields)
         elif (nsid, link.index) not in self._told:
             self._told.add((nsid, link.index))
-            self._strange.inc()
             log(WARNING, "link without a record left alone: DEL removes it, by its alias", **fields)
 
     def _record_of(self, host: Rtnl, nsid: int, link: Link) -> Record | None:
@@ -419,18 +424,19 @@ class Reconciler:
 
     # What the shim left
 
+    def _waiting(self) -> list[str]:
+        """What is in pending/, the oldest first."""
+        return sorted(os.listdir(self._pending)) if os.path.isdir(self._pending) else []
+
     def _look_at_pending(self) -> None:
-        left = 0
-        for name in sorted(os.listdir(self._pending)) if os.path.isdir(self._pending) else []:
+        for name in self._waiting():
             path = f"{self._pending}/{name}"
             if name.endswith(".new"):
                 with suppress(FileNotFoundError):
                     if time.time() - os.stat(path).st_mtime > _UNFINISHED_SECONDS:  # its shim was killed
                         os.unlink(path)
             elif not name.endswith(".bad"):
-                left += 1
                 self._hand_on(path, partial(self._carry_out, path))
-        self._left.set(left)
 
     def _carry_out(self, path: str) -> None:
         try:
@@ -470,11 +476,9 @@ class Reconciler:
     def _remove(self, path: str) -> None:
         with suppress(FileNotFoundError):  # by an agent that is being replaced by us, or we by it
             os.unlink(path)
-        self._left.inc(by=-1)
 
     def _set_aside(self, path: str, why: str) -> None:
         os.rename(path, f"{path}.bad")
-        self._left.inc(by=-1)
         self._fail("pending request set aside, as NAME.bad", why, path=path)
 
     # How
