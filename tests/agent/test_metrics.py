@@ -143,8 +143,8 @@ def test_what_the_agent_counts(agent: Agent, lab: Lab) -> None:
     shim("ADD", config(interface="else"), netns=lab.pod()).error(7)
     shim("DEL", data, container="c2").ok()
     shim("JUNK\n", data).error(4)
-    while agent.wait_for("request")["command"] != "JUNK\n":  # it answers first, then counts, then logs
-        pass
+    for _ in range(6):  # it answers first, then counts, then logs, each in a thread of its own
+        agent.wait_for("request")
     found = _scrape(agent)
 
     def operations(command: str, code: int) -> float:
@@ -172,6 +172,7 @@ def test_what_the_broker_counts(agent: Agent, lab: Lab) -> None:
     with Client(agent, pod, ASK) as launcher:
         assert launcher.ask(queues=2)[0]["fds"] == 2
         assert launcher.ask(queues=3)["code"] == 4
+    agent.wait_for("fds given to a launcher")  # they are on their way first, then counted
     found = _scrape(agent)
     assert found["vmtap_broker_fds_total", ()] == 2
     assert found["vmtap_broker_refusals_total", (("code", "4"),)] == 1
