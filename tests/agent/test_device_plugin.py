@@ -38,6 +38,13 @@ def entry(name: str, **fields: object) -> dict[str, object]:
     return {"name": name, "source": {"dev": NIC}, **fields}
 
 
+def put(policy: Path, text: str) -> None:
+    """In one step: while a file is written it is empty first, which is a good policy that names nothing."""
+    new = policy.with_suffix(".new")
+    new.write_text(text)
+    new.rename(policy)
+
+
 @dataclass
 class Node:
     """A lab's node with an agent that offers its interfaces, and room for a kubelet."""
@@ -49,9 +56,7 @@ class Node:
 
     def policy(self, *entries: dict[str, object]) -> None:
         """Put another policy in the place of the one that is there."""
-        new = self.agent.policy.with_suffix(".new")
-        new.write_text(json.dumps({"interfaces": entries}))
-        new.rename(self.agent.policy)
+        put(self.agent.policy, json.dumps({"interfaces": entries}))
 
     def start(self, *flags: str, **env: str) -> None:
         """The agent, with more flags."""
@@ -290,7 +295,7 @@ def test_interfaces_and_capacities_follow_the_policy(running: Node) -> None:
 
 
 def test_a_bad_policy_changes_nothing(running: Node) -> None:
-    running.agent.policy.write_text("interfaces: 7")
+    put(running.agent.policy, "interfaces: 7")
     running.agent.wait_for("the policy file is refused; the last good one stays")
     assert running.kubelet.allocate(DATA, ["dataMvp0"]).devices
     assert len(running.kubelet.devices(DATA)) == 3

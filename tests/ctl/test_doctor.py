@@ -19,6 +19,7 @@ import pytest
 from cni.ethtool import SIOCETHTOOL
 from lab.kubelet import Kubelet
 from tests.agent.conftest import Agent
+from tests.agent.test_device_plugin import put
 from tests.ctl.conftest import Ctl
 from tests.runner import BIN
 
@@ -255,10 +256,10 @@ def test_the_device_plugin(lab: Lab, tmp_path: Path) -> None:
             )
             assert "2 devices are unhealthy" in wrong(ctl, "--config", settings)[check][1]
             lab.node.ip("link set eth1 up")
-            ctl.plugin.policy.write_text("interfaces: [{name: q., source: {dev: eth1}}]")
+            put(ctl.plugin.policy, "interfaces: [{name: q., source: {dev: eth1}}]")
             kubelet.wait_devices("macvtap.network.kubevirt.io/data", lambda now: not now)
             assert "1 of the policy's interfaces" in wrong(ctl, "--config", settings)[check][1]
-            ctl.plugin.policy.write_text(POLICY)
+            put(ctl.plugin.policy, POLICY)
             kubelet.refuse = True
             kubelet.restart()
             agent.wait_for("not registered; tried again")
