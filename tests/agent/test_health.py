@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,10 +30,14 @@ def agent(lab: Lab, tmp_path: Path) -> Iterator[Agent]:
         made.end()
 
 
-def _reasons(agent: Agent, path: str) -> dict[str, str]:
-    """{} for a 200."""
-    status, kind, body = agent.get(path)
-    document = json.loads(body)
+def _reasons(agent: Agent, path: str, *, mute: bool = False) -> dict[str, str]:
+    """{} for a 200. mute: nobody answers at its socket; else it is asked again if it was too slow for itself."""
+    end = time.monotonic() + 30
+    while True:
+        status, kind, body = agent.get(path)
+        document = json.loads(body)
+        if mute or "timed out" not in document["reasons"].get("socket", "") or time.monotonic() > end:
+            break
     assert kind == "application/json"
     assert status == (200 if document["ok"] else 503)
     assert document["ok"] == (not document["reasons"])
@@ -58,7 +63,7 @@ def test_the_socket_is_somebody_elses_who_does_not_answer(agent: Agent) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as mute:
         mute.bind(str(path))
         mute.listen()
-        assert "timed out" in _reasons(agent, "/healthz")["socket"]
+        assert "timed out" in _reasons(agent, "/healthz", mute=True)["socket"]
 
 
 def test_a_bad_policy_is_not_ready_and_alive(agent: Agent) -> None:
