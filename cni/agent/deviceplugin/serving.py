@@ -33,7 +33,8 @@ HEALTHY = "Healthy"
 UNHEALTHY = "Unhealthy"
 _THREADS = 4
 """A kubelet has one stream and asks one thing at a time; an old one's stream may not have ended yet."""
-_GOODBYE_SECONDS = 1.0
+_GOODBYE_SECONDS = 5.0
+"""The longest: a kubelet that has not heard that the devices are gone goes on counting them."""
 OPTIONS = api.DevicePluginOptions(get_preferred_allocation_available=True)
 
 
@@ -107,7 +108,7 @@ class Resource(services.DevicePluginServicer):
             self._version += 1
             self._ending = True
             self._changed.notify_all()
-        self._server.stop(_GOODBYE_SECONDS if withdraw else None).wait(2 * _GOODBYE_SECONDS)
+        self._server.stop(_GOODBYE_SECONDS if withdraw else None).wait(_GOODBYE_SECONDS + 1)
         self._threads.shutdown(wait=False)
 
     def _listed(self) -> api.ListAndWatchResponse:
