@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from lab.demo import CASES, ENDING, EXAMPLES, IFNAMES, Case, Outcome, Seen, _cell, as_expected
+from lab import demo as demo_module
+from lab.demo import (
+    CASES,
+    ENDING,
+    EXAMPLES,
+    IFNAMES,
+    Case,
+    Outcome,
+    Seen,
+    _ask_again,
+    _cell,
+    as_expected,
+)
 
 DEMO = [sys.executable, "-u", "-m", "lab.demo"]
 GOOD = [(case, {kind: {"a": yes, "b": yes} for kind, yes in asdict(case.expected).items()}) for case in CASES]
@@ -66,6 +78,26 @@ def test_missing_rows_check_errors_and_leftovers_spoil_the_outcome() -> None:
 )
 def test_a_cell_shows_expected_and_observed(expected: bool, reached: dict[str, bool], text: str) -> None:
     assert _cell(expected, reached).plain == text
+
+
+def test_who_should_answer_is_asked_again_and_who_should_not_have_is_not_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [case] = [
+        case for case in CASES if (case.device, case.mode, case.reflecting) == ("macvtap", "pepa", True)
+    ]
+    [good] = [seen for each, seen in GOOD if each == case]
+    late = {**good, "guest_unicast": {"a": False, "b": True}}
+    answers = [{**late, "peer_unicast": {"a": False, "b": False}}, good, good]
+    monkeypatch.setattr(demo_module, "_ask", lambda *_: lambda: answers.pop(0))
+    seen = dict(late)
+    _ask_again(case, seen, {}, {})
+    assert as_expected(case, seen)
+    assert answers == [good]
+    wrong = {**late, "guest_broadcast": {"a": True, "b": False}}
+    _ask_again(case, wrong, {}, {})
+    assert wrong == {**good, "guest_broadcast": {"a": True, "b": False}}
+    assert answers == []
 
 
 @pytest.mark.vm
