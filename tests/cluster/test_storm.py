@@ -5,11 +5,9 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from tests.cluster.conftest import CAPACITY, network, pod
+from tests.cluster.conftest import CAPACITY, network, pod, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lab.cluster import Cluster
     from tests.cluster.conftest import Release
 
@@ -65,42 +63,46 @@ def _ready(cluster: Cluster) -> list[str]:
 
 
 def test_thirty_pods_while_agent_kubelet_and_containerd_come_and_go(release: Release) -> None:
+    """Thirty that have a device, thirty that have none, and then all of them: at once each time."""
+    cluster = release.cluster
+    cluster.apply(network("wire", interface="dataplane", mode="bridge"))
     release.wait_resource("dataplane", CAPACITY)
     before = release.traces()
-    cluster = release.cluster
+    cluster.apply(*(pod(f"storm{number}", "dataplane", of="storm") for number in range(PODS)))
+    # A kubelet refuses a pod for good if the agent is away just when it is to have its device, and so does one that has
+    # just started, if no container of that pod runs. Hence the kubelet is killed in the midst of others only.
+    _wait_pods(release, "jsonpath={.status.startTime}")
+    release.restart()
+    _wait_pods(release, "condition=Ready")
+    cluster.apply(*(pod(f"gust{number}", "wire", device=False, of="storm") for number in range(PODS)))
+    until(lambda: len(release.records()) > PODS, "none of the pods without a device was attached")
+    _trouble(release)
+    _wait_pods(release, "condition=Ready")
+    # Of a sandbox that came to nothing an attachment may be there for a moment still.
+    until(lambda: len(release.records()) <= 2 * PODS, "there are more attachments than pods")
+    records = release.records()
+    assert len(records) == 2 * PODS
+    assert len({record["ifindex"] for record in records}) == 2 * PODS
+    assert len({record["mac"] for record in records}) == 2 * PODS
     with ThreadPoolExecutor(1) as threads:
-        cluster.apply(*(pod(f"storm{number}", "dataplane", of="storm") for number in range(PODS)))
-        started = threads.submit(
-            cluster.kubectl,
-            "wait",
-            "pod",
-            "-l",
-            "of=storm",
-            "--for=condition=Ready",
-            "--timeout=300s",
-            timeout=310,
-        )
-        # A kubelet refuses a pod for good if the agent is away just when it is to have its device, ...
-        admitted = "--for=jsonpath={.status.startTime}"
-        cluster.kubectl("wait", "pod", "-l", "of=storm", admitted, "--timeout=180s")
-        _trouble(release, started.result)
-        records = release.records()
-        assert len(records) == PODS
-        assert len({record["ifindex"] for record in records}) == PODS
-        assert len({record["mac"] for record in records}) == PODS
         gone = threads.submit(
             cluster.kubectl, "delete", "pod", "-l", "of=storm", "--timeout=300s", timeout=310
         )
-        _trouble(release, lambda: None)
+        release.restart()
+        _trouble(release)
         gone.result()
     release.left(before)
+    cluster.kubectl("delete", "network-attachment-definition", "wire")
 
 
-def _trouble(release: Release, quiet: Callable[[], object]) -> None:
-    """quiet: called while there is a kubelet that may finish what it has begun."""
+def _wait_pods(release: Release, condition: str) -> None:
+    words = ("wait", "pod", "-l", "of=storm", f"--for={condition}", "--timeout=300s")
+    release.cluster.kubectl(*words, timeout=310)
+
+
+def _trouble(release: Release) -> None:
+    """The kubelet and containerd are killed and started again, and a new version of the agent is rolled out."""
     cluster = release.cluster
-    release.restart()
-    quiet()  # ... and so does one that has just started, before the agent is registered, if no container of it runs
     cluster.kubelet.kill()
     cluster.containerd.kill()
     cluster.containerd.start()
