@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -22,6 +21,7 @@ from cni.agent.broker import PER_POD
 from lab.guest import Guest, Image, Nic
 from tests.agent import inpod
 from tests.runner import BIN, config
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,14 +130,6 @@ def detach(agent: Agent, pod: Netns, ifname: str = "net1", container: str = "c1"
 def held(agent: Agent) -> list[Path]:
     """Without a file that is being written in the place of one of them."""
     return [path for path in (agent.run / "holders").iterdir() if path.suffix != ".new"]
-
-
-def until(true: Callable[[], bool], what: str) -> None:
-    """For what the agent does by itself and tells nobody."""
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(0.02)
 
 
 def asking(agent: Agent, pod: Netns) -> Client:

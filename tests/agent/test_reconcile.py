@@ -21,8 +21,8 @@ from cni.rtnl import Rtnl
 from cni.state import IFINDEX_BASE, Record, Store, identifier
 from lab.wire import BRIDGE, NIC
 from tests.agent.conftest import Agent
-from tests.agent.test_broker import until
 from tests.runner import config
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.agent.conftest import Agent
-from tests.agent.test_broker import until
 from tests.runner import config
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from lab.wire import Lab

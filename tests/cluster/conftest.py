@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,10 @@ import pytest
 from lab import multus, ownimage
 from lab.cluster import NETCONF, NODE, PLUGINS, Cluster
 from lab.wire import NIC, Lab, LabError
+from tests.waiting import until_as_before
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 CHART = Path(__file__).parents[2] / "deploy/helm/vmtap"
 NAMESPACE = "vmtap-system"
@@ -24,7 +24,6 @@ RESOURCES = "macvtap.network.kubevirt.io"
 CAPACITY = 40
 """Of the interface dataplane; narrow has 1."""
 PATIENCE = 180.0
-_LOOK_SECONDS = 0.05
 _NETWORKS = {"apiVersion": "k8s.cni.cncf.io/v1", "kind": "NetworkAttachmentDefinition"}
 
 
@@ -132,11 +131,7 @@ class Release:
 
     def left(self, before: dict[str, Any]) -> None:
         """Fails the test if anything of the traces is not as it was before, after giving it a moment."""
-        end = time.monotonic() + PATIENCE
-        while (now := self.traces()) != before and time.monotonic() < end:
-            time.sleep(_LOOK_SECONDS)
-        differs = {key: (before[key], now[key]) for key in now if now[key] != before[key]}
-        assert not differs, f"before and now: {differs}"
+        until_as_before(self.traces, before)
 
     def _in(self, folder: str | Path, pattern: str = "*") -> list[Path]:
         return [*self.cluster.machine.path(folder).glob(pattern)]
@@ -145,14 +140,6 @@ class Release:
 def _stays(path: Path) -> bool:
     """host-local's lock and its note of the last address, and what libcni keeps of pods that run."""
     return "lock" in path.name or "last_reserved" in path.name
-
-
-def until(true: Callable[[], bool], what: str) -> None:
-    """For what happens by itself and tells nobody."""
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(_LOOK_SECONDS)
 
 
 def network(name: str, **config: Any) -> dict[str, Any]:

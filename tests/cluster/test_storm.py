@@ -5,7 +5,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from tests.cluster.conftest import CAPACITY, network, pod, until
+from tests.cluster.conftest import CAPACITY, network, pod
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from lab.cluster import Cluster

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from tests.cluster.conftest import CAPACITY, NAMESPACE, PATIENCE, pod
+from tests.cluster.conftest import CAPACITY, NAMESPACE, pod
+from tests.waiting import until_as_before
 
 if TYPE_CHECKING:
     from tests.cluster.conftest import Release
@@ -24,8 +24,4 @@ def test_uninstall_waits_for_the_last_pod_and_leaves_nothing(release: Release) -
         assert len(release.records()) == 1
         cluster.kubectl("delete", "pod", "last", "--timeout=180s")
         uninstalled.result()
-    end = time.monotonic() + PATIENCE
-    while (after := release.node()) != release.before and time.monotonic() < end:
-        time.sleep(0.2)
-    differs = {key: (was, after[key]) for key, was in release.before.items() if after[key] != was}
-    assert not differs, f"before and now: {differs}"
+    until_as_before(release.node, release.before)

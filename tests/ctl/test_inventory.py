@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cni import lock, netns, state, tapdev
-from tests.agent.test_broker import until
 from tests.ctl.conftest import Ctl, announced, lldp_frame
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from lab.wire import Lab, Netns

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,10 @@ from lab.machine import Machine
 from lab.podman import Podman
 from tests.agent.conftest import SHIM, Agent
 from tests.runner import BIN
+from tests.waiting import until, until_as_before
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from lab.wire import Lab
 
@@ -30,9 +30,6 @@ REFERENCE = Path("/usr/lib/cni")
 BRIDGE = "cni0"
 WIRE = {"type": "vmtap", "source": "eth1", "mode": "bridge"}
 """A network of ours in a config."""
-PATIENCE = 30.0
-"""Seconds for what ends by itself a moment later."""
-_LOOK_SECONDS = 0.05
 _PODMANS_OWN = "/run/lab/podman/graph/overlay"
 """A mount that is there, or not, as the last podman left it."""
 
@@ -123,11 +120,7 @@ class Node:
 
     def left(self, before: dict[str, Any]) -> None:
         """Fails the test if anything of the traces is not as it was before, after giving it a moment."""
-        end = time.monotonic() + PATIENCE
-        while (now := self.traces()) != before and time.monotonic() < end:
-            time.sleep(_LOOK_SECONDS)
-        differs = {key: (before[key], now[key]) for key in now if now[key] != before[key]}
-        assert not differs, f"before and now: {differs}"
+        until_as_before(self.traces, before)
 
     def _in(self, folder: str | Path, pattern: str = "*") -> list[Path]:
         return [*self.machine.path(folder).glob(pattern)]
@@ -136,14 +129,6 @@ class Node:
 def _stays(path: Path) -> bool:
     """host-local's lock and its note of the last address."""
     return "lock" in path.name or "last_reserved" in path.name
-
-
-def until(true: Callable[[], bool], what: str) -> None:
-    """For what happens by itself and tells nobody."""
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(_LOOK_SECONDS)
 
 
 @pytest.fixture(params=["agent"])

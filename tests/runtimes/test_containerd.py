@@ -15,7 +15,8 @@ from lab.containerd import SANDBOX
 from lab.cri import Container, CriError, Pod
 from lab.proto import cri_pb2 as api
 from tests.faults.baseline import Leaser
-from tests.runtimes.conftest import WIRE, until
+from tests.runtimes.conftest import WIRE
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable

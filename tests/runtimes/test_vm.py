@@ -20,7 +20,8 @@ from lab.cri import Container
 from lab.guest import Conversation
 from lab.kubelet import Kubelet
 from lab.proto import cri_pb2 as api
-from tests.runtimes.conftest import RUN, until
+from tests.runtimes.conftest import RUN
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
