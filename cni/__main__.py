@@ -12,8 +12,8 @@ import sys
 import time
 
 from cni import plugin
+from cni.config.netconf import MAX_BYTES
 from cni.errors import CniError
-from cni.netconf import MAX_BYTES
 from cni.spec import INVALID_ENVIRONMENT, IO_FAILURE, TRY_AGAIN_LATER, VERSIONS
 
 TYPE_CHECKING = False

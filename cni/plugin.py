@@ -11,11 +11,12 @@ import os
 import re
 from dataclasses import dataclass
 
-from cni import attachment, check, netconf, netns, result
-from cni import policy as policies
+from cni.attach import attachment, check, result
+from cni.config import netconf
+from cni.config import policy as policies
 from cni.errors import CniError, refused
-from cni.lock import nothing
-from cni.rtnl import Host
+from cni.kernel import netns
+from cni.kernel.rtnl import Host
 from cni.spec import (
     INCOMPATIBLE_VERSION,
     INTERNAL,
@@ -23,15 +24,17 @@ from cni.spec import (
     PLUGIN_NOT_AVAILABLE,
     VERSIONS,
 )
-from cni.state import Store, identifier
+from cni.state.lock import nothing
+from cni.state.record import identifier
+from cni.state.store import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from cni.netconf import NetConf
-    from cni.state import Record
+    from cni.config.netconf import NetConf
+    from cni.state.record import Record
 
 _ATTACHMENT = ("CNI_CONTAINERID", "CNI_IFNAME")
 _REQUIRED = {
@@ -56,8 +59,8 @@ class Request:
 
     env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
     policy: path of the node's policy file; netns: an fd of CNI_NETNS (O_PATH will do), where the caller has
-    opened it; host: the calling thread's, where the caller keeps one; load_policy: see policy.py; delete_link, cdi,
-    waits, made: see attachment.py; note: see state.py.
+    opened it; host: the calling thread's, where the caller keeps one; load_policy: see config/policy.py;
+    delete_link, cdi, waits, made: see attach/attachment.py; note: see state/store.py.
     """
 
     env: Mapping[str, str]

@@ -12,29 +12,31 @@ import time
 from contextlib import suppress
 from logging import ERROR, INFO, WARNING
 
-from cni import attachment, plugin
-from cni.agent import config, health, metrics, node, server
+from cni import plugin
+from cni.agent import health, metrics, node_metrics, server
 from cni.agent import log as logs
 from cni.agent.broker import Broker
+from cni.agent.link_deletion import Unlinker
 from cni.agent.log import log
 from cni.agent.policies import VARIABLE, Policies
 from cni.agent.reconcile import Reconciler
-from cni.agent.relay import Relay
-from cni.agent.unlink import Unlinker
+from cni.agent.settings import load as load_settings
+from cni.agent.vepa_warning import Relay
 from cni.agent.wire import Asked
+from cni.attach import attachment
 from cni.errors import CniError
-from cni.lock import nothing
-from cni.netns import libc
-from cni.rtnl import Host
-from cni.state import Store
+from cni.kernel.netns import libc
+from cni.kernel.rtnl import Host
+from cni.state.lock import nothing
+from cni.state.store import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cni.agent.config import Config
-    from cni.agent.deviceplugin.plugin import DevicePlugin
+    from cni.agent.deviceplugin.offering import DevicePlugin
     from cni.agent.server import Reply
+    from cni.agent.settings import Config
     from cni.plugin import Response
 
 
@@ -147,7 +149,7 @@ class Agent:
 def main() -> int:
     """Run until SIGTERM or SIGINT; the exit status."""
     try:
-        settings = config.load(sys.argv[1:])
+        settings = load_settings(sys.argv[1:])
     except CniError as error:
         print(f"vmtapd: {error}", file=sys.stderr)
         return 64
@@ -171,7 +173,7 @@ def _run(settings: Config) -> int:
     os.makedirs(folder, mode=0o700, exist_ok=True)
     registry = metrics.Registry()
     agent = Agent(settings, registry)
-    node.declare(registry, store, agent.policies, lambda: agent.policy_error() is None)
+    node_metrics.declare(registry, store, agent.policies, lambda: agent.policy_error() is None)
     agent.policy_error()  # it is logged, and every ADD says so
     reconciler = Reconciler(
         store,
@@ -220,7 +222,7 @@ def _device_plugin(
         if policies.discovers:
             log(WARNING, f"{VARIABLE} asks for discovery, which is the device plugin's, and that is off")
         return None
-    from cni.agent.deviceplugin.plugin import DevicePlugin  # noqa: PLC0415 - gRPC is 25 MB
+    from cni.agent.deviceplugin.offering import DevicePlugin  # noqa: PLC0415 - gRPC is 25 MB
 
     return DevicePlugin(settings, policies, store, registry)
 

@@ -2,7 +2,7 @@
 
 Whoever connects is known by the network namespace of its process and by nothing else (agent/peer.py): no
 name, token or path that it sends is believed, so it can ask for what is its pod's, or for nothing. One line of
-JSON each way and a connection for each request; cni/launcher/broker.py is the other end:
+JSON each way and a connection for each request; cni/launcher/broker_client.py is the other end:
 
     agent      {"broker": 1}                   when it knows who it is, and that there is something to get
     launcher   {"ifnames": ["net1"], "queues": 2, "shared": false, "open": true}       each may be absent
@@ -25,11 +25,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 
-from cni import netns, tapdev
 from cni.agent import peer, server
 from cni.agent.holders import Holders
 from cni.agent.log import log
 from cni.errors import CniError, refused
+from cni.kernel import netns, tapdev
 from cni.spec import (
     DECODING_FAILURE,
     INTERNAL,
@@ -38,7 +38,7 @@ from cni.spec import (
     NO_ATTACHMENT,
     TRY_AGAIN_LATER,
 )
-from cni.state import IFINDEX_BASE, Store
+from cni.state.store import IFINDEX_BASE, Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from cni.agent.metrics import Registry
     from cni.agent.peer import Peer
-    from cni.state import Record
+    from cni.state.record import Record
 
 REQUEST_LIMIT = 64 << 10
 GREETING = b'{"broker":1}\n'

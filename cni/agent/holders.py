@@ -15,12 +15,13 @@ import threading
 from contextlib import contextmanager, suppress
 from logging import INFO, WARNING
 
-from cni import lock
 from cni.agent.log import log
 from cni.agent.peer import Process, ended
 from cni.errors import CniError, refused
 from cni.spec import DEVICE_BUSY
-from cni.state import Store, boot_id
+from cni.state import lock
+from cni.state.record import boot_id
+from cni.state.store import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

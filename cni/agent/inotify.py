@@ -11,7 +11,7 @@ import errno
 import os
 from contextlib import suppress
 
-from cni.netns import libc
+from cni.kernel.netns import libc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ import socket
 import struct
 from dataclasses import dataclass
 
-from cni import netns
 from cni.errors import CniError
+from cni.kernel import netns
 from cni.spec import INVALID_NETNS
 
 TYPE_CHECKING = False

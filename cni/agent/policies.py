@@ -11,11 +11,11 @@ import os
 import threading
 from logging import ERROR, INFO, WARNING
 
-from cni import policy, schema
 from cni.agent.log import log
+from cni.config import policy, schema
+from cni.config.netconf import canonical
+from cni.config.policy import Interface, Policy
 from cni.errors import CniError
-from cni.netconf import canonical
-from cni.policy import Interface, Policy
 from cni.spec import INVALID_NETWORK_CONFIG
 
 TYPE_CHECKING = False

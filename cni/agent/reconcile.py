@@ -37,11 +37,12 @@ from contextlib import suppress
 from functools import partial
 from logging import DEBUG, ERROR, INFO, WARNING
 
-from cni import attachment, macvtap, netns, sriov, vlan
 from cni.agent import wire
 from cni.agent.log import log
+from cni.attach import attachment
 from cni.errors import CniError
-from cni.rtnl import (
+from cni.kernel import macvtap, netns
+from cni.kernel.rtnl import (
     NETLINK_ADD_MEMBERSHIP,
     NETLINK_ROUTE,
     RTM_DELNSID,
@@ -50,7 +51,9 @@ from cni.rtnl import (
     Rtnl,
     nsid_events,
 )
-from cni.state import IFINDEX_BASE, Record, boot_id, identifier, parse_alias
+from cni.lower import sriov, vlan
+from cni.state.record import Record, boot_id, identifier, parse_alias
+from cni.state.store import IFINDEX_BASE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,10 +61,10 @@ if TYPE_CHECKING:
 
     from cni.agent.metrics import Registry
     from cni.agent.wire import Asked
+    from cni.config.policy import Policy
+    from cni.kernel.rtnl import Link
     from cni.plugin import Response
-    from cni.policy import Policy
-    from cni.rtnl import Link
-    from cni.state import Store
+    from cni.state.store import Store
 
 _WORKERS = 4
 """Attachments that are ended at once: each may have a delegate that hangs until its deadline."""

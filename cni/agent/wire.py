@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from cni.lock import nothing
+from cni.state.lock import nothing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import signal
 import sys
 
 from cni import spec
-from cni.ctl import settings
+from cni.ctl import locations
 from cni.errors import CniError
 
 TYPE_CHECKING = False
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from cni.ctl.inventory import Attachment
-    from cni.ctl.settings import Settings
+    from cni.ctl.locations import Settings
 
 PROGRAM = "vmtapctl"
 BIN_DIR = "/opt/cni/bin"
@@ -298,7 +298,7 @@ def _names(prefix: str, **_: Any) -> list[str]:
     from cni.ctl import inventory  # noqa: PLC0415
 
     try:
-        records, _bad = inventory.read_records(settings.load(run=None, policy=None, file=None).run)
+        records, _bad = inventory.read_records(locations.load(run=None, policy=None, file=None).run)
     except CniError:
         return []
     found = {name for record, since in records for name in names(inventory.Attachment(record, since, "old"))}
@@ -312,7 +312,7 @@ def _devices(prefix: str, **_: Any) -> list[str]:
 
 
 def _settings(options: argparse.Namespace, *, complain: bool = True) -> Settings:
-    found = settings.load(run=options.run, policy=options.policy, file=options.config)
+    found = locations.load(run=options.run, policy=options.policy, file=options.config)
     if found.fault and complain:
         print(f"{PROGRAM}: {found.fault}; going by its defaults", file=sys.stderr)
     return found

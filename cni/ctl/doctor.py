@@ -1,7 +1,7 @@
 """What is wrong on this node: each finding with its severity and its next step. docs/vmtapctl.md lists them.
 
 "error": an ADD, or a VM, fails or will. "warning": it works, and somebody should look. Must change nothing: to
-try something it makes namespaces of its own (trial.py). Connecting to the agent's socket starts it where systemd
+try something it makes namespaces of its own (self_test.py). Connecting to the agent's socket starts it where systemd
 listens for it, as the next pod would.
 """
 
@@ -15,19 +15,22 @@ import stat
 import struct
 from dataclasses import dataclass
 
-from cni import ethtool, lock, offload, policy
-from cni.ctl import functions, inventory, offered, relay, trial
+from cni.config import policy
+from cni.ctl import inventory, kubelet, reflection, self_test, virtual_functions
 from cni.errors import CniError
-from cni.rtnl import ARPHRD_ETHER, Rtnl
+from cni.kernel import ethtool
+from cni.kernel.rtnl import ARPHRD_ETHER, Rtnl
+from cni.lower import offload
+from cni.state import lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cni.config.policy import Policy
     from cni.ctl.inventory import Attachment, Node, Source
-    from cni.ctl.settings import Settings
-    from cni.policy import Policy
-    from cni.rtnl import Link
+    from cni.ctl.locations import Settings
+    from cni.kernel.rtnl import Link
 
 _MACVLAN_MODE_PASSTHRU = 8
 _SECONDS = 3.0
@@ -42,11 +45,11 @@ _CAPABILITIES = {
 }
 """What the agent has to have (linux/capability.h); deploy/systemd/vmtapd.service says what for."""
 _MODULES = {
-    trial.STEPS[1]: "modprobe tun; where that fails, boot a kernel with CONFIG_TUN",
-    trial.STEPS[2]: "modprobe macvtap; where that fails, boot a kernel with CONFIG_MACVTAP",
-    trial.STEPS[3]: "boot Linux 5.2 or newer",
-    trial.STEPS[4]: "boot Linux 5.2 or newer",
-    trial.STEPS[5]: "boot Linux 5.2 or newer",
+    self_test.STEPS[1]: "modprobe tun; where that fails, boot a kernel with CONFIG_TUN",
+    self_test.STEPS[2]: "modprobe macvtap; where that fails, boot a kernel with CONFIG_MACVTAP",
+    self_test.STEPS[3]: "boot Linux 5.2 or newer",
+    self_test.STEPS[4]: "boot Linux 5.2 or newer",
+    self_test.STEPS[5]: "boot Linux 5.2 or newer",
 }
 _OFFLOADS = {
     "tx-generic-segmentation": "gso",
@@ -99,8 +102,8 @@ def examine(settings: Settings) -> list[Finding]:
         return found
     for source in node.sources:
         found += _source(node, source)
-    found += [Finding(*each) for each in relay.examine(settings.run, node)]
-    found += [Finding("device plugin", *each) for each in offered.examine(settings)]
+    found += [Finding(*each) for each in reflection.examine(settings.run, node)]
+    found += [Finding("device plugin", *each) for each in kubelet.examine(settings)]
     found += _attachments(node)
     return found
 
@@ -117,7 +120,7 @@ def _user() -> Iterator[Finding]:
 def _kernel(settings: Settings) -> Iterator[Finding]:
     release = os.uname().release
     failed = False
-    for step, why in trial.run(opens=settings.broker).items():
+    for step, why in self_test.run(opens=settings.broker).items():
         if why:
             failed = True
             root = "give vmtapctl the capabilities of the host's root"
@@ -290,7 +293,7 @@ def _source(node: Node, source: Source) -> Iterator[Finding]:
         over = f" over {', '.join(source.nics)}" if source.nics not in ((), (source.name,)) else ""
         room = [f"{e.name}: {node.count(e)} of {e.capacity} attached" for e in source.entries if e.capacity]
         if source.most:
-            room.append(functions.summary(node, source))
+            room.append(virtual_functions.summary(node, source))
         yield Finding(check, "ok", "; ".join([f"{source.state}{over}, MTU {source.link.mtu}", *room]))
 
 
@@ -299,7 +302,7 @@ def _faults(node: Node, source: Source) -> Iterator[tuple[str, str, str]]:
     link = source.link
     for entry in source.entries:
         if entry.functions and link:
-            yield from functions.faults(node, source, entry)
+            yield from virtual_functions.faults(node, source, entry)
         if entry.type == "vmdq" and link:
             yield from _offload(node, source, entry.name)
         if entry.capacity and node.count(entry) > entry.capacity:
@@ -403,7 +406,7 @@ def _attachment(each: Attachment) -> Iterator[Finding]:
     record = each.record
     check = f"{each.sandbox} {record.ifname}"
     if each.link and record.vf:
-        yield from (Finding(check, *found) for found in functions.changes(each))
+        yield from (Finding(check, *found) for found in virtual_functions.changes(each))
     if each.status in ("gone", "old"):
         why = "its link is gone" if each.status == "gone" else "it is of an earlier boot"
         yield Finding(

@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 
-from cni.ctl import holders
+from cni.ctl import open_devices
 
 _NETLINK_CONNECTOR = 11
 _CN_IDX_PROC = _CN_VAL_PROC = 1
@@ -70,4 +70,4 @@ class Execs:
                 return found
             except OSError:  # ENOBUFS: more than we could take in
                 return True
-            found = found or holders.may_hold(struct.unpack_from("=i", data, _PID)[0])
+            found = found or open_devices.may_hold(struct.unpack_from("=i", data, _PID)[0])

@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import cni
-from cni import offload
 from cni.agent.health import served
-from cni.cdi import KIND
 from cni.ctl import inventory
 from cni.errors import CniError
+from cni.lower import offload
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
+from cni.state.cdi import KIND
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -13,24 +13,28 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from cni import lock, netns, policy, sriov, state, vf
-from cni.ctl import holders, sysfs
+from cni.config import policy
+from cni.ctl import open_devices, sysfs
 from cni.errors import CniError
-from cni.rtnl import IFF_UP, Rtnl
+from cni.kernel import netns, vf
+from cni.kernel.rtnl import IFF_UP, Rtnl
+from cni.lower import sriov
 from cni.spec import IO_FAILURE
+from cni.state import lock
+from cni.state.record import boot_id, decode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
 
-    from cni.ctl.holders import Holder
+    from cni.config.policy import Policy
     from cni.ctl.lldp import Neighbour
-    from cni.ctl.settings import Settings
+    from cni.ctl.locations import Settings
+    from cni.ctl.open_devices import Holder
     from cni.ctl.sysfs import Sysfs
-    from cni.policy import Policy
-    from cni.rtnl import Link
-    from cni.state import Record
+    from cni.kernel.rtnl import Link
+    from cni.state.record import Record
 
 IFF_LOWER_UP = 0x10000
 _LAUNCHER_POD = re.compile(r"virt-launcher-(.+)-[a-z0-9]{5}")
@@ -279,9 +283,7 @@ def read_records(run: str) -> tuple[list[tuple[Record, datetime]], dict[str, str
             with open(path, "rb") as file:
                 data = file.read()
                 changed = os.fstat(file.fileno()).st_mtime
-            found.append(
-                (state.decode(name.removesuffix(".json"), data), datetime.fromtimestamp(changed, UTC))
-            )
+            found.append((decode(name.removesuffix(".json"), data), datetime.fromtimestamp(changed, UTC)))
         except FileNotFoundError:  # DEL was quicker
             pass
         except (OSError, ValueError) as error:
@@ -295,7 +297,7 @@ def living(run: str) -> list[Attachment]:
         return [
             Attachment(record, since, "there", link)
             for record, since in read_records(run)[0]
-            if record.boot_id == state.boot_id() and (link := _link(host, record))
+            if record.boot_id == boot_id() and (link := _link(host, record))
         ]
 
 
@@ -306,7 +308,7 @@ def _attachments(host: Rtnl, run: str, records: Iterable[tuple[Record, datetime]
     with ExitStack() as stack:
         seen: dict[tuple[int, int], Sysfs | None] = {}
         for record, since in records:
-            if record.boot_id != state.boot_id():
+            if record.boot_id != boot_id():
                 made.append(Attachment(record, since, "old"))
                 continue
             link = _link(host, record)
@@ -338,9 +340,11 @@ def _attachments(host: Rtnl, run: str, records: Iterable[tuple[Record, datetime]
                     from_guest=_traffic(own, record.ifname, back),
                 )
             )
-    held = holders.find(macvtaps, taps)
+    held = open_devices.find(macvtaps, taps)
     return [
-        _judged(each, holders.with_given(f"{run}/holders/{each.record.id}", held.get(each.record.id, [])))
+        _judged(
+            each, open_devices.with_given(f"{run}/holders/{each.record.id}", held.get(each.record.id, []))
+        )
         for each in made
     ]
 

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from cni import netconf, nodefile, policy, schema
+from cni.config import netconf, nodefile, policy, schema
 from cni.errors import CniError
 
 TYPE_CHECKING = False
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from cni.policy import Policy
+    from cni.config.policy import Policy
 
 TYPES = ("vmtap", "macvtap")
 _NEXT = re.compile(r"; (?=[^ ;]+: )")

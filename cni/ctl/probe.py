@@ -18,12 +18,16 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-from cni import attachment, ipv6, macvtap, probed, state, tapdev
-from cni.ctl import inventory, lldp, sysfs, trial
+from cni.attach import attachment
+from cni.ctl import inventory, lldp, self_test, sysfs
 from cni.errors import CniError
-from cni.probed import Probed
-from cni.rtnl import ARPHRD_ETHER, IFF_LOWER_UP, IFF_UP, Rtnl, mac_bytes
+from cni.kernel import ipv6, macvtap, tapdev
+from cni.kernel.rtnl import ARPHRD_ETHER, IFF_LOWER_UP, IFF_UP, Rtnl, mac_bytes
 from cni.spec import NO_ATTACHMENT, SOURCE_MISSING
+from cni.state import probe_results
+from cni.state.probe_results import Probed
+from cni.state.record import boot_id
+from cni.state.store import IFINDEX_BASE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,11 +35,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cni.ctl.lldp import Evb, Neighbour
-    from cni.rtnl import Link
+    from cni.kernel.rtnl import Link
 
 _ETHERTYPE = 0x88B5
 """IEEE 802's for local experiments: no stack answers it."""
-_IFINDEX = state.IFINDEX_BASE - 2
+_IFINDEX = IFINDEX_BASE - 2
 """No attachment's, so that nobody finds a /dev/tapN of ours in the place of one."""
 _VNET_HEADER = bytes(10)  # struct virtio_net_hdr, before each frame
 _PAYLOAD = 46
@@ -87,8 +91,8 @@ def run(source: str, folder: str, seconds: float) -> Probe:
     with sysfs.of() as own:
         changes = own.number(f"{lower.name}/carrier_changes")
     now = datetime.now().astimezone().isoformat(timespec="seconds")
-    found = Probed(lower.name, reflects, why, now, changes, state.boot_id())
-    probed.save(folder, found)
+    found = Probed(lower.name, reflects, why, now, changes, boot_id())
+    probe_results.save(folder, found)
     nics = inventory.uplinks(lower, by_index) if seconds else ()
     return Probe(found, seconds, *lldp.listen_for_evb(nics, seconds))
 
@@ -140,7 +144,7 @@ def _exchange(host: Rtnl, lower: Link) -> int:
     poll = select.poll()
     taps: dict[int, int] = {}
     with ExitStack() as stack:
-        pod = trial.leave(stack)
+        pod = self_test.leave(stack)
         there = stack.enter_context(Rtnl())
         for number, mac in enumerate(macs):
             fd = _make(stack, host, lower, pod, there=there, ifindex=_IFINDEX + number, mac=mac)

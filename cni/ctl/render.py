@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from cni.probed import MEND
+from cni.state.probe_results import MEND
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 
-from cni import mount, netns
+from cni.kernel import mount, netns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -30,11 +30,11 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from cni import netns
 from cni.ctl import inventory, render
 from cni.ctl.execs import Execs
-from cni.rtnl import NETLINK_ROUTE, SOL_NETLINK
-from cni.state import IFINDEX_BASE
+from cni.kernel import netns
+from cni.kernel.rtnl import NETLINK_ROUTE, SOL_NETLINK
+from cni.state.store import IFINDEX_BASE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cni.ctl.inventory import Attachment, Node
-    from cni.ctl.settings import Settings
+    from cni.ctl.locations import Settings
 
 _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x80, 0x100, 0x200
 _IN_ONLYDIR = 0x01000000

@@ -15,18 +15,20 @@ import shlex
 import signal
 import sys
 
-from cni import netns, spec, state, tapdev
+from cni import spec
 from cni.errors import CniError
+from cni.kernel import netns, tapdev
 from cni.launcher import NO_VHOST, NOT_PERMITTED, QEMU_NOT_EXECUTABLE, QEMU_NOT_FOUND, privilege, qemu
 from cni.launcher.privilege import User
+from cni.state.store import in_netns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import NoReturn
 
-    from cni.launcher.broker import Described
-    from cni.state import Record
+    from cni.launcher.broker_client import Described
+    from cni.state.record import Record
 
     Attachments = Sequence[tuple[Described, int]]
     Take = Callable[[str], list[int]]
@@ -291,9 +293,9 @@ def _broker(options: argparse.Namespace, env: Mapping[str, str]) -> str | None:
 
 
 def _from_broker(path: str, options: argparse.Namespace) -> tuple[Attachments, Take]:
-    from cni.launcher import broker  # noqa: PLC0415 - socket and json are of no use to the others
+    from cni.launcher import broker_client  # noqa: PLC0415 - socket and json are of no use to the others
 
-    given = broker.ask(
+    given = broker_client.ask(
         path,
         ifnames=options.ifname,
         queues=options.queues,
@@ -310,7 +312,7 @@ def _local(options: argparse.Namespace, env: Mapping[str, str]) -> tuple[Attachm
         if options.netns
         else os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     )
-    there = state.in_netns(_state(env), netns.identity(pod))
+    there = in_netns(_state(env), netns.identity(pod))
     records = select(there, options.ifname, options.netns or "this network namespace")
     tuned = [tapdev.tuned(pod, record) for record in records]
     queues = {record.ifname: (record, queue_count(record, options.queues)) for record in tuned}

@@ -33,9 +33,9 @@ from dataclasses import dataclass
 
 from cni import spec
 from cni.errors import CniError
+from cni.kernel.netns import libc
 from cni.launcher import NOT_PERMITTED
 from cni.launcher.qemu import FIRST_FD
-from cni.netns import libc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

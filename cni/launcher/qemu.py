@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cni.launcher.broker import Described
+    from cni.launcher.broker_client import Described
 
 FIRST_FD = 3
 """QEMU's fds begin after stdin, stdout and stderr."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
-    from cni.launcher.broker import Described
+    from cni.launcher.broker_client import Described
 
 _ROUTE_KEYS = {"priority": "metric", "mtu": "mtu", "table": "table"}
 """Keys of a CNI route (1.1.0) and cloud-init's names for them."""

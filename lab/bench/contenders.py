@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from cni import macvtap, rtnl
+from cni.kernel import macvtap, rtnl
 from lab import assets
 from lab.bench.spawn import Job
 from lab.wire import BRIDGE, NIC

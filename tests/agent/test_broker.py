@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
-from cni import netns, spec, state, tapdev
+from cni import spec
 from cni.agent.broker import PER_POD
+from cni.kernel import netns, tapdev
+from cni.state.record import Record
+from cni.state.store import Store, in_netns
 from lab.guest import Guest, Image, Nic
 from tests.agent import inpod
 from tests.runner import BIN, config
@@ -35,7 +38,7 @@ ADDRESS, PEER = "10.77.0.5/24", "10.77.0.254"
 ASK = """
 import json, os, sys
 from cni.errors import CniError
-from cni.launcher import broker
+from cni.launcher import broker_client
 usual = {"ifnames": [], "queues": None, "shared": False, "open": True}
 for line in sys.stdin:
     asked = json.loads(line)
@@ -43,7 +46,7 @@ for line in sys.stdin:
         print("null", flush=True)
         continue
     try:
-        given = broker.ask(sys.argv[1], **usual | asked)
+        given = broker_client.ask(sys.argv[1], **usual | asked)
     except CniError as error:
         print(json.dumps({"code": error.code, "msg": str(error)}), flush=True)
     else:
@@ -217,7 +220,7 @@ assert ctypes.CDLL(None).unshare({inpod.CLONE_NEWUSER | inpod.CLONE_NEWNET}) == 
 def test_refused_a_link_that_looks_like_another_pods(agent: Agent, lab: Lab) -> None:
     """Who is root in a namespace gives links the names and indexes that it likes."""
     attach(agent, lab.pod())
-    [theirs] = state.Store(agent.run).records()
+    [theirs] = Store(agent.run).records()
     forger = lab.pod("forger")
     forger.ip(f"link add name {theirs.ifname} index {theirs.ifindex} address {theirs.mac} type veth")
     assert forger.links()[theirs.ifname]["ifindex"] == theirs.ifindex
@@ -259,7 +262,7 @@ def test_a_failure_holds_nothing(agent: Agent, lab: Lab) -> None:
     attach(agent, pod, "net2", source="br0")
     here = netns.open_path(str(pod.path))
     try:
-        [_, tap] = state.in_netns(agent.run, netns.identity(here))
+        [_, tap] = in_netns(agent.run, netns.identity(here))
         [fd] = tapdev.open_queues(here, tap, 1)
     finally:
         os.close(here)
@@ -319,12 +322,12 @@ def test_a_stale_record_hides_nothing(agent: Agent, lab: Lab) -> None:
     """A namespace that died without a DEL, whose inode this one has got: records of the same ifname on both sides."""
     pod = lab.pod()
     mac = attach(agent, pod, container="c5")
-    store = state.Store(agent.run)
+    store = Store(agent.run)
     [living] = store.records()
     for container in ("c1", "c9"):
-        stale = state.Record(**vars(living) | {"container_id": container, "mac": "02:00:00:00:00:99"})
+        stale = Record(**vars(living) | {"container_id": container, "mac": "02:00:00:00:00:99"})
         index = store.reserve_ifindex(stale.id)
-        store.save(state.Record(**vars(stale) | {"ifindex": index}))
+        store.save(Record(**vars(stale) | {"ifindex": index}))
     with asking(agent, pod) as client:
         [only] = client.ask()
         assert (only["mac"], only["fds"]) == (mac, 1)
@@ -428,11 +431,11 @@ def test_a_hung_launcher_delays_nobody(agent: Agent, lab: Lab) -> None:
 
 REPEAT = """
 import json, os, sys
-from cni.launcher import broker
+from cni.launcher import broker_client
 for line in sys.stdin:
     given = []
     for number in range(int(json.loads(line)["number"])):
-        [(_, fds)] = broker.ask(sys.argv[1], ifnames=[], queues=None, shared=True, open=bool(number % 2))
+        [(_, fds)] = broker_client.ask(sys.argv[1], ifnames=[], queues=None, shared=True, open=bool(number % 2))
         given += fds
     for fd in given:
         os.close(fd)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import deviceid
+from cni.state import deviceid
 from lab.kubelet import SOCKET, Kubelet, PluginError
 from lab.wire import BRIDGE_UPLINK, NIC
 from tests.agent.conftest import Agent

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import netns
-from cni.rtnl import Rtnl
-from cni.state import IFINDEX_BASE, Record, Store, identifier
+from cni.kernel import netns
+from cni.kernel.rtnl import Rtnl
+from cni.state.record import Record, identifier
+from cni.state.store import IFINDEX_BASE, Store
 from lab.wire import BRIDGE, NIC
 from tests.agent.conftest import Agent
 from tests.runner import config

@@ -283,7 +283,7 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys; from cni.agent import config; print(config.load(sys.argv[1:]))",
+            "import sys; from cni.agent import settings; print(settings.load(sys.argv[1:]))",
             "--config",
             file,
             "--run",

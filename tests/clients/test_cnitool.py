@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import netns, state, tapdev
+from cni.kernel import netns, tapdev
+from cni.state.store import in_netns
 from lab.cnitool import Cnitool
 from lab.wire import BRIDGE, NIC, run
 from tests.runner import BIN
@@ -232,7 +233,7 @@ def test_tuning_and_the_launcher(client: Client, pod: Netns, fields: dict[str, A
     assert f"mac={MAC if macvtap else OUR_MAC},host_mtu=1400" in shown.stdout
     namespace = netns.open_path(str(pod.path))
     try:
-        (record,) = state.in_netns(client.cnitool.env["VMTAP_STATE"], netns.identity(namespace))
+        (record,) = in_netns(client.cnitool.env["VMTAP_STATE"], netns.identity(namespace))
         for fd in tapdev.open_queues(namespace, tapdev.tuned(namespace, record), 1):
             os.close(fd)
     finally:

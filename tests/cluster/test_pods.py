@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from cni import deviceid
+from cni.state import deviceid
 from lab import assets, image, ownimage
 from tests.cluster.conftest import CAPACITY, RESOURCES, pod
 from tests.runtimes.test_vm import InPod

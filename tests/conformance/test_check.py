@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import netns, state, tapdev
+from cni.kernel import netns, tapdev
+from cni.state.store import in_netns
 from lab.wire import BRIDGE, NIC
 from tests.conformance.test_invocation import VERSIONS, each_device
 from tests.runner import config
@@ -148,7 +149,7 @@ def test_item_22_opens_nothing(plugin: Plugin, pod: Netns, fields: dict[str, Any
     result = plugin("ADD", config(**fields), netns=pod).ok()
     namespace = netns.open_path(str(pod.path))
     try:
-        (record,) = state.in_netns(plugin.state, netns.identity(namespace))
+        (record,) = in_netns(plugin.state, netns.identity(namespace))
         queues = tapdev.open_queues(namespace, record, 256 if record.device == "macvtap" else 1)
     finally:
         os.close(namespace)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni.ethtool import SIOCETHTOOL
+from cni.kernel.ethtool import SIOCETHTOOL
 from lab.kubelet import Kubelet
 from tests.agent.conftest import Agent
 from tests.agent.test_device_plugin import put

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cni import lock, netns, state, tapdev
+from cni.kernel import netns, tapdev
+from cni.state import lock
+from cni.state.record import boot_id
+from cni.state.store import in_netns
 from tests.ctl.conftest import Ctl, announced, lldp_frame
 from tests.waiting import until
 
@@ -60,7 +63,7 @@ def test_an_fd_of_a_link_that_is_gone_holds_nothing(ctl: Ctl, pod: Netns) -> Non
     """The kernel gives its device number to the next macvtap, and the old fd still shows it."""
     ctl.add(pod)
     namespace = netns.open_path(str(pod.path))
-    [record] = state.in_netns(ctl.plugin.state, netns.identity(namespace))
+    [record] = in_netns(ctl.plugin.state, netns.identity(namespace))
     [fd] = tapdev.open_queues(namespace, record, 1)
     holder = subprocess.Popen(["sleep", "60"], pass_fds=[fd])
     os.close(fd)
@@ -83,7 +86,7 @@ def test_who_was_given_fds_by_the_agent_and_has_closed_them(ctl: Ctl, pod: Netns
     start = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     noted = ctl.plugin.state / "holders" / each["id"]
     noted.parent.mkdir(exist_ok=True)
-    noted.write_text(f'["{state.boot_id()}", [[{os.getpid()}, {start}], [{os.getpid()}1, 1]]]')
+    noted.write_text(f'["{boot_id()}", [[{os.getpid()}, {start}], [{os.getpid()}1, 1]]]')
     [each] = ctl.json("list")["attachments"]
     assert [(holder["pid"], holder["queues"], holder["broker"]) for holder in each["holders"]] == [
         (os.getpid(), 0, True)
@@ -141,7 +144,7 @@ def test_traffic_is_told_from_the_guests_side(ctl: Ctl, lab: Lab, pod: Netns) ->
     before = ctl.json("show", "net1")["attachments"][0]
     lab.node.run(["nsenter", f"--net={pod.path}", "ip", "link", "set", "net1", "up"])
     namespace = netns.open_path(str(pod.path))
-    [record] = state.in_netns(ctl.plugin.state, netns.identity(namespace))
+    [record] = in_netns(ctl.plugin.state, netns.identity(namespace))
     [fd] = tapdev.open_queues(namespace, record, 1)
     os.write(fd, bytes(10) + bytes.fromhex("ffffffffffff020000000001 88b5") + bytes(46))
     os.close(fd)

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cni import probed
 from cni.ctl import lldp
+from cni.state import probe_results
 from lab import frames
 from tests.ctl.conftest import Ctl, announced, lldp_frame
 
@@ -315,13 +315,13 @@ def test_what_cannot_be_understood_is_no_probe(ctl: Ctl, content: str) -> None:
     folder = ctl.plugin.state / "probes"
     folder.mkdir(parents=True)
     (folder / "eth1.json").write_text(content)
-    assert probed.load(str(ctl.plugin.state), "eth1") is None
+    assert probe_results.load(str(ctl.plugin.state), "eth1") is None
 
 
 def test_a_probe_of_an_earlier_boot_is_none(ctl: Ctl, lab: Lab) -> None:
     lab.switch.reflect(True)
     ctl("probe", "eth1", status=YES)
-    assert probed.load(str(ctl.plugin.state), "eth1")
+    assert probe_results.load(str(ctl.plugin.state), "eth1")
     path = ctl.plugin.state / "probes/eth1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"boot_id": "another"}))
-    assert probed.load(str(ctl.plugin.state), "eth1") is None
+    assert probe_results.load(str(ctl.plugin.state), "eth1") is None

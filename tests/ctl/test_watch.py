@@ -64,10 +64,11 @@ def watching(ctl: Ctl, *words: str) -> Iterator[Watch]:
 
 SLEEPER = """
 import os, sys
-from cni import netns, state, tapdev
+from cni.kernel import netns, tapdev
+from cni.state.store import in_netns
 folder, path, ifname = sys.argv[1:]
 namespace = netns.open_path(path)
-records = state.in_netns(folder, netns.identity(namespace))
+records = in_netns(folder, netns.identity(namespace))
 [record] = [record for record in records if record.ifname == ifname]
 [fd] = tapdev.open_queues(namespace, record, 1)
 os.set_inheritable(fd, True)

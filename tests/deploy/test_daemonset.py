@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cni import nodefile, policy, schema
+from cni.config import nodefile, policy, schema
 from cni.ctl.__main__ import make_parser
 from lab import ownimage
 from tests.deploy.test_systemd import CAPABILITIES as SYSTEMDS

@@ -95,8 +95,8 @@ def use(host: Host, clients: Path, *, broker: bool = True) -> list[str]:
 def launch(host: Host, pod: Netns) -> list[str]:
     """Ask the broker, as an unprivileged launcher in that pod; what was refused."""
     code = (
-        "import sys; from cni.launcher import broker; "
-        "broker.ask(sys.argv[1], ifnames=[], queues=None, shared=False, open=True)"
+        "import sys; from cni.launcher import broker_client; "
+        "broker_client.ask(sys.argv[1], ifnames=[], queues=None, shared=False, open=True)"
     )
     program = [sys.executable, "-c", code, f"{inpod.MOUNTED}/broker.sock"]
     done = subprocess.run(

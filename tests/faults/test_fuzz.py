@@ -17,9 +17,11 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from cni import netconf, rtnl, spec
 from cni import plugin as product
+from cni import spec
+from cni.config import netconf
 from cni.errors import CniError
+from cni.kernel import rtnl
 from lab.wire import BRIDGE, NIC, Lab
 from tests.faults.baseline import links
 from tests.runner import Plugin, config

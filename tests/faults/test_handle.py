@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import netns
 from cni import plugin as product
+from cni.kernel import netns
 from lab.wire import BRIDGE, NIC
 from tests.runner import config
 

@@ -17,8 +17,8 @@ import pytest
 
 from cni.agent.metrics import Registry
 from cni.agent.reconcile import Reconciler
-from cni.attachment import delete_link
-from cni.state import Store
+from cni.attach.attachment import delete_link
+from cni.state.store import Store
 from lab.wire import BRIDGE, NIC
 from tests.faults.baseline import processes
 from tests.faults.inject import CHANGES, points

@@ -12,11 +12,11 @@ import os
 import signal
 import sys
 
-import cni.check
-import cni.ipam
-import cni.iproute
-import cni.tap
-import cni.tapdev  # noqa: F401
+import cni.attach.check
+import cni.attach.ipam
+import cni.kernel.iproute
+import cni.kernel.tap
+import cni.kernel.tapdev  # noqa: F401
 from cni import __main__ as executable
 
 

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cni.agent import metrics
-from cni.agent import node as node_metrics
-from cni.ctl import functions, inventory, render, settings
-from cni.policy import load
-from cni.state import Store
+from cni.agent import metrics, node_metrics
+from cni.config.policy import load
+from cni.ctl import inventory, locations, render, virtual_functions
+from cni.state.store import Store
 from lab.wire import run
 from tests.runner import config
 
@@ -28,7 +27,7 @@ def test_what_is_said_of_a_nic_and_its_functions(
     plugin.policy.write_text(
         "interfaces: [{name: fast, source: {dev: [pf0, pf1]}, type: sr-iov, modes: [bridge, vepa]}]"
     )
-    found = settings.load(run=str(plugin.state), policy=str(plugin.policy), file=None)
+    found = locations.load(run=str(plugin.state), policy=str(plugin.policy), file=None)
     bare.make_vfs(2)
     plugin("ADD", config(interface="fast", mode="bridge", vlan=100), netns=pods()).ok()
 
@@ -39,10 +38,13 @@ def test_what_is_said_of_a_nic_and_its_functions(
         (number, bare.pci(number), bare.netdev(number), "igbvf") for number in range(2)
     ]
     assert (pf0.most, pf0.switch_mode, pf1.most, pf1.functions) == (7, None, 7, ())
-    assert functions.summary(taken, pf0) == "2 of 7 VFs made, 1 free, embedded switch without a mode to set"
-    (vepa,) = functions.faults(taken, pf0, entry)
+    assert (
+        virtual_functions.summary(taken, pf0)
+        == "2 of 7 VFs made, 1 free, embedded switch without a mode to set"
+    )
+    (vepa,) = virtual_functions.faults(taken, pf0, entry)
     assert "knows no mode" in vepa[1]
-    assert "0 of 7 VFs are made" in next(functions.faults(taken, pf1, entry))[1]
+    assert "0 of 7 VFs are made" in next(virtual_functions.faults(taken, pf1, entry))[1]
     render.say(render.tree(taken))
     said = capsys.readouterr().out
     assert f"VF 0  {bare.netdev(0)}  {bare.pci(0)}" in said
@@ -56,9 +58,9 @@ def test_what_is_said_of_a_nic_and_its_functions(
     assert 'vmtap_virtual_functions{source="pf1",state="unmade"} 7\n' in text
 
     (attached,) = taken.attachments
-    assert list(functions.changes(attached)) == []
+    assert list(virtual_functions.changes(attached)) == []
     run(["ip", "link", "set", "pf0", "vf", "0", "vlan", "200"])
-    ((severity, what, _),) = functions.changes(attached)
+    ((severity, what, _),) = virtual_functions.changes(attached)
     assert severity == "warning"
     assert "VF 0 of pf0: vlan is [200, 0, 33024], and ADD made it [100, 0, 33024]" in what
     run(["ip", "link", "set", "pf0", "vf", "0", "vlan", "100"])

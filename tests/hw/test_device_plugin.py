@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import deviceid, state
+from cni.state import deviceid
+from cni.state.store import Store
 from lab.kubelet import Device, Kubelet
 from lab.wire import run
 from tests.agent.conftest import Agent
@@ -59,7 +60,7 @@ def agent(running: Agent, kubelet: Kubelet) -> Iterator[Agent]:
     kubelet.wait_resource(FAST)
     kubelet.wait_devices(FAST, health())
     yield running
-    assert list(state.Store(running.run).records()) == []
+    assert list(Store(running.run).records()) == []
     assert list((running.run / "vf").glob("*")) == []
     for nic in (PF0, PF1):
         nic.make_vfs(0)
@@ -83,7 +84,7 @@ def test_what_a_kubelet_allocates_is_the_function_that_the_pod_gets(
         shim("ADD", config(deviceID=id), netns=pod, container=container).ok()
         index = pod.links()["net1"]["ifindex"]
         assert claim.response.devices[0].container_path == f"/dev/tap{index}"
-        (record,) = [each for each in state.Store(agent.run).records() if each.container_id == container]
+        (record,) = [each for each in Store(agent.run).records() if each.container_id == container]
         assert record.vf
         assert (record.source, record.vf["number"], record.device_id) == (pf, 0, id)
     assert (PF0.count(), PF1.count()) == (2, 2)

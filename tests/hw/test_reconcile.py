@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
-from cni import attachment, policy, state
 from cni.agent.metrics import Registry
 from cni.agent.reconcile import Reconciler
+from cni.attach import attachment
+from cni.config import policy
+from cni.state.store import Store
 from lab.wire import run
 from tests.runner import config
 
@@ -27,7 +29,7 @@ def _answer(asked: object) -> Response:
 def _reconcile(plugin: Plugin) -> None:
     """One whole run."""
     reconciler = Reconciler(
-        state.Store(plugin.state),
+        Store(plugin.state),
         _answer,
         lambda: policy.load(plugin.policy),
         Registry(),
@@ -49,7 +51,7 @@ def test_an_attachment_without_a_record_is_adopted_with_its_function(
     plugin("ADD", config(interface="fast"), netns=pod).ok()
     for folder in ("attachments", "ifindex", "vf"):
         shutil.rmtree(plugin.state / folder)
-    store = state.Store(plugin.state)
+    store = Store(plugin.state)
     store.prepare()
     _reconcile(plugin)
     (record,) = store.records()

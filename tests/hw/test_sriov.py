@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import state, tapdev
+from cni.kernel import tapdev
+from cni.state.record import Record
+from cni.state.store import Store
 from lab.frames import BROADCAST, Frame, collect, packet_socket, write_tap
 from lab.wire import run
 from tests.hw.nic import PF0, PF1, killed
@@ -37,8 +39,8 @@ def _config(**fields: Any) -> dict[str, Any]:
     return config(interface="fast", **fields)
 
 
-def _record(plugin: Plugin, container: str = "c1") -> state.Record:
-    (record,) = [each for each in state.Store(plugin.state).records() if each.container_id == container]
+def _record(plugin: Plugin, container: str = "c1") -> Record:
+    (record,) = [each for each in Store(plugin.state).records() if each.container_id == container]
     return record
 
 
@@ -53,7 +55,7 @@ def two(node: Root, plugin: Plugin) -> Iterator[Nic]:
     before = nic.state()
     _policy(plugin)
     yield nic
-    for record in list(state.Store(plugin.state).records()):
+    for record in list(Store(plugin.state).records()):
         plugin("DEL", _config(), container=record.container_id, netns=record.netns).ok()
     assert plugin.leftovers() == []
     if nic.count() == 2:
@@ -228,7 +230,7 @@ def test_adds_at_once_have_a_function_each(two: Nic, plugin: Plugin, pods: Calla
             )
         )
     assert sorted(each.status for each in answers) == [0, 0, 1]
-    records = list(state.Store(plugin.state).records())
+    records = list(Store(plugin.state).records())
     assert {(each.vf or {})["number"] for each in records} == {0, 1}
 
 
@@ -261,12 +263,12 @@ def tied(node: Root) -> Iterator[Nic]:
 @pytest.mark.parametrize(
     "kill",
     [
-        ("cni.vf.change", 1),
-        ("cni.sriov._write", 1),
-        ("cni.sriov._write", 2),
-        ("cni.ipv6.keep_out", 1),
-        ("cni.macvtap.create", 1),
-        ("cni.macvtap.bring_up", 1),
+        ("cni.kernel.vf.change", 1),
+        ("cni.lower.sriov._write", 1),
+        ("cni.lower.sriov._write", 2),
+        ("cni.kernel.ipv6.keep_out", 1),
+        ("cni.kernel.macvtap.create", 1),
+        ("cni.kernel.macvtap.bring_up", 1),
     ],
     ids=lambda kill: f"{kill[0]} {kill[1]}",
 )
@@ -290,10 +292,10 @@ def test_a_killed_add_can_be_repeated_and_a_killed_del_too(
     before = tied.state()
     pod = pods()
     conf = _config(mac=MAC, vlan=100)
-    killed(lambda: plugin("ADD", conf, netns=pod), "cni.sriov._write", 1)
+    killed(lambda: plugin("ADD", conf, netns=pod), "cni.lower.sriov._write", 1)
     plugin("ADD", conf, netns=pod).ok()
     assert tied.settings()[0]["vlan_list"] == [{"vlan": 100}]
-    killed(lambda: plugin("DEL", conf, netns=pod), "cni.sriov._write", 1)
+    killed(lambda: plugin("DEL", conf, netns=pod), "cni.lower.sriov._write", 1)
     plugin("DEL", conf, netns=pod).ok()
     assert plugin.leftovers() == []
     assert tied.changed_since(before) == []

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import vf
-from cni.rtnl import Rtnl
+from cni.kernel import vf
+from cni.kernel.rtnl import Rtnl
 
 if TYPE_CHECKING:
     from tests.hw.nic import Nic, Root

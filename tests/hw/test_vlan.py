@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import state, tapdev
+from cni.kernel import tapdev
+from cni.state.store import Store
 from lab.frames import BROADCAST, Frame, collect, packet_socket, write_tap
 from lab.wire import run
 from tests.hw.nic import killed
@@ -27,7 +28,7 @@ def clean(node: Root, plugin: Plugin) -> Iterator[None]:
     """Nothing is left: no device, no state."""
     before = set(node.links())
     yield
-    for record in list(state.Store(plugin.state).records()):
+    for record in list(Store(plugin.state).records()):
         plugin("DEL", config(), container=record.container_id, netns=record.netns).ok()
     assert set(node.links()) == before
     assert plugin.leftovers() == []
@@ -50,7 +51,7 @@ def test_frames_have_the_tag_on_the_wire_and_none_in_the_guest(
     answer = plugin("ADD", conf, netns=pod).ok()
     mac = answer["interfaces"][0]["mac"]
     pod.wait_until_up("net1")
-    (record,) = state.Store(plugin.state).records()
+    (record,) = Store(plugin.state).records()
     with pod.path.open() as namespace:
         (fd,) = tapdev.open_queues(namespace.fileno(), record, 1)
     # The wire's end would take the tag off into the packet's metadata: so it sends and gets by a VLAN device.
@@ -118,7 +119,9 @@ def test_somebody_elses_device_is_used_and_stays(
         run(["ip", "link", "delete", "theirs"])
 
 
-@pytest.mark.parametrize("where", ["cni.vlan._make", "cni.vlan._bring_up", "cni.macvtap.create"])
+@pytest.mark.parametrize(
+    "where", ["cni.lower.vlan._make", "cni.lower.vlan._bring_up", "cni.kernel.macvtap.create"]
+)
 def test_a_killed_add_leaves_nothing_after_del(plugin: Plugin, pods: Callable[[], Netns], where: str) -> None:
     pod = pods()
     conf = config(source="pf1", vlan=100)

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from cni import deviceid
+from cni.state import deviceid
 from lab.frames import BROADCAST, ETHERTYPE, Frame, collect, packet_socket, write_tap
 from lab.wire import NIC
 from tests.kubevirt.conftest import LauncherPod, Nodes

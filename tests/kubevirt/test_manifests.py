@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from cni import netconf, policy
+from cni.config import netconf, policy
 from lab import assets
 from tests.kubevirt.conftest import DEPLOY, LauncherPod
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import netns, state, tapdev
+from cni.kernel import netns, tapdev
+from cni.state.record import Record
+from cni.state.store import in_netns
 from tests.runner import Plugin, config
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ class Attached:
     """One attachment: the pod, the record that ADD left, the fds of its queues, and ADD's result."""
 
     pod: Netns
-    record: state.Record
+    record: Record
     fds: list[int]
     result: dict[str, Any]
 
@@ -38,7 +40,7 @@ class Attached:
         return self.pod.links()[self.record.ifname]
 
 
-def open_queues(pod: Netns, record: state.Record, queues: int = 1) -> list[int]:
+def open_queues(pod: Netns, record: Record, queues: int = 1) -> list[int]:
     """tapdev's fds; the caller closes them."""
     namespace = netns.open_path(str(pod.path))
     try:
@@ -47,11 +49,11 @@ def open_queues(pod: Netns, record: state.Record, queues: int = 1) -> list[int]:
         os.close(namespace)
 
 
-def records(plugin: Plugin, pod: Netns) -> list[state.Record]:
+def records(plugin: Plugin, pod: Netns) -> list[Record]:
     """The records that are of that pod."""
     namespace = netns.open_path(str(pod.path))
     try:
-        return state.in_netns(plugin.state, netns.identity(namespace))
+        return in_netns(plugin.state, netns.identity(namespace))
     finally:
         os.close(namespace)
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cni import deviceid
 from cni import plugin as plugins
+from cni.state import deviceid
 from tests.runner import config
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cni import mount, netns, tapdev
 from cni.errors import CniError
+from cni.kernel import mount, netns, tapdev
 from cni.spec import DEVICE_BUSY, NO_ATTACHMENT, WRONG_DEVICE
 from lab.frames import BROADCAST, Frame, collect, packet_socket, write_tap
 from lab.wire import NIC
@@ -24,7 +24,7 @@ from tests.runner import config
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cni.state import Record
+    from cni.state.record import Record
     from lab.wire import Lab, Netns
     from tests.netns.conftest import Attached
     from tests.runner import Plugin

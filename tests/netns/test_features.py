@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import netns, tapdev
+from cni.kernel import netns, tapdev
 from lab.frames import BROADCAST, ETHERTYPE, Frame, collect, packet_socket, write_tap
 from lab.wire import BRIDGE, NIC, Lab
 from tests.netns.conftest import records

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from cni import deviceid
+from cni.state import deviceid
 from lab import image, multus
 from lab.containerd import LOGS
 from lab.cri import Container

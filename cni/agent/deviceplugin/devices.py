@@ -11,16 +11,17 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from cni import deviceid, sriov
-from cni.rtnl import ARPHRD_ETHER, IFF_LOOPBACK, IFF_LOWER_UP, IFF_RUNNING, IFF_UP
+from cni.kernel.rtnl import ARPHRD_ETHER, IFF_LOOPBACK, IFF_LOWER_UP, IFF_RUNNING, IFF_UP
+from cni.lower import sriov
+from cni.state import deviceid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-    from cni.policy import Interface
-    from cni.rtnl import Link
-    from cni.sriov import Function
+    from cni.config.policy import Interface
+    from cni.kernel.rtnl import Link
+    from cni.lower.sriov import Function
 
     Links = Mapping[str, Link]
 
@@ -129,7 +130,7 @@ def _attached(function: Function, device: Device, holder: str, *, mine: bool) ->
 
 
 def _free(function: Function, device: Device, links: Links, sysfs: str) -> Device:
-    """Of a VF that no attachment has: whether an ADD could take it, as far as events tell (cni/sriov.py)."""
+    """Of a VF that no attachment has: whether an ADD could take it, as far as events tell (cni/lower/sriov.py)."""
     what = _words(function)
     link = links.get(function.link or "")
     if link is None:

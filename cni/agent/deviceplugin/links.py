@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 
-from cni.rtnl import (
+from cni.kernel.rtnl import (
     IFF_LOWER_UP,
     IFF_RUNNING,
     IFF_UP,

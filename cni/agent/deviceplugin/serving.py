@@ -13,19 +13,19 @@ from logging import INFO, WARNING
 
 import grpc
 
-from cni import cdi, deviceid
 from cni.agent.deviceplugin import v1beta1_pb2 as api
 from cni.agent.deviceplugin import v1beta1_pb2_grpc as services
 from cni.agent.deviceplugin.devices import Device, Held, preferred
 from cni.agent.log import log
+from cni.state import cdi, deviceid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from cni.agent.config import Config
     from cni.agent.metrics import Counter
-    from cni.state import Store
+    from cni.agent.settings import Config
+    from cni.state.store import Store
 
     Context = grpc.ServicerContext
 

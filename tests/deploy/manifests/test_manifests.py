@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cni import nodefile, schema
+from cni.config import nodefile, schema
 from lab import manifests
 from lab.manifests import Document, ManifestError
 

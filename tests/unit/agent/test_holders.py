@@ -15,7 +15,8 @@ from cni.agent.holders import Holders
 from cni.agent.peer import Process, start_time
 from cni.errors import CniError
 from cni.spec import DEVICE_BUSY
-from cni.state import Store, boot_id
+from cni.state.record import boot_id
+from cni.state.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

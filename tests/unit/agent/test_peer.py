@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cni import netns
 from cni.agent import peer
 from cni.errors import CniError
+from cni.kernel import netns
 from cni.spec import INVALID_NETNS
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def test_a_start_time_tells_two_of_one_pid_apart() -> None:
 
 RECYCLED = """
 import json, os, socket, sys
-from cni import netns
+from cni.kernel import netns
 from cni.agent import peer
 from cni.errors import CniError
 peer.SO_PEERPIDFD = int(sys.argv[1])

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cni.agent.policies import Policies, interfaces
+from cni.config.policy import Interface
 from cni.errors import CniError
-from cni.policy import Interface
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cni import netns, state
+from cni.kernel import netns
+from cni.state.record import Record, boot_id
+from cni.state.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,9 +23,9 @@ QEMU = ["qemu-system-x86_64", "-accel", "tcg", "-M", "pc", "-m", "64", "-nodefau
 MAC = "02:00:00:00:00:01"
 
 
-def record(**fields: Any) -> state.Record:
+def record(**fields: Any) -> Record:
     """A macvtap with one queue, except for what is said."""
-    return state.Record(
+    return Record(
         **{
             "network": "dataplane",
             "container_id": "c0ffee",
@@ -36,14 +38,14 @@ def record(**fields: Any) -> state.Record:
             "mac": MAC,
             "mtu": 1500,
             "queues": 1,
-            "boot_id": state.boot_id(),
+            "boot_id": boot_id(),
             **fields,
         }
     )
 
 
-def save(folder: Path, record: state.Record) -> None:
-    store = state.Store(folder)
+def save(folder: Path, record: Record) -> None:
+    store = Store(folder)
     store.prepare()
     store.save(record)
 
@@ -58,7 +60,7 @@ class Pod:
     def ip(self, command: str) -> str:
         return _run("nsenter", f"--net={self.path}", "ip", "-j", *command.split())
 
-    def attach(self, ifname: str, **fields: Any) -> state.Record:
+    def attach(self, ifname: str, **fields: Any) -> Record:
         """Records the link of that name as an attachment."""
         [link] = json.loads(self.ip(f"link show {ifname}"))
         fd = netns.open_path(self.path)
@@ -75,7 +77,7 @@ class Pod:
         save(self.folder, made)
         return made
 
-    def macvtap(self, ifname: str, **fields: Any) -> state.Record:
+    def macvtap(self, ifname: str, **fields: Any) -> Record:
         self.ip(f"link add {ifname}-lower type veth peer name {ifname}-peer")
         self.ip(f"link set {ifname}-lower up")
         self.ip(f"link set {ifname}-peer up")
@@ -83,7 +85,7 @@ class Pod:
         self.ip(f"link set {ifname} up")
         return self.attach(ifname, **fields)
 
-    def tap(self, ifname: str, queues: int) -> state.Record:
+    def tap(self, ifname: str, queues: int) -> Record:
         self.ip(f"tuntap add {ifname} mode tap vnet_hdr {'multi_queue' if queues > 1 else ''}")
         self.ip(f"link set {ifname} up")
         return self.attach(ifname, device="tap", queues=queues, mac=MAC)  # a tap's own is not the guest's

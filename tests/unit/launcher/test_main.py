@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni import netns
 from cni.errors import CniError
+from cni.kernel import netns
 from cni.launcher import NO_VHOST, __main__, privilege
 from tests.unit.launcher.attached import LAUNCH, QEMU, pod, record, save
 

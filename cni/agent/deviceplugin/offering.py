@@ -1,0 +1,390 @@
+"""Offers what the policy names to the kubelet, for as long as the agent runs.
+
+One thread looks after everything, by events: of links (rtnetlink), of PCI devices (uevents), of the policy's folder,
+of the kubelet's and of the VFs that attachments have (inotify), and of a registration's answer. After any of them it
+compares what should be with what is:
+
+    policy, links, VFs  → offers → a Resource each, on a socket of its own, shown whatever changes
+    kubelet.sock        → another than it was, or a socket of ours is gone (a new kubelet wipes its folder): serve,
+                          register
+    an answer           → registered, or tried again later: each time later, up to _LATEST seconds
+
+A socket has a name that no other process of ours uses: an agent that replaces another would else take away its
+socket and lose its own to the other's end.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import socket
+import stat
+import threading
+import time
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from logging import ERROR, INFO, WARNING
+from queue import Empty, SimpleQueue
+
+from cni.agent.deviceplugin.devices import Device, Held, Offer, devices, offers, suitable
+from cni.agent.deviceplugin.links import Links
+from cni.agent.deviceplugin.pci import Changes
+from cni.agent.deviceplugin.registration import Registration
+from cni.agent.deviceplugin.serving import HEALTHY, UNHEALTHY, Answers, Resource
+from cni.agent.inotify import Folders
+from cni.agent.log import log
+from cni.errors import CniError
+from cni.kernel import mount
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.agent.metrics import Labels, Registry
+    from cni.agent.policies import Policies
+    from cni.agent.settings import Config
+    from cni.state.store import Store
+
+_SOONEST = 1.0
+_LATEST = 30.0
+"""Seconds between attempts."""
+_STOP_SECONDS = 5.0
+_PREFIX = "vmtap-"
+
+
+@dataclass
+class _Served:
+    """One resource, and how far its registration is."""
+
+    offer: Offer
+    devices: tuple[Device, ...] = ()
+    resource: Resource | None = None
+    """None: there is no folder to serve it in, or it cannot be served now."""
+    registered: bool = False
+    asked: Registration | None = None
+    """One that is on its way."""
+    due: float = 0.0
+    """When to try again, by time.monotonic()."""
+    failures: int = 0
+    error: str = ""
+
+    def later(self) -> float:
+        """Seconds until the next attempt, which is put off by them."""
+        self.failures += 1
+        pause = min(_LATEST, _SOONEST * 2.0 ** (self.failures - 1))
+        self.due = time.monotonic() + pause
+        return pause
+
+    def at_once(self) -> None:
+        """Whatever was, is over: serve and register now."""
+        self.registered, self.due, self.failures, self.error = False, 0.0, 0, ""
+        if self.asked:
+            self.asked.close()
+            self.asked = None
+
+
+class DevicePlugin:
+    """Made before requests are served, so that ADD knows discovered interfaces; works from start() to stop().
+
+    Raises CniError or OSError if the kernel gives no events or no sysfs.
+    """
+
+    def __init__(self, settings: Config, policies: Policies, store: Store, registry: Registry) -> None:
+        self._settings = settings
+        self._policies = policies
+        self._folder = settings.kubelet
+        self._socket = f"{settings.kubelet}/kubelet.sock"
+        self._token = os.urandom(4).hex()
+        self._sockets = 0
+        self._served: dict[str, _Served] = {}
+        self._left: dict[str, tuple[str, str]] = {}
+        self._kubelet: tuple[int, ...] | None = ()  # not looked for yet
+        self._answered: SimpleQueue[Registration] = SimpleQueue()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="device-plugin", daemon=True)
+
+        self._answers = Answers(
+            settings,
+            store,
+            registry.counter(
+                "vmtap_device_plugin_allocations_total", "Devices that the kubelet was told of.", "resource"
+            ),
+        )
+        self._registrations = registry.counter(
+            "vmtap_device_plugin_registrations_total", "Registrations that the kubelet took.", "resource"
+        )
+        self._failures = registry.counter(
+            "vmtap_device_plugin_registration_failures_total",
+            "Registrations that failed; each is tried again.",
+            "resource",
+        )
+        registry.seen(
+            "vmtap_device_plugin_devices",
+            "Devices offered to the kubelet.",
+            "resource",
+            "health",
+            look=self._count,
+        )
+        registry.seen(
+            "vmtap_device_plugin_registered",
+            "1 if the kubelet that is there has taken the resource's registration.",
+            "resource",
+            look=lambda: {(self._name(name),): each.registered for name, each in list(self._served.items())},
+        )
+        registry.seen(
+            "vmtap_device_plugin_not_offered",
+            "Interfaces of the policy that are not offered; the log says why.",
+            look=lambda: {(): len(self._left)},
+        )
+
+        with ExitStack() as stack:
+            self._links = stack.enter_context(closing(Links()))
+            self._pci = stack.enter_context(closing(Changes()))
+            watched = (self._folder, os.path.dirname(policies.path), store.functions)
+            self._folders = stack.enter_context(closing(Folders(watched)))
+            sysfs = mount.detached(b"sysfs")
+            stack.callback(os.close, sysfs)
+            self._sysfs = f"/proc/self/fd/{sysfs}"
+            self._woken, self._waker = (stack.enter_context(end) for end in socket.socketpair())
+            self._woken.setblocking(False)
+            self._waker.setblocking(False)
+            self._discover()
+            self._stack = stack.pop_all()
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End. The kubelet keeps what it knows of the devices for a while, and of pods that have some for good."""
+        self._stopping = True
+        self._awake()
+        self._thread.join(_STOP_SECONDS)
+
+    def _awake(self) -> None:
+        with suppress(OSError):  # full: it will wake; closed: it is over
+            self._waker.send(b".")
+
+    # The loop
+
+    def _run(self) -> None:
+        poll = select.poll()
+        for each in (self._links, self._pci, self._folders, self._woken):
+            poll.register(each, select.POLLIN)
+        with self._stack:
+            self._sweep()
+            while not self._stopping:
+                try:
+                    due = self._look()
+                except Exception as error:  # the last wall: pods that run must find their devices again
+                    log(ERROR, "device plugin: a step failed; it is tried again", error=repr(error))
+                    due = time.monotonic() + _LATEST
+                self._wait(poll, due)
+            for served in self._served.values():
+                served.at_once()
+                if served.resource:
+                    served.resource.close()
+
+    def _wait(self, poll: select.poll, due: float | None) -> None:
+        """Until something has happened that may matter, or that time has come."""
+        sources = {dev for served in self._served.values() for dev in served.offer.sources}
+        quiet = {self._links.fileno(): lambda: self._links.take(sources), self._pci.fileno(): self._pci.take}
+        while True:
+            ready = poll.poll(None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1)
+            with suppress(BlockingIOError):
+                self._woken.recv(1 << 10)
+            with suppress(OSError):  # it is tried again in _look, and said there
+                if ready and all(fd in quiet and not quiet[fd]() for fd, _ in ready):
+                    continue
+            return
+
+    def _look(self) -> float | None:
+        """Make what is be what should be. When to look again without an event, by time.monotonic()."""
+        self._folders.take()
+        self._links.take()
+        self._pci.take()
+        self._hear()
+        self._discover()
+        self._offer()
+        kubelet = _identity(self._socket)
+        if kubelet != self._kubelet:
+            if kubelet is None:
+                log(INFO, "there is no kubelet: its socket is waited for", socket=self._socket)
+            self._kubelet = kubelet
+            for served in self._served.values():
+                served.at_once()
+        for name, served in self._served.items():
+            self._serve(name, served)
+            self._register(name, served)
+        return min((each.due for each in self._served.values() if self._waits(each)), default=None)
+
+    # Policy and links
+
+    def _discover(self) -> None:
+        if self._policies.discovers:
+            self._policies.discovered(suitable(self._links.by_name(), self._sysfs))
+
+    def _offer(self) -> None:
+        """Serve what the policy names now, and nothing else."""
+        try:
+            policy = self._policies()
+        except CniError:  # it is logged, and never was a good one
+            policy = None
+        offered, left = offers(policy.interfaces if policy else ())
+        for name, (why, next_step) in left.items():
+            if self._left.get(name) != (why, next_step):
+                log(
+                    WARNING,
+                    "interface is not offered to the kubelet",
+                    interface=name,
+                    why=why,
+                    next=next_step,
+                )
+        self._left = left
+        for name in self._served.keys() - {offer.name for offer in offered}:
+            self._withdraw(name)
+        links = self._links.by_name()
+        held = self._answers.held() if any(offer.virtual for offer in offered) else Held()
+        for offer in offered:
+            now = devices(offer, links, self._sysfs, held)
+            served = self._served.get(offer.name)
+            if served is None:
+                served = self._served[offer.name] = _Served(offer)
+                log(INFO, "interface is offered", **self._fields(_Served(offer, now)))
+            elif served.offer != offer or len(served.devices) != len(now):
+                log(INFO, "interface is offered otherwise", **self._fields(_Served(offer, now)))
+            before, served.offer, served.devices = served.devices, offer, now
+            _tell(before, now, self._fields(served))
+            if served.resource:
+                served.resource.show(now)
+
+    def _withdraw(self, name: str) -> None:
+        served = self._served.pop(name)
+        served.at_once()
+        log(INFO, "interface is withdrawn", **self._fields(served))
+        if served.resource:
+            served.resource.close(withdraw=True)
+
+    # The kubelet
+
+    def _serve(self, name: str, served: _Served) -> None:
+        if served.resource and not os.path.exists(served.resource.path):
+            log(INFO, "our socket was removed: serving anew", **self._fields(served))
+            served.resource.close()
+            served.resource = None
+            served.at_once()
+        if served.resource or served.due > time.monotonic() or not os.path.isdir(self._folder):
+            return
+        self._sockets += 1
+        path = f"{self._folder}/{_PREFIX}{self._token}-{self._sockets}.sock"
+        try:
+            served.resource = Resource(self._name(name), name, served.devices, self._answers, path)
+        except RuntimeError as error:
+            self._failed(served, f"{path} cannot be served: {error}")
+
+    def _waits(self, served: _Served) -> bool:
+        """Whether there is something to be done at the time that is due."""
+        if served.registered or served.asked:
+            return False
+        return self._kubelet is not None if served.resource else os.path.isdir(self._folder)
+
+    def _register(self, name: str, served: _Served) -> None:
+        if served.resource and self._waits(served) and served.due <= time.monotonic():
+            served.asked = Registration(self._socket, name, served.resource, self._answer)
+
+    def _answer(self, registration: Registration) -> None:
+        """In a thread of gRPC's."""
+        self._answered.put(registration)
+        self._awake()
+
+    def _hear(self) -> None:
+        """Take the kubelet's answers."""
+        while True:
+            try:
+                registration = self._answered.get_nowait()
+            except Empty:
+                return
+            registration.close()
+            served = self._served.get(registration.interface)
+            if served is None or served.asked is not registration:
+                continue  # another kubelet is there meanwhile, or nothing is offered any more
+            served.asked = None
+            if registration.error:
+                self._failed(served, registration.error)
+                continue
+            served.registered, served.failures, served.error = True, 0, ""
+            self._registrations.inc(self._name(registration.interface))
+            log(INFO, "registered with the kubelet", **self._fields(served))
+            if all(each.registered for each in self._served.values()):
+                gc.collect()  # an old server of gRPC's ends in cycles, and the agent looks for these rarely
+
+    def _failed(self, served: _Served, error: str) -> None:
+        self._failures.inc(self._name(served.offer.name))
+        pause = served.later()
+        if error != served.error:
+            log(WARNING, "not registered; tried again", error=error, seconds=pause, **self._fields(served))
+        served.error = error
+
+    def _sweep(self) -> None:
+        """Remove the sockets of agents that were killed."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in os.listdir(self._folder):
+                path = f"{self._folder}/{name}"
+                if name.startswith(_PREFIX) and stat.S_ISSOCK(os.lstat(path).st_mode) and _dead(path):
+                    os.unlink(path)
+
+    # What is said of it
+
+    def _name(self, interface: str) -> str:
+        return f"{self._settings.resource_namespace}/{interface}"
+
+    def _fields(self, served: _Served) -> dict[str, object]:
+        source = ", ".join(served.offer.sources)
+        return {
+            "resource": self._name(served.offer.name),
+            "source": source,
+            "capacity": len(served.devices),
+        }
+
+    def _count(self) -> dict[Labels, float]:
+        found: dict[Labels, float] = {}
+        for name, served in list(self._served.items()):
+            sick = sum(bool(each.fault) for each in served.devices)
+            found[self._name(name), UNHEALTHY] = sick
+            found[self._name(name), HEALTHY] = len(served.devices) - sick
+        return found
+
+
+def _tell(before: tuple[Device, ...], now: tuple[Device, ...], fields: dict[str, object]) -> None:
+    """Log whose health has changed, those with one fault in one line."""
+    was = [each.fault for each in before] + [""] * len(now)
+    changed: dict[tuple[str, str], list[int]] = {}
+    for number, each in enumerate(now):
+        if each.fault != was[number]:
+            changed.setdefault((each.fault, each.next_step), []).append(number)
+    for (why, next_step), numbers in changed.items():
+        more = {} if len(numbers) == len(now) else {"devices": numbers}
+        if why:
+            log(WARNING, "devices are unhealthy", why=why, next=next_step, **fields, **more)
+        else:
+            log(INFO, "devices are healthy again", **fields, **more)
+
+
+def _identity(path: str) -> tuple[int, ...] | None:
+    """What tells a socket from one that takes its place."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
+
+
+def _dead(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            pass
+        return False

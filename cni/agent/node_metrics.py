@@ -1,0 +1,106 @@
+"""What the node's metrics say of attachments, capacity, policy and the agent's own process, looked up at each scrape.
+
+Must not change anything.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections import Counter
+
+from cni.lower import sriov
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cni.agent.metrics import Labels, Registry
+    from cni.config.policy import Policy
+    from cni.state.store import Store
+
+_PAGE = resource.getpagesize()
+
+
+def declare(
+    registry: Registry, store: Store, policy: Callable[[], Policy | None], valid: Callable[[], bool]
+) -> None:
+    """Put them on the registry. valid: is the policy file, as it is now, a good one or absent?"""
+
+    def attachments() -> dict[Labels, float]:
+        return dict(
+            Counter(
+                (record.interface or "", record.source or "", record.mode or "", record.device)
+                for record in store.records()
+            )
+        )
+
+    def capacity() -> dict[Labels, float]:
+        known = policy()
+        interfaces = known.interfaces if known else ()
+        return {(each.name,): each.capacity for each in interfaces if each.capacity is not None}
+
+    def functions() -> dict[Labels, float]:
+        known = policy()
+        pools = (each.functions.pool for each in known.interfaces if each.functions) if known else ()
+        return {
+            (pf, state): count
+            for pf in dict.fromkeys(pf for pool in pools for pf in pool)
+            for state, count in _functions(pf, store).items()
+        }
+
+    registry.seen(
+        "vmtap_attachments",
+        "Attachments that the node has a record of.",
+        *("interface", "source", "mode", "device"),
+        look=attachments,
+    )
+    registry.seen(
+        "vmtap_interface_capacity",
+        "How many attachments the policy allows on an interface, where it says so.",
+        "interface",
+        look=capacity,
+    )
+    registry.seen(
+        "vmtap_virtual_functions",
+        "Virtual functions of the policy's NICs. other: without a link, so that no attachment gets one.",
+        *("source", "state"),
+        look=functions,
+    )
+    registry.seen(
+        "vmtap_policy_valid",
+        "1 if the policy file is good or absent, 0 if it is refused (then the last good one stays in force).",
+        look=lambda: {(): valid()},
+    )
+    registry.seen(
+        "process_cpu_seconds_total",
+        "CPU time of the agent, its delegates left out.",
+        look=lambda: {(): sum(os.times()[:2])},
+        kind="counter",
+    )
+    registry.seen(
+        "process_resident_memory_bytes", "Resident memory of the agent.", look=lambda: {(): _resident()}
+    )
+    registry.seen(
+        "process_open_fds",
+        "Open file descriptors of the agent.",
+        look=lambda: {(): len(os.listdir("/proc/self/fd"))},
+    )
+
+
+def _functions(pf: str, store: Store) -> dict[str, float]:
+    made = sriov.functions(pf)
+    held = {pci for pci, _ in store.functions_held()}
+    attached = sum(each.pci in held for each in made)
+    free = sum(each.link is not None and each.pci not in held for each in made)
+    return {
+        "attached": attached,
+        "free": free,
+        "other": len(made) - attached - free,
+        "unmade": sriov.most(pf) - len(made),
+    }
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * _PAGE

@@ -1,0 +1,75 @@
+"""The agent's own settings: a file, and flags that go before it. schema/agent.json is the source of both."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+
+from cni.config import nodefile, schema
+from cni.errors import CniError
+from cni.spec import INVALID_NETWORK_CONFIG
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+DEFAULT_FILE = "/etc/vmtap/agent.yaml"
+
+
+@dataclass(frozen=True)
+class Config:
+    """See schema/agent.json; seconds are whole."""
+
+    run: str
+    policy: str
+    delegate_seconds: int
+    drain_seconds: int
+    reconcile_seconds: int
+    metrics: str
+    device_plugin: bool
+    resource_namespace: str
+    kubelet: str
+    device_route: str
+    cdi: str
+    broker_mount: bool
+    log_level: str
+
+
+def load(argv: Sequence[str]) -> Config:
+    """From the file and the flags. Raises CniError 7 that names the field; --help exits."""
+    rules = schema.load("agent")
+    parser = argparse.ArgumentParser(
+        prog="vmtapd",
+        description="The node agent of vmtap. Every flag is a field of the file, too.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", default=None, help=f"default: {DEFAULT_FILE}, if it is there"
+    )
+    for name, rule in rules["properties"].items():
+        text = f"{rule['description']} Default: {json.dumps(rule['default'])}".replace("%", "%%")
+        if rule["type"] == "boolean":
+            parser.add_argument(_flag(name), dest=name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            kind = int if rule["type"] == "integer" else str
+            parser.add_argument(_flag(name), dest=name, metavar=kind.__name__.upper(), type=kind, help=text)
+    flags = vars(parser.parse_args(argv))
+    file = flags.pop("config")
+    document = nodefile.read(file or DEFAULT_FILE, rules)
+    if document is None and file:
+        raise CniError(INVALID_NETWORK_CONFIG, f"--config {file}: there is no such file")
+    if not schema.accepts(rules, flags):
+        schema.explain(rules, flags)
+    fields: dict[str, Any] = schema.defaults(rules) | (document or {}) | flags
+    return Config(**{_snake(name): value for name, value in fields.items()})
+
+
+def _flag(name: str) -> str:
+    return "--" + _snake(name).replace("_", "-")
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)

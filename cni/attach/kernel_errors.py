@@ -1,0 +1,93 @@
+"""What the kernel's no means: an error of its own for each cause, with the culprit named.
+
+Only here may links be listed: nobody waits for an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+
+from cni.errors import SHORTAGE, CniError
+from cni.kernel import macvtap
+from cni.kernel.rtnl import Rtnl
+from cni.spec import KERNEL_REFUSED, MAC_IN_USE, NAME_IN_USE, SOURCE_BUSY, SOURCE_MISSING, TRY_AGAIN_LATER
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.attach.plan import Plan
+    from cni.kernel.rtnl import Link
+    from cni.state.record import Record
+    from cni.state.store import Store
+
+
+def explain(error: OSError, plan: Plan, record: Record, store: Store) -> CniError:
+    """The CniError for what the kernel said while it made record."""
+    said = os.strerror(error.errno or 0)
+    details = said if str(error.strerror) == said else f"{said}: {error.strerror}"
+    code, msg = _cause(error.errno, plan, record, store)
+    return CniError(code, msg, details)
+
+
+def name_in_use(ifname: str) -> str:
+    """What to say of a link that was there before."""
+    return f"CNI_IFNAME {ifname!r}: the pod already has a link of this name; it was left alone"
+
+
+def _cause(number: int | None, plan: Plan, record: Record, store: Store) -> tuple[int, str]:
+    source = plan.source.name if plan.source else ""
+    causes = {
+        errno.EEXIST: (NAME_IN_USE, name_in_use(record.ifname)),
+        errno.ENODEV: (SOURCE_MISSING, f"source device {source!r} went away"),
+        errno.EPERM: (KERNEL_REFUSED, "the plugin lacks CAP_NET_ADMIN, in the host's or the pod's namespace"),
+        **dict.fromkeys(
+            SHORTAGE,
+            (TRY_AGAIN_LATER, "the kernel has no room for the request now: try again"),
+        ),
+    }
+    if number == errno.EADDRINUSE:
+        holder = _holder(plan, record, store)
+        return MAC_IN_USE, f"MAC {record.mac} is in use on {source!r} by {holder}: give this VM another"
+    if number == errno.EBUSY and plan.source and plan.source.master:
+        with Rtnl() as host:
+            master = host.link(index=plan.source.master)
+        name = master.name if master else f"ifindex {plan.source.master}"
+        return (
+            SOURCE_BUSY,
+            f"source device {source!r} is a port of {name!r}: name {name!r} as the source instead",
+        )
+    if number == errno.EINVAL and plan.source and _is_gone(plan.source):  # what a bridge's port is told
+        number = errno.ENODEV
+    if number in (errno.EINVAL, errno.EBUSY) and plan.source and _is_passthru_taken(plan.source, store):
+        return (
+            SOURCE_BUSY,
+            f"source device {source!r} has a passthru macvlan or macvtap, which allows no other",
+        )
+    where = f"on {source!r}" if source else "in the pod"
+    return causes.get(number or 0, (KERNEL_REFUSED, f"the kernel refused the {plan.device} {where}"))
+
+
+def _holder(plan: Plan, record: Record, store: Store) -> str:
+    if plan.source and plan.source.mac == record.mac:
+        return f"{plan.source.name} itself"
+    for other in store.records():
+        if other.mac == record.mac and other.source == record.source and other.id != record.id:
+            return f"{other.ifname} of container {other.container_id} in network {other.network!r}"
+    return "another macvlan or macvtap, not of this plugin"
+
+
+def _is_gone(source: Link) -> bool:
+    with Rtnl() as host:
+        return host.link(index=source.index) is None
+
+
+def _is_passthru_taken(source: Link, store: Store) -> bool:
+    """Whether the lower device has a passthru child: one of ours in a pod, or anybody's in this namespace."""
+    if any(record.source == source.name and record.mode == "passthru" for record in store.records()):
+        return True
+    with Rtnl() as host, suppress(OSError):
+        return any(
+            link.lower == source.index and link.mode == macvtap.MODES["passthru"] for link in host.links()
+        )
+    return False

@@ -1,0 +1,131 @@
+"""What an ADD is going to make: the device, its mode, MAC and MTU, from what was granted and what the source is.
+
+Decided before anything is touched, from what the caller has looked up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cni.config import mac as mac_rules
+from cni.errors import CniError
+from cni.kernel.rtnl import ARPHRD_ETHER
+from cni.spec import INVALID_NETWORK_CONFIG, SOURCE_MISSING
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cni.config.netconf import NetConf, Vlan
+    from cni.config.policy import Functions, Grant
+    from cni.kernel.rtnl import Link
+
+PLAIN_TAP_MTU = 1500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ADD is going to make."""
+
+    device: str
+    mode: str | None
+    source: Link | None
+    mac: str
+    mtu: int
+    functions: Functions | None = None
+    """Where a virtual function carries it; source is one of the pool then, to go by."""
+    vlan: Vlan | None = None
+    """Where a VLAN device of the source does."""
+    offload: bool = False
+    """Whether the source's queues are to do the sorting."""
+
+
+def decide(
+    source: Link | None,
+    conf: NetConf,
+    grant: Grant,
+    container_id: str,
+    ifname: str,
+    *,
+    arguments: Mapping[str, str],
+) -> Plan:
+    """source: the link that grant names; None if there is none of that name. arguments: CNI_ARGS.
+
+    Raises CniError 7 or 104.
+    """
+    if grant.source is not None:
+        if source is None:
+            raise CniError(
+                SOURCE_MISSING,
+                f"source device {grant.source!r} is not on this node: plug it in, or correct the policy",
+            )
+        # An altname must not get round what the policy says of the device.
+        if source.name not in grant.sources:
+            raise CniError(
+                INVALID_NETWORK_CONFIG,
+                f"source {grant.source!r} is another name of {source.name!r}: use that",
+            )
+        if source.arphrd != ARPHRD_ETHER:
+            raise CniError(
+                INVALID_NETWORK_CONFIG, f"source device {grant.source!r} is not an Ethernet device"
+            )
+    bridge = source is not None and source.kind == "bridge"
+    device = grant.device or ("tap" if source is None or (bridge and grant.mode == "bridge") else "macvtap")
+    if device == "macvtap" and source is None:
+        raise CniError(INVALID_NETWORK_CONFIG, "device macvtap needs an interface or a source to sit on")
+    if device == "tap":
+        _check_tap(conf, grant, source)
+    if conf.vlan and conf.vlan.priority and not grant.functions:
+        raise CniError(INVALID_NETWORK_CONFIG, "vlanPriority is refused: only type sr-iov can set it")
+    mtu = conf.mtu or (source.mtu if source else PLAIN_TAP_MTU)
+    if source and mtu > source.mtu:
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"mtu {mtu} is more than the {source.mtu} of source device {source.name!r}",
+        )
+    mac = conf.mac or mac_rules.derive(conf.name, container_id, ifname, arguments)
+    return Plan(
+        device,
+        grant.mode if source else None,
+        source,
+        mac,
+        mtu,
+        _functions(grant),
+        None if grant.functions else grant.vlan,
+        offload=grant.type == "vmdq",
+    )
+
+
+def _check_tap(conf: NetConf, grant: Grant, source: Link | None) -> None:
+    """Raises CniError 7 for what a tap cannot be."""
+    if conf.device_id:
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"device tap: {conf.device_id} was allocated, and a tap is no device of a device plugin's; take the "
+            "resource name out of the network, or use macvtap",
+        )
+    if grant.vlan or conf.vlan:
+        raise CniError(
+            INVALID_NETWORK_CONFIG, "vlan is refused: a bridge sorts its ports itself; use device macvtap"
+        )
+    if source is None:
+        return
+    if source.kind != "bridge":
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"device tap: source {source.name!r} is no Linux bridge; use macvtap on a NIC, or name a bridge",
+        )
+    if grant.mode == "vepa":
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            "mode vepa: a tap on a Linux bridge cannot have it, as the bridge delivers between its own ports; "
+            "use bridge, pepa, or a macvtap on the NIC",
+        )
+
+
+def _functions(grant: Grant) -> Functions | None:
+    """The entry's, with the VLAN that the network config asks for."""
+    if grant.functions is None or grant.vlan is None:
+        return grant.functions
+    tag = [grant.vlan.id, grant.vlan.priority, grant.vlan.ethertype]
+    return replace(grant.functions, settings={**grant.functions.settings, "vlan": tag})

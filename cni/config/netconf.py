@@ -1,0 +1,350 @@
+"""Bytes on standard input and CNI_ARGS → one frozen NetConf, or a CniError that says what is wrong with them.
+
+Everything that can be known to be wrong without looking at the node is found here, before anything is
+touched. Fields, defaults and limits are schema/netconf.json's; this adds what a schema cannot say: decoding,
+the version gate, which of several sources of a value counts. Must not read the environment, the policy or the
+network.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+
+from cni import spec
+from cni.config import schema
+from cni.errors import CniError
+from cni.state import deviceid
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 64
+"""Levels of nesting. json itself stops only at the interpreter's recursion limit."""
+
+_KEPT = 256
+_KEPT_BYTES = 4096
+"""What a long-lived process remembers of configs: so many, of so many bytes at most."""
+
+VALID_ATTACHMENTS = "cni.dev/valid-attachments"
+
+KNOWN_ARGS = (
+    "IgnoreUnknown",
+    "MAC",
+    "K8S_POD_NAMESPACE",
+    "K8S_POD_NAME",
+    "K8S_POD_INFRA_CONTAINER_ID",
+    "K8S_POD_UID",
+    "IP",  # this and GATEWAY are for the IPAM delegates host-local and static
+    "GATEWAY",
+)
+
+_CLEANING = {"DEL": ("name",), "GC": ("name", VALID_ATTACHMENTS)}
+"""Commands that must work whatever has become of the configuration → the keys that they cannot do without."""
+
+_UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
+"""What JSON can escape and no system call, and no UTF-8, can carry."""
+
+
+@dataclass(frozen=True)
+class Vlan:
+    """A VLAN tag: id, priority (802.1p), and the protocol whose tag it is, "802.1Q" or "802.1ad"."""
+
+    id: int
+    priority: int = 0
+    protocol: str = "802.1Q"
+
+    @property
+    def ethertype(self) -> int:
+        """Of the tag."""
+        return 0x88A8 if self.protocol == "802.1ad" else 0x8100
+
+
+@dataclass(frozen=True)
+class NetConf:
+    """A valid network configuration. None: not given, and the schema has no default."""
+
+    cni_version: str
+    name: str
+    type: str
+    interface: str | None
+    source: str | None
+    device: str | None
+    mode: str | None
+    """"vepa", "pepa" or "bridge"."""
+    mac: str | None
+    """From runtimeConfig, CNI_ARGS or the configuration, lower case, unicast. None on DEL and GC."""
+    mac_is_final: bool
+    """Whether CNI_ARGS have no say in it."""
+    mtu: int | None
+    queues: int
+    promisc: bool
+    allmulti: bool
+    bcqueuelen: int | None
+    owner: int | None
+    group: int | None
+    addressing: str
+    vlan: Vlan | None
+    ipam: Mapping[str, Any] | None
+    """None also when it has no type, so nothing is to be delegated."""
+    dns: Mapping[str, Any] | None
+    prev_result: Mapping[str, Any] | None
+    """As it came; result.parse has not seen it."""
+    device_id: str | None
+    valid_attachments: tuple[tuple[str, str], ...] | None
+    """(container id, ifname) of each. None (key absent or null) is not the same as none being valid."""
+    raw: Mapping[str, Any]
+    """The decoded document, as it came: what an IPAM delegate gets."""
+
+    @property
+    def device_index(self) -> int:
+        """The ifindex that device_id stands for; 0 if there is none, or it is no id of ours."""
+        return deviceid.index_of(self.device_id)
+
+
+def parse(stdin: bytes, *, command: str = "ADD", called_as: str = "vmtap") -> NetConf:
+    """The configuration of one request; called_as is the name of the executable.
+
+    Codes: 1 version, 2 a key that we do not have, 6 not a JSON object that can be decoded, 7 a value that is not
+    allowed. DEL and GC come after an ADD that has accepted the configuration, perhaps by another version of this
+    program, and must not fail because of it: there, what is wrong counts as absent, except for the network's name and
+    the list that GC goes by.
+    """
+    read = _read_again if command == "ADD" and len(stdin) <= _KEPT_BYTES else _read
+    return read(stdin, command, called_as)
+
+
+def arguments(text: str, *, command: str = "ADD") -> dict[str, str]:
+    """CNI_ARGS, K=V;K=V. Multus repeats keys; the last one counts, as in the reference implementation.
+
+    Code 4 if it is of another form, or has keys that nobody knows; on DEL and GC what can be read of it counts.
+    """
+    strict = command not in _CLEANING
+    if strict and _UNSPEAKABLE.search(text):
+        raise CniError(spec.INVALID_ENVIRONMENT, f"CNI_ARGS: {schema.show(text)} is not allowed; give UTF-8")
+    found: dict[str, str] = {}
+    for pair in text.split(";") if text else ():
+        key, equals, value = pair.partition("=")
+        if key and equals:
+            found[key] = value
+        elif strict:
+            message = (
+                f"CNI_ARGS: {schema.show(pair)} is not allowed; give KEY=VALUE pairs with ';' between them"
+            )
+            raise CniError(spec.INVALID_ENVIRONMENT, message)
+    if strict:
+        ignore = found.get("IgnoreUnknown", "0").lower()
+        if ignore not in ("0", "1", "false", "true"):
+            message = (
+                f"CNI_ARGS: IgnoreUnknown={schema.show(ignore)} is not allowed; give 1, true, 0 or false"
+            )
+            raise CniError(spec.INVALID_ENVIRONMENT, message)
+        unknown = [key for key in found if key not in KNOWN_ARGS]
+        if unknown and ignore in ("0", "false"):
+            hint = schema.nearest(unknown[0], list(KNOWN_ARGS))
+            message = f"CNI_ARGS: unknown key {schema.show(unknown[0])}; {hint} IgnoreUnknown=1 lets it pass"
+            raise CniError(spec.INVALID_ENVIRONMENT, message)
+    return found
+
+
+def with_arguments(conf: NetConf, arguments: Mapping[str, str]) -> NetConf:
+    """conf with the MAC of CNI_ARGS, where that counts: more than mac, less than runtimeConfig.mac. Code 4."""
+    mac = arguments.get("MAC")
+    if not mac or conf.mac_is_final:
+        return conf
+    return replace(conf, mac=_unicast("CNI_ARGS: MAC", mac, spec.INVALID_ENVIRONMENT))
+
+
+def _read(stdin: bytes, command: str, called_as: str) -> NetConf:
+    raw = _decode(stdin)
+    version = _version(raw)
+    rules = _rules(called_as)
+    fields = raw
+    if command in _CLEANING:
+        known = rules["properties"]
+        fields = {
+            key: value
+            for key, value in raw.items()
+            if key in _CLEANING[command] or (key in known and schema.accepts(known[key], value))
+        }
+    if not schema.accepts(rules, fields):
+        # SPEC section 5 has a code of its own for a field that the plugin does not support: 2.
+        schema.explain(rules, fields, unknown=spec.UNSUPPORTED_FIELD)
+    fields = schema.defaults(rules) | fields
+    runtime = _declared(fields)
+    ipam = fields.get("ipam")
+    attachments = fields.get(VALID_ATTACHMENTS)
+    mac = None
+    if command not in _CLEANING:
+        mac = _mac("runtimeConfig.mac", runtime) or _mac("mac", fields)
+    return NetConf(
+        cni_version=version,
+        name=fields["name"],
+        type=fields.get("type", called_as),
+        interface=fields.get("interface"),
+        source=fields.get("source"),
+        device=fields.get("device"),
+        mode=canonical(fields["mode"]) if "mode" in fields else None,
+        mac=mac,
+        mac_is_final=bool(runtime.get("mac")) or command in _CLEANING,
+        mtu=fields.get("mtu"),
+        queues=fields["queues"],
+        promisc=fields["promisc"] or fields.get("promiscMode", False),
+        allmulti=fields["allmulti"],
+        bcqueuelen=fields.get("bcqueuelen"),
+        owner=fields.get("owner"),
+        group=fields.get("group"),
+        addressing=fields["addressing"],
+        vlan=_vlan(fields),
+        ipam=ipam if ipam and ipam.get("type") else None,
+        dns=fields.get("dns"),
+        prev_result=fields.get("prevResult"),
+        device_id=runtime.get("deviceID") or fields.get("deviceID"),
+        valid_attachments=attachments
+        if attachments is None
+        else tuple((each["containerID"], each["ifname"]) for each in attachments),
+        raw=raw,
+    )
+
+
+_read_again = lru_cache(maxsize=_KEPT)(_read)
+"""A node has few network configs and thousands of ADDs: the same bytes mean the same again."""
+
+
+def peek_version(stdin: bytes) -> str | None:
+    """The cniVersion that an answer echoes, whether or not we know it; None if there is none to be had."""
+    try:
+        version = _decode(stdin).get("cniVersion")
+    except CniError:
+        return None
+    return version if isinstance(version, str) else None
+
+
+def canonical(mode: str) -> str:
+    """pepa is the proposal's name for the mode that the kernel calls private."""
+    return "pepa" if mode == "private" else mode
+
+
+@cache
+def _rules(called_as: str) -> dict[str, Any]:
+    rules = schema.load("netconf")
+    if called_as != "macvtap":
+        return rules
+    return rules | {"properties": rules["properties"] | rules["$defs"]["macvtap"]["properties"]}
+
+
+def _decode(stdin: bytes) -> dict[str, Any]:
+    if len(stdin) > MAX_BYTES:
+        raise CniError(spec.DECODING_FAILURE, f"the network configuration is larger than {MAX_BYTES} bytes")
+    try:
+        # Decoded here: json.loads would guess UTF-16 and UTF-32, which no other reader of it would.
+        document = json.loads(
+            stdin.decode(), object_pairs_hook=_object, parse_float=_float, parse_constant=_refuse_constant
+        )
+        _inspect(document, 0)
+    except (ValueError, RecursionError) as error:
+        message = f"the network configuration cannot be decoded as JSON: {error}"
+        raise CniError(spec.DECODING_FAILURE, message) from error
+    if not isinstance(document, dict):
+        message = f"the network configuration is not a JSON object but {schema.show(document)}"
+        raise CniError(spec.DECODING_FAILURE, message)
+    return document
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in document if keys.count(key) > 1)
+        raise ValueError(f"the key {schema.show(twice)} stands twice in one object")
+    return document
+
+
+def _float(text: str) -> float | int:
+    """A number with a fraction or exponent. To JSON Schema 1500.0 is the integer 1500, so it is to us."""
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a number in JSON")
+
+
+def _inspect(value: Any, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, str):
+        if _UNSPEAKABLE.search(value):
+            raise ValueError(f"the string {schema.show(value)} has a NUL or half a surrogate pair in it")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _inspect(key, depth)
+            _inspect(item, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _inspect(item, depth + 1)
+
+
+def _version(document: dict[str, Any]) -> str:
+    version = document.get("cniVersion")
+    if version in (None, ""):
+        return "0.1.0"  # SPEC: what has no version is of the first
+    if not isinstance(version, str):
+        # SPEC section 5 names "failed to decode version info" as a case of 6.
+        raise CniError(
+            spec.DECODING_FAILURE, f"cniVersion: {schema.show(version)} is not allowed; give a string"
+        )
+    if version not in spec.VERSIONS:
+        supported = ", ".join(spec.VERSIONS)
+        raise CniError(
+            spec.INCOMPATIBLE_VERSION,
+            f"cniVersion: {schema.show(version)} is not supported; give one of {supported}",
+        )
+    return version
+
+
+def _declared(fields: dict[str, Any]) -> dict[str, Any]:
+    """What counts of runtimeConfig.
+
+    SPEC section 3 wants the runtime to filter runtimeConfig by capabilities and to leave capabilities out;
+    libcni filters and leaves it in. So with capabilities we filter (again), without it everything has been
+    declared.
+    """
+    runtime: dict[str, Any] = fields.get("runtimeConfig") or {}
+    capabilities = fields.get("capabilities")
+    if capabilities is None:
+        return runtime
+    return {key: value for key, value in runtime.items() if capabilities.get(key)}
+
+
+def _vlan(fields: dict[str, Any]) -> Vlan | None:
+    """None on DEL and GC, too, where what belongs to it was wrong and counts as absent."""
+    if "vlan" in fields:
+        return Vlan(fields["vlan"], fields["vlanPriority"], fields["vlanProtocol"])
+    return None
+
+
+def _mac(where: str, fields: dict[str, Any]) -> str | None:
+    mac = fields.get("mac")
+    return _unicast(where, mac, spec.INVALID_NETWORK_CONFIG) if mac else None
+
+
+def _unicast(where: str, mac: str, code: int) -> str:
+    rule = schema.load("netconf")["properties"]["mac"]
+    reason = ""
+    if not schema.accepts(rule, mac):
+        reason = "is not allowed"
+    elif int(mac[:2], 16) & 1:
+        reason = "is a multicast address"
+    elif mac == "00:00:00:00:00:00":
+        reason = "is no address"
+    if reason:
+        raise CniError(code, f"{where}: {schema.show(mac)} {reason}; give {schema.allowed(rule)}")
+    return mac.lower()

@@ -1,0 +1,159 @@
+"""Files that a node's administrator writes, in YAML: read only if nobody else could have written them.
+
+Fails closed: what could mean two things is refused. Must not know what the file is about: its schema does.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from cni import spec
+from cni.config import schema
+from cni.errors import CniError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    import yaml
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 16
+
+
+def read(path: str, rules: dict[str, Any]) -> dict[str, Any] | None:
+    """The document in the file, valid by rules; {} if it is empty, None if there is no file.
+
+    CniError 7 if it is wrong, or somebody else than root could have written it.
+    """
+    text = _read(path)
+    return None if text is None else parse(path, text, rules)
+
+
+def parse(path: str, text: bytes, rules: dict[str, Any]) -> dict[str, Any]:
+    """The document in the text, which path is to be blamed for. CniError 7 if it is wrong."""
+    document = _decode(path, text)
+    document = {} if document is None else document
+    try:
+        if not schema.accepts(rules, document):
+            schema.explain(rules, document)
+    except CniError as error:
+        raise CniError(error.code, f"{path}: {error.msg}", error.details) from error
+    found: dict[str, Any] = document
+    return found
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        # O_NONBLOCK: a FIFO in its place must not make us wait.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise _distrusted(path, "it is a symlink that leads nowhere", "remove it or repair it") from error
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise _distrusted(path, "it is not a regular file", "put a regular file there")
+        _owned(path, path, status)
+        _placed(path, file)
+        content = b""
+        while len(content) <= MAX_BYTES and (more := os.read(file, MAX_BYTES)):
+            content += more
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    finally:
+        os.close(file)
+    if len(content) > MAX_BYTES:
+        raise _distrusted(path, f"it is larger than {MAX_BYTES} bytes", "make it smaller")
+    return content
+
+
+def _placed(path: str, file: int) -> None:
+    """Refuse a file that lies elsewhere, or where others can remove it: without it nothing is restricted."""
+    folder = os.path.realpath(os.path.dirname(path) or ".")
+    # Where the fd is, and not what the path says: a ConfigMap's symlinks are exchanged at any moment.
+    place = os.path.dirname(os.readlink(f"/proc/self/fd/{file}"))
+    if os.path.commonpath((folder, place)) != folder:
+        raise _distrusted(path, "it is a symlink out of its folder", "put the file itself there")
+    for parent in dict.fromkeys((folder, place)):
+        # A read-only mount, as a pod has its ConfigMap, is writable to nobody, whatever its mode (0777) says;
+        # in a folder with the sticky bit nobody may remove or rename what is not his.
+        if not os.statvfs(parent).f_flag & os.ST_RDONLY:
+            status = os.stat(parent)
+            _owned(path, parent, status, sticky=bool(status.st_mode & stat.S_ISVTX))
+
+
+def _owned(path: str, place: str, status: os.stat_result, *, sticky: bool = False) -> None:
+    if status.st_uid not in (0, os.geteuid()):
+        raise _distrusted(path, f"{place} belongs to user {status.st_uid}", f"chown root {place}")
+    if status.st_mode & 0o022 and not sticky:
+        raise _distrusted(path, f"others may write to {place}", f"chmod go-w {place}")
+
+
+def _distrusted(path: str, reason: str, remedy: str) -> CniError:
+    return CniError(spec.INVALID_NETWORK_CONFIG, f"the file {path} is refused: {reason}; {remedy}")
+
+
+def _unreadable(path: str, error: OSError) -> CniError:
+    return _distrusted(path, f"it cannot be read ({error.strerror})", "make it a readable file")
+
+
+def _decode(path: str, content: bytes) -> Any:
+    """YAML without what has no use here: aliases, tags, repeated keys, keys that are not strings."""
+    import yaml  # noqa: PLC0415 - 30 ms, and a host without such a file does not need it
+
+    loader: type[yaml.SafeLoader | yaml.CSafeLoader]
+    loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+    try:
+        text = content.decode()
+        depth = 0
+        for event in yaml.parse(text, loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise _FaultError(f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
+            if isinstance(event, yaml.AliasEvent):
+                raise _FaultError(f"the alias *{event.anchor} is not allowed; write it out", event.start_mark)
+            if tag := getattr(event, "tag", None):
+                raise _FaultError(f"the tag {tag} is not allowed; leave it out", event.start_mark)
+        parser = loader(text)
+        try:
+            node = parser.get_single_node()
+            if node is None:
+                return None
+            _inspect(node)
+            return parser.construct_document(node)
+        finally:
+            parser.dispose()
+    except _FaultError as fault:
+        reason, mark = fault.args
+    except yaml.MarkedYAMLError as error:
+        reason, mark = error.problem, error.problem_mark
+    except (ValueError, yaml.YAMLError) as error:
+        reason, mark = str(error).partition("\n")[0], None
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    raise CniError(spec.INVALID_NETWORK_CONFIG, f"{path}{where}: {reason}")
+
+
+class _FaultError(Exception):
+    """(reason, yaml.Mark)"""
+
+
+def _inspect(node: yaml.Node) -> None:
+    import yaml  # noqa: PLC0415
+
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:str" or not isinstance(key, yaml.ScalarNode):
+                raise _FaultError("a key must be a plain string", key.start_mark)
+            if key.value in seen:
+                raise _FaultError(f"the key {schema.show(key.value)} stands twice", key.start_mark)
+            seen.add(key.value)
+            _inspect(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _inspect(value)

@@ -1,0 +1,276 @@
+"""The node's policy file → Policy; what a network configuration asks for, under a policy → Grant.
+
+The administrator of a node writes which of its devices VMs may use, and how. What a pod's author writes picks
+an entry and never widens it, so everything here fails closed. Must not look at the network: whether a device
+exists, and what kind it is, is for the caller to find out.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from cni import spec
+from cni.config import nodefile, schema
+from cni.config.netconf import Vlan, canonical
+from cni.errors import CniError
+from cni.state import deviceid
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from cni.config.netconf import NetConf
+
+MODES = ("bridge", "vepa", "pepa")
+"""What an entry without modes allows; the first is the default, because it works with any switch."""
+
+IMPOSSIBLE = {
+    ("sr-iov", "pepa"): "no NIC's embedded switch can keep its virtual functions apart",
+    ("tap", "vepa"): "a tap is a port of a bridge, and bridges deliver between their ports themselves",
+}
+"""(type or device, mode) → why it cannot be."""
+
+LINK_STATES = ("auto", "enable", "disable")
+"""By the kernel's numbers, IFLA_VF_LINK_STATE_*."""
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What an entry of type sr-iov says of its virtual functions. settings are vf.py's; absent: as it is."""
+
+    pool: tuple[str, ...]
+    """The PFs, in the order to try."""
+    vfs: int | None
+    """How many to make where there are none."""
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One entry of the policy file."""
+
+    name: str
+    dev: str
+    """The first one, where there are several."""
+    type: str
+    modes: tuple[str, ...] | None
+    """None: no restriction."""
+    capacity: int | None
+    functions: Functions | None = None
+    vlans: tuple[int, ...] | None = None
+    """None: no restriction, and no VLAN where none is asked for."""
+
+    @property
+    def devices(self) -> int:
+        """How many the device plugin offers. Of type sr-iov at most: it is the VFs that are there."""
+        return self.capacity or (deviceid.MOST if self.functions else deviceid.DEFAULT_CAPACITY)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The devices that the name stands for."""
+        return self.functions.pool if self.functions else (self.dev,)
+
+
+@dataclass(frozen=True)
+class Policy:
+    interfaces: tuple[Interface, ...]
+    allow_unlisted: bool
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a network configuration may have.
+
+    source is None for a plain tap only, and so is mode. device is None when the caller is to decide.
+    interface names the entry whose capacity counts.
+    """
+
+    interface: str | None
+    source: str | None
+    device: str | None
+    mode: str | None
+    type: str
+    functions: Functions | None = None
+    vlan: Vlan | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The devices to choose from."""
+        return self.functions.pool if self.functions else tuple(filter(None, (self.source,)))
+
+
+def authorize(policy: Policy | None, conf: NetConf) -> Grant:
+    """Raise CniError 7, with the list of what is allowed, for what the policy does not allow."""
+    entries = policy.interfaces if policy else ()
+    name = _selected(conf)
+    if name is not None:
+        entry = _named(policy, name, conf)
+        if conf.source is not None and conf.source not in entry.sources:
+            known = ", ".join(entry.sources)
+            raise _refusal(
+                "source", conf.source, f"interface {entry.name} is {known}; leave one of the two out"
+            )
+        return _grant(entry, conf)
+    if conf.source is not None:
+        listed = [entry for entry in entries if conf.source in entry.sources]
+        if listed:
+            return _grant(_first_that_allows(listed, conf), conf)
+        if policy and not policy.allow_unlisted:
+            raise _refusal("source", conf.source, f"the policy does not list it; {_choices(policy)}")
+        return _grant(Interface("", conf.source, "ethernet", None, None), conf)
+    if conf.device == "tap":
+        if conf.mode is not None:
+            raise _refusal(
+                "mode", conf.mode, "a plain tap has no wire; give an interface or a source as well"
+            )
+        # It reaches no wire, so the policy has nothing to say about it.
+        return Grant(None, None, "tap", None, "ethernet")
+    wanted = "give interface, source, a deviceID of the form NAMEMvpN, or device tap for a plain tap"
+    if conf.device_id is not None:
+        raise _refusal("deviceID", conf.device_id, f"it names no interface; {wanted}; {_choices(policy)}")
+    raise CniError(spec.INVALID_NETWORK_CONFIG, f"interface: is missing; {wanted}; {_choices(policy)}")
+
+
+def _selected(conf: NetConf) -> str | None:
+    """The entry that interface names, or else the device that the kubelet allocated: its id is NAMEMvpN."""
+    device = deviceid.parse(conf.device_id or "")
+    if conf.interface is None or device is None:
+        return conf.interface or (device and device[0])
+    if conf.interface != device[0]:
+        raise _refusal(
+            "interface", conf.interface, f"the allocated deviceID {conf.device_id} is of another one"
+        )
+    return conf.interface
+
+
+def _named(policy: Policy | None, name: str, conf: NetConf) -> Interface:
+    given = ("interface", name) if conf.interface else ("deviceID", conf.device_id)
+    if policy is None:
+        raise _refusal(*given, f"this node has no policy file that could define {name}")
+    names = [entry.name for entry in policy.interfaces]
+    if name not in names:
+        raise _refusal(*given, f"the policy has no interface {name}; {schema.nearest(name, names)}")
+    return policy.interfaces[names.index(name)]
+
+
+def _first_that_allows(entries: list[Interface], conf: NetConf) -> Interface:
+    for entry in entries:
+        if conf.mode is None or entry.modes is None or conf.mode in entry.modes:
+            return entry
+    modes = dict.fromkeys(mode for entry in entries for mode in entry.modes or ())
+    raise _refusal("mode", conf.mode, f"on {conf.source} the policy allows {', '.join(modes)}")
+
+
+def _grant(entry: Interface, conf: NetConf) -> Grant:
+    """What the entry gives. An entry without a name stands for a device that no policy speaks about."""
+    device = deviceid.parse(conf.device_id or "")
+    if device and device[1] >= entry.devices:
+        raise _refusal(
+            "deviceID",
+            conf.device_id,
+            f"interface {entry.name} offers {entry.devices} devices, {deviceid.format(entry.name, 0)} to "
+            f"{deviceid.format(entry.name, entry.devices - 1)}; raise its capacity, or restart the pod",
+        )
+    mode = conf.mode
+    if mode is None:
+        possible = [mode for mode in entry.modes or MODES if not _impossible(entry, conf, mode)]
+        mode = possible[0] if possible else (entry.modes or MODES)[0]
+    if entry.modes and mode not in entry.modes:
+        raise _refusal("mode", mode, f"interface {entry.name} allows {', '.join(entry.modes)}")
+    if reason := _impossible(entry, conf, mode):
+        raise _refusal("mode", mode, reason)
+    functions, dev = entry.functions, entry.dev
+    if functions and conf.source:
+        if device and len(functions.pool) > 1:  # whose number is counted through the pool
+            raise _refusal("source", conf.source, f"deviceID {conf.device_id} says which; leave it out")
+        functions, dev = replace(functions, pool=(conf.source,)), conf.source
+    # What a kubelet allocates is a device node, which a tap has not got.
+    made = conf.device or ("macvtap" if device else None)
+    return Grant(entry.name or None, dev, made, mode, entry.type, functions, _vlan(entry, conf))
+
+
+def _vlan(entry: Interface, conf: NetConf) -> Vlan | None:
+    if entry.vlans is None:
+        return conf.vlan
+    asked = conf.vlan.id if conf.vlan else entry.vlans[0]
+    if asked not in entry.vlans:
+        raise _refusal(
+            "vlan", str(asked), f"interface {entry.name} allows {', '.join(map(str, entry.vlans))}"
+        )
+    return conf.vlan or Vlan(asked)
+
+
+def _impossible(entry: Interface, conf: NetConf, mode: str) -> str | None:
+    return IMPOSSIBLE.get((entry.type, mode)) or IMPOSSIBLE.get((conf.device or "", mode))
+
+
+def _choices(policy: Policy | None) -> str:
+    if policy is None:
+        return "this node has no policy file, so any device may be the source"
+    return f"interfaces are: {', '.join(entry.name for entry in policy.interfaces) or 'none'}"
+
+
+def _refusal(key: str, value: str | None, reason: str) -> CniError:
+    return CniError(spec.INVALID_NETWORK_CONFIG, f"{key}: {schema.show(value)} is refused: {reason}")
+
+
+def load(path: str | os.PathLike[str]) -> Policy | None:
+    """The policy in the file, None if there is no file.
+
+    CniError 7 if it is wrong, or somebody else than root could have written it.
+    """
+    path = os.fspath(path)
+    document = nodefile.read(path, schema.load("policy"))
+    return None if document is None else of(path, document)
+
+
+def of(path: str, document: dict[str, Any]) -> Policy:
+    """The policy that a document, valid by the schema, says; path is to be blamed. CniError 7 if it is wrong."""
+    rules = schema.load("policy")
+    entry_defaults = schema.defaults(rules["properties"]["interfaces"]["items"])
+    interfaces: list[Interface] = []
+    for number, each in enumerate(document.get("interfaces") or ()):
+        entry = entry_defaults | each
+        for other, known in enumerate(interfaces):
+            if known.name == entry["name"]:
+                where = f"{path}: interfaces[{number}].name"
+                raise _refusal(where, entry["name"], f"it is the name of interfaces[{other}] already")
+        dev = entry["source"]["dev"]
+        pool = tuple(dict.fromkeys([dev] if isinstance(dev, str) else dev))
+        if not pool:
+            raise _refusal(f"{path}: interfaces[{number}].source.dev", "", "the list is empty")
+        modes = tuple(dict.fromkeys(map(canonical, entry.get("modes") or ())))
+        interfaces.append(
+            Interface(
+                name=entry["name"],
+                dev=pool[0],
+                type=entry["type"],
+                modes=modes or None,
+                capacity=int(entry["capacity"]) if "capacity" in entry else None,
+                functions=_functions(path, number, entry, pool),
+                vlans=tuple(map(int, entry.get("vlans") or ())) or None,
+            )
+        )
+    return Policy(tuple(interfaces), (schema.defaults(rules) | document)["allowUnlisted"])
+
+
+def _functions(path: str, number: int, entry: dict[str, Any], pool: tuple[str, ...]) -> Functions | None:
+    """What the entry says of VFs. CniError 7 if it is of another type and says something."""
+    where = f"{path}: interfaces[{number}]"
+    if entry["type"] != "sr-iov":
+        for key in ("vfs", "spoofchk", "trust", "minTxRate", "maxTxRate", "linkState"):
+            if key in entry:
+                raise _refusal(
+                    f"{where}.{key}", str(entry[key]), f"type {entry['type']} has no virtual functions"
+                )
+        if len(pool) > 1:
+            raise _refusal(f"{where}.source.dev", ", ".join(pool), f"type {entry['type']} has one device")
+        return None
+    settings: dict[str, Any] = {key: int(entry[key]) for key in ("spoofchk", "trust") if key in entry}
+    if "minTxRate" in entry or "maxTxRate" in entry:
+        settings["rate"] = [int(entry.get("minTxRate", 0)), int(entry.get("maxTxRate", 0))]
+    if "linkState" in entry:
+        settings["link_state"] = LINK_STATES.index(entry["linkState"])
+    return Functions(pool, int(entry["vfs"]) if "vfs" in entry else None, settings)

@@ -1,0 +1,81 @@
+"""What a kubelet was offered by this node's agent, for doctor: asked of the two themselves. Must change nothing."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cni.ctl.locations import Settings
+
+_SECONDS = 3.0
+_LIMIT = 1 << 20
+_SAMPLE = re.compile(
+    r'^vmtap_device_plugin_(\w+?)(?:\{resource="([^"]*)"(?:,health="(\w+)")?\})? ([0-9.e+]+)$', re.MULTILINE
+)
+
+
+def examine(settings: Settings) -> Iterator[tuple[str, str, str]]:
+    """(severity, what, next step), as a doctor's finding has them; nothing where no device plugin is wanted."""
+    if not settings.device_plugin:
+        return
+    path = f"{settings.kubelet}/kubelet.sock"
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as kubelet:
+            kubelet.settimeout(_SECONDS)
+            kubelet.connect(path)
+    except OSError as error:
+        step = "start the kubelet; or set kubelet in the agent's file to its folder"
+        yield "error", f"no kubelet answers at {path} ({error.strerror}): no pod gets a device", step
+        return
+    yield "ok", f"a kubelet answers at {path}", ""
+    if settings.metrics:
+        try:
+            text = _metrics(settings.metrics)
+        except (OSError, http.client.HTTPException):
+            return  # what is said of the agent says why
+        yield from _resources(text)
+
+
+def _metrics(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host.strip("[]") or "127.0.0.1", int(port), timeout=_SECONDS)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read(_LIMIT).decode(errors="replace")
+    finally:
+        connection.close()
+
+
+def _resources(text: str) -> Iterator[tuple[str, str, str]]:
+    found = {
+        (name, resource, health): float(value)
+        for name, resource, health, value in (match.groups() for match in _SAMPLE.finditer(text))
+    }
+    if ("not_offered", None, None) not in found:
+        step = "restart it: the settings were changed after its start"
+        yield "error", "the agent runs without the device plugin that its settings ask for", step
+        return
+    if left := int(found["not_offered", None, None]):
+        step = 'look at its log for "interface is not offered to the kubelet"'
+        yield "warning", f"{left} of the policy's interfaces are not offered", step
+    for (name, resource, _), registered in found.items():
+        if name != "registered":
+            continue
+        well, sick = (int(found["devices", resource, health]) for health in ("Healthy", "Unhealthy"))
+        if not registered:
+            step = "look at the agent's log for \"not registered\", and at the kubelet's"
+            yield "error", f"{resource} is not registered with the kubelet", step
+        elif sick:
+            step = "mend its source: what is said of that above; the agent's log has each one's reason"
+            some = f"{sick} of its {well + sick}" if well else f"its {sick}"
+            yield "warning", f"{resource}: {some} devices are unhealthy, and no new pod gets one", step
+        elif not well:
+            step = "make virtual functions: what is said of its source above"
+            yield "warning", f"{resource} is registered, and has no devices", step
+        else:
+            yield "ok", f"{resource} is registered, with {well} devices", ""

@@ -1,0 +1,44 @@
+"""Where this node keeps what the commands look at: flags, then the plugin's variables, then the agent's file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from cni.agent import settings
+from cni.config import schema
+from cni.errors import CniError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """fault: what is wrong with the agent's file; its defaults stand in for it then."""
+
+    run: str
+    policy: str
+    metrics: str
+    device_plugin: bool
+    kubelet: str
+    cdi: str
+    broker: bool
+    """Whether launchers are to have fds of the agent; without, it opens no device."""
+    fault: CniError | None = None
+
+
+def load(*, run: str | None, policy: str | None, file: str | None) -> Settings:
+    """Never fails on a bad agent's file: that is when somebody comes to look."""
+    fault = None
+    try:
+        agent = vars(settings.load(["--config", file] if file else []))
+    except CniError as error:
+        agent, fault = schema.defaults(schema.load("agent")), error
+    return Settings(
+        run=run or os.environ.get("VMTAP_STATE") or agent["run"],
+        policy=policy or os.environ.get("VMTAP_POLICY") or agent["policy"],
+        metrics=os.environ.get("VMTAP_METRICS", agent["metrics"]),
+        device_plugin=bool(agent.get("device_plugin")),  # not there: it stands in, and is off
+        kubelet=agent["kubelet"],
+        cdi=agent["cdi"],
+        broker=bool(agent.get("broker_mount", True)),
+        fault=fault,
+    )

@@ -1,0 +1,172 @@
+"""Which processes hold which attachments' devices open, proven, whatever namespaces they are in.
+
+A device node's path says nothing (the launcher opens one that no path leads to), and neither does its number
+alone: a number is given out again when its link is gone, while the old fd still shows it. So each candidate fd is
+borrowed (pidfd_getfd(2): the same open file, no further queue) and asked itself:
+
+- a macvtap's has the link's device number, and TUNGETIFF answers for it: ENOLINK if its link is gone. No two
+  live links have one number.
+- a tap's says which interface of which network namespace it belongs to (TUNGETIFF, TUNGETDEVNETNS).
+
+Must not open a device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import stat
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from fcntl import ioctl
+from itertools import pairwise
+
+from cni.kernel import netns
+from cni.kernel.tapdev import TUN, TUNGETIFF
+from cni.state.record import boot_id
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    Device = tuple[int, int]
+    Tap = tuple[tuple[int, int], str]
+
+TUNGETDEVNETNS = 0x54E3
+_SYS_PIDFD_GETFD = 438  # one on every architecture
+_NO_FILES = ("socket:", "pipe:", "anon_inode:")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process. vm: the name that QEMU was given, if it was. queues: how many fds of the device it has open.
+
+    broker: whether the agent gave them to it; if it has closed them all, the agent still counts it.
+    """
+
+    pid: int
+    uid: int
+    program: str
+    vm: str | None
+    queues: int
+    broker: bool = False
+
+
+def find(macvtaps: Mapping[Device, str], taps: Mapping[Tap, str]) -> dict[str, list[Holder]]:
+    """The holders of each, by what the mappings call it: macvtaps by major:minor, taps by namespace and name."""
+    found: dict[str, list[Holder]] = {}
+    if not macvtaps and not taps:
+        return found
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()):
+        if pid == os.getpid():
+            continue
+        with suppress(OSError):  # it has ended
+            for name, queues in Counter(_held(pid, macvtaps, taps)).items():
+                found.setdefault(name, []).append(_holder(pid, queues))
+    return found
+
+
+def may_hold(pid: int) -> bool:
+    """Whether the process has the device of any tap or macvtap open."""
+    macvtap = _macvtap_major()
+    with suppress(OSError):
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                status = os.stat(f"/proc/{pid}/fd/{number}")
+                major, minor = os.major(status.st_rdev), os.minor(status.st_rdev)
+                if stat.S_ISCHR(status.st_mode) and ((major, minor) == TUN or major == macvtap):
+                    return True
+    return False
+
+
+def _macvtap_major() -> int | None:
+    with open("/proc/devices", encoding="ascii") as file:
+        numbers = [int(line.split()[0]) for line in file if line.split()[1:] == ["macvtap"]]
+    return numbers[0] if numbers else None
+
+
+def with_given(path: str, found: list[Holder]) -> tuple[Holder, ...]:
+    """The holders, together with what the agent's broker has noted in the file (cni/agent/holders.py)."""
+    try:
+        with open(path, "rb") as file:
+            boot, given = json.loads(file.read())
+        starts = dict(given) if boot == boot_id() else {}
+    except (OSError, ValueError, TypeError):
+        return tuple(found)
+    by_pid = {holder.pid: holder for holder in found}
+    for pid, start in starts.items():
+        with suppress(OSError):  # it has ended
+            if _start(pid) == start:
+                by_pid[pid] = replace(by_pid.get(pid) or _holder(pid, 0), broker=True)
+    return tuple(by_pid.values())
+
+
+def _start(pid: int) -> int:
+    """When the process began, in clock ticks since boot: proc(5), stat's 22nd field."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19])
+
+
+def _held(pid: int, macvtaps: Mapping[Device, str], taps: Mapping[Tap, str]) -> Iterator[str]:
+    """What each fd of the process holds."""
+    folder = f"/proc/{pid}/fd"
+    for number in os.listdir(folder):
+        with suppress(OSError):
+            if os.readlink(f"{folder}/{number}").startswith(_NO_FILES):
+                continue
+            status = os.stat(f"{folder}/{number}")
+            device = os.major(status.st_rdev), os.minor(status.st_rdev)
+            if stat.S_ISCHR(status.st_mode) and (device in macvtaps or device == TUN):
+                fd = _borrow(pid, int(number))
+                try:
+                    name = _tap(fd, taps) if device == TUN else _macvtap(fd, macvtaps[device])
+                finally:
+                    os.close(fd)
+                if name:
+                    yield name
+
+
+def _macvtap(fd: int, name: str) -> str:
+    ioctl(fd, TUNGETIFF, bytes(40))
+    return name
+
+
+def _tap(fd: int, taps: Mapping[Tap, str]) -> str | None:
+    ifname = ioctl(fd, TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode()
+    namespace = ioctl(fd, TUNGETDEVNETNS)
+    try:
+        return taps.get((netns.identity(namespace), ifname))
+    finally:
+        os.close(namespace)
+
+
+def _borrow(pid: int, number: int) -> int:
+    process = os.pidfd_open(pid)
+    try:
+        fd: int = netns.libc.syscall(ctypes.c_long(_SYS_PIDFD_GETFD), process, number, 0)
+    finally:
+        os.close(process)
+    if fd < 0:
+        code = ctypes.get_errno() or errno.EIO
+        raise OSError(code, os.strerror(code))
+    return fd
+
+
+def _holder(pid: int, queues: int) -> Holder:
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        words = file.read().decode(errors="replace").split("\0")
+    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+        program = os.path.basename(words[0]) or file.read().strip()
+    return Holder(pid, os.stat(f"/proc/{pid}").st_uid, program, _vm_name(words), queues)
+
+
+def _vm_name(words: list[str]) -> str | None:
+    """-name NAME, or -name guest=NAME,… as libvirt writes it."""
+    for option, value in pairwise(words):
+        if option in ("-name", "--name"):
+            named = [part.removeprefix("guest=") for part in value.split(",") if part.startswith("guest=")]
+            return (named or [value.partition(",")[0]])[0]
+    return None

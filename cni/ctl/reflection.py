@@ -1,0 +1,47 @@
+"""Do guests in vepa mode reach each other on this node? For doctor, by what the last probe of each source found.
+
+Must not probe: two MACs that a switch has never seen can make it shut a port (port security), and doctor is run by
+those who only look, as often as they like.
+"""
+
+from __future__ import annotations
+
+from cni.ctl import sysfs
+from cni.state import probe_results
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cni.ctl.inventory import Node, Source
+    from cni.ctl.sysfs import Sysfs
+
+
+def examine(run: str, node: Node) -> Iterator[tuple[str, str, str, str]]:
+    """(check, severity, what, next step), as a doctor's finding has them, of each source that vepa is meant for."""
+    with sysfs.of() as own:
+        for source in node.sources:
+            listed = any("vepa" in (entry.modes or ()) for entry in source.entries)
+            used = any(each.record.mode == "vepa" for each in node.on(source.name))
+            if (listed or used) and source.state == "up" and not source.master:  # else that is said of it
+                yield f"relay {source.name}", *_judged(run, source, own)
+
+
+def _judged(run: str, source: Source, own: Sysfs) -> tuple[str, str, str]:
+    again = f"vmtapctl probe {source.name}"
+    known = probe_results.load(run, source.name)
+    if known is None:
+        what = "not probed since the node started: guests in vepa mode reach each other only if the switch reflects"
+        return "warning", what, again
+    if known.carrier_changes != own.number(f"{source.name}/carrier_changes"):
+        return "warning", f"its carrier has changed since it was probed ({known.time})", again
+    if known.reflects is None:
+        return (
+            "warning",
+            f"whether the switch reflects could not be found out ({known.time}): {known.why}",
+            again,
+        )
+    if known.reflects:
+        return "ok", f"the switch reflects ({known.time}): guests in vepa mode reach each other", ""
+    what = f"the switch does not reflect ({known.time}): guests in vepa mode on this node do not reach each other"
+    return "warning", what, f"{probe_results.MEND}; then {again}"

@@ -1,0 +1,142 @@
+"""The only importer of pyroute2: what is not on the way of a macvtap, where a library's 160 ms may be spent.
+
+A tap that joins a Linux bridge, addresses on a link, and reading these back. Must not decide anything.
+
+A tap cannot be a port of a bridge in another namespace, so a veth pair carries the frames: its host end is the
+bridge's port, its pod end and the tap redirect to each other at their ingress (u32 that matches everything,
+mirred redirect: act_mirred.c). The redirect hands on the same skb, so checksum and GSO offloads stay intact,
+and the pod's own stack sees no frame.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from cni.kernel import ipv6, netns
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+_INGRESS = 0xFFFF0000
+_ETH_P_ALL = 3
+_IFA_F_NODAD = 0x02
+
+
+def veth_names(ifindex: int) -> tuple[str, str]:
+    """The names of the pair's host end and pod end, for the tap of that (host-unique) index."""
+    return f"vth{ifindex:08x}", f"vtp{ifindex:08x}"
+
+
+def host_mac(ifindex: int) -> str:
+    """The MAC of the pair's host end. A bridge takes the lowest of its ports for its own: ours must never be that,
+    or the host's changes. So it is above what a NIC has, and nearly all that a kernel makes up (some begin with fe)."""
+    return f"fe:ff:{(ifindex | 1 << 31).to_bytes(4).hex(':')}"
+
+
+def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bool, alias: str) -> None:
+    """Make the tap (its ifindex) a port of the host's bridge (its ifindex). Raises OSError."""
+    host_end, pod_end = veth_names(tap)
+    with _sockets(pod_netns) as (host, pod):
+        host.link(
+            "add",
+            kind="veth",
+            ifname=host_end,
+            mtu=mtu,
+            peer={"ifname": pod_end, "net_ns_fd": pod_netns, "mtu": mtu},
+        )
+        (port,) = host.link_lookup(ifname=host_end)
+        (inner,) = pod.link_lookup(ifname=pod_end)
+        ipv6.keep_out(host_end, speaks=False)
+        with netns.entered(pod_netns):
+            ipv6.keep_out(pod_end, speaks=False)
+        host.link("set", index=port, ifalias=alias, address=host_mac(tap))
+        pod.link("set", index=inner, ifalias=alias)
+        host.link("set", index=port, master=bridge)
+        if isolated:
+            host.brport("set", index=port, isolated=True)
+        for source, target in ((tap, inner), (inner, tap)):
+            pod.tc("add", "ingress", index=source)
+            pod.tc(
+                "add-filter",
+                "u32",
+                index=source,
+                parent=_INGRESS,
+                protocol=_ETH_P_ALL,
+                prio=1,
+                target=0x10000,
+                keys=["0x0/0x0+0"],
+                action={"kind": "mirred", "direction": "egress", "action": "redirect", "ifindex": target},
+            )
+        pod.link("set", index=inner, state="up")
+        host.link("set", index=port, state="up")
+
+
+def bridge_port(name: str) -> tuple[int | None, bool]:
+    """(the bridge's ifindex, whether isolated) of the host's link of that name; (None, False) if there is none."""
+    with _socket() as host:
+        found = host.link_lookup(ifname=name)
+        if not found:
+            return None, False
+        (link,) = host.get_links(found[0])
+        master = link.get_attr("IFLA_MASTER")
+        if master is None:
+            return None, False
+        (port,) = host.brport("show", index=found[0])
+        return master, bool(port.get_attr("IFLA_PROTINFO").get_attr("IFLA_BRPORT_ISOLATED"))
+
+
+def put_addresses(
+    pod_netns: int, ifindex: int, addresses: list[str], routes: list[dict[str, Any]], gateways: dict[int, str]
+) -> None:
+    """Addresses ("10.1.0.5/24") and routes of a CNI result onto the link. gateways: for routes that name none,
+    by IP version. No duplicate address detection: the address was leased. Raises OSError."""
+    with _socket(pod_netns) as pod:
+        for address in addresses:
+            local, _, length = address.partition("/")
+            version6 = {"flags": _IFA_F_NODAD} if ":" in local else {}
+            pod.addr("add", index=ifindex, address=local, prefixlen=int(length), **version6)
+        for route in routes:
+            version = 6 if ":" in route["dst"] else 4
+            via = route.get("gw") or gateways.get(version)
+            extra: dict[str, Any] = {
+                key: route[key] for key in ("priority", "table", "scope") if key in route
+            }
+            metrics = {key: route[key] for key in ("mtu", "advmss") if key in route}
+            if metrics:
+                extra["metrics"] = metrics
+            pod.route("add", dst=route["dst"], oif=ifindex, **({"gateway": via} if via else {}), **extra)
+
+
+def addresses(pod_netns: int, ifindex: int) -> set[str]:
+    """The addresses on the link, "10.1.0.5/24"."""
+    with _socket(pod_netns) as pod:
+        return {
+            f"{found.get_attr('IFA_ADDRESS')}/{found['prefixlen']}" for found in pod.get_addr(index=ifindex)
+        }
+
+
+@contextmanager
+def _socket(pod_netns: int | None = None) -> Iterator[IPRoute]:
+    """A socket of that namespace, or of the host's. A refusal comes out as OSError with the kernel's sentence."""
+    if pod_netns is None:
+        opened = IPRoute(ext_ack=True)
+    else:
+        with netns.entered(pod_netns):
+            opened = IPRoute(ext_ack=True)
+    try:
+        yield opened
+    except NetlinkError as error:
+        raise OSError(error.code, str(error.args[-1])) from error
+    finally:
+        opened.close()
+
+
+@contextmanager
+def _sockets(pod_netns: int) -> Iterator[tuple[IPRoute, IPRoute]]:
+    with _socket() as host, _socket(pod_netns) as pod:
+        yield host, pod

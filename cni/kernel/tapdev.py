@@ -1,0 +1,224 @@
+"""From a link to its verified character device and open fds (drivers/net/tap.c, macvtap.c, tun.c).
+
+/dev/tapN is never opened by its name: the name is the ifindex of one namespace, the folder is the host's, and
+two pods whose links share an index share the name. What is opened here is proven to be the link's:
+
+1. the link's index is read, in a sysfs of its own namespace, and must be the attachment's;
+2. so is major:minor of its character device; a node of that number is made on a file system of our own that no
+   path leads to, and opened;
+3. the sysfs is read again: the link still has that index and number while we hold the device open;
+4. TUNGETIFF answers for the fd, so the link behind the fd is alive now, as it was since 2. At 3 no two live
+   links have one number: it is ours. Name and MAC are compared all the same.
+
+Must not leave a node, mount or queue behind, whatever is killed when: the file systems are detached mounts,
+which end with their fd.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from fcntl import ioctl
+
+from cni.errors import CniError
+from cni.kernel import mount, netns
+from cni.spec import DEVICE_BUSY, IO_FAILURE, NO_ATTACHMENT, WRONG_DEVICE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cni.state.record import Record
+
+TUN = (10, 200)  # /dev/net/tun, Documentation/admin-guide/devices.txt
+
+TUNSETIFF = 0x400454CA
+TUNGETIFF = 0x800454D2
+SIOCGIFHWADDR = 0x8927
+
+IFF_TAP = 0x0002
+IFF_MULTI_QUEUE = 0x0100
+IFF_PERSIST = 0x0800
+IFF_NO_PI = 0x1000
+IFF_VNET_HDR = 0x4000
+
+
+def open_queues(pod_netns: int, record: Record, queues: int) -> list[int]:
+    """That many fds, each one queue of the attachment, O_RDWR | O_CLOEXEC | O_NONBLOCK. The caller closes them.
+
+    Every open adds a queue that takes its share of the frames: open as many as will be read, once. Raises
+    CniError NO_ATTACHMENT (the link is gone), DEVICE_BUSY (other queues are open), WRONG_DEVICE.
+    """
+    opener = _open_macvtap if record.device == "macvtap" else _open_tap
+    with ExitStack() as fds:
+        with _sysfs(pod_netns) as sysfs:
+            opened = []
+            for _ in range(queues):
+                opened.append(opener(sysfs, pod_netns, record))
+                fds.callback(os.close, opened[-1])
+        fds.pop_all()
+        return opened
+
+
+def tuned(pod_netns: int, record: Record) -> Record:
+    """The record with the MTU, and for a macvtap the MAC, that the link has now.
+
+    A later plugin of the chain (tuning) may have changed them, and a macvtap hands on what is sent to its own
+    MAC: the guest has to have it. A tap's own MAC is not the guest's. Of a link that is gone the record stays as
+    it is: open_queues says so.
+    """
+    base = f"class/net/{record.ifname}"
+    with _sysfs(pod_netns) as sysfs, suppress(FileNotFoundError):
+        if int(_read(sysfs, f"{base}/ifindex")) == record.ifindex:
+            mac = _read(sysfs, f"{base}/address") if record.device == "macvtap" else record.mac
+            return replace(record, mac=mac, mtu=int(_read(sysfs, f"{base}/mtu")))
+    return record
+
+
+def number(pod_netns: int, ifname: str) -> tuple[int, int, int]:
+    """(ifindex, major, minor) of the macvtap of that name in that namespace.
+
+    Raises CniError NO_ATTACHMENT if there is no such link, or it has no character device.
+    """
+    with _sysfs(pod_netns) as sysfs:
+        return _number(sysfs, ifname)
+
+
+def open_node(device: tuple[int, int], pod_netns: int | None = None) -> int:
+    """An fd of the character device major:minor, opened in pod_netns if given, by a node that nobody else can see."""
+    with ExitStack() as stack:
+        folder = mount.detached(b"tmpfs")
+        stack.callback(os.close, folder)
+        os.mknod("node", stat.S_IFCHR | 0o600, os.makedev(*device), dir_fd=folder)
+        if pod_netns is not None:
+            stack.enter_context(netns.entered(pod_netns))
+        return os.open("node", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
+
+
+def make_node(path: str, device: tuple[int, int], owner: int, group: int) -> None:
+    """A device node for a launcher that opens by path (libvirt in a pod): mode 0660, complete when it appears."""
+    made = f"{path}.new"
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(made)
+        os.mknod(made, stat.S_IFCHR | 0o600, os.makedev(*device))
+        os.chown(made, owner, group)
+        os.chmod(made, 0o660)  # mknod obeys the umask
+        os.rename(made, path)
+    except OSError as error:
+        with suppress(FileNotFoundError):
+            os.unlink(made)
+        raise CniError(IO_FAILURE, f"the device node {path} cannot be made", str(error)) from error
+
+
+def flags(queues: int) -> int:
+    """What a tap is opened with; QEMU expects the vnet header and no packet information."""
+    return IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if queues > 1 else 0)
+
+
+def ifreq(ifname: str, value: int = 0) -> bytes:
+    """struct ifreq with ifr_flags."""
+    return struct.pack("16sH22x", ifname.encode(), value)
+
+
+def _open_macvtap(sysfs: int, _pod_netns: int, record: Record) -> int:
+    before = _number(sysfs, record.ifname)
+    if before[0] != record.ifindex:
+        raise _gone(record, f"its ifindex is {before[0]}, the attachment's was {record.ifindex}")
+    try:
+        fd = open_node(before[1:])
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise CniError(
+                DEVICE_BUSY, f"{record.ifname}: all 256 queues are open; end the process that holds them"
+            ) from None
+        raise _gone(record, str(error)) from error
+    try:
+        if os.fstat(fd).st_rdev != os.makedev(*before[1:]) or _number(sysfs, record.ifname) != before:
+            raise _gone(record, "it was replaced while it was opened")
+        _verify(fd, record)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _open_tap(sysfs: int, pod_netns: int, record: Record) -> int:
+    fd = open_node(TUN, pod_netns)
+    try:
+        try:
+            ioctl(fd, TUNSETIFF, ifreq(record.ifname, flags(record.queues)))
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise CniError(
+                    DEVICE_BUSY,
+                    f"{record.ifname} is in use: a tap of one queue has one holder; end the other process",
+                ) from None
+            raise CniError(
+                WRONG_DEVICE, f"{record.ifname} is not the tap that ADD made", str(error)
+            ) from error
+        _, attached = struct.unpack("16sH22x", ioctl(fd, TUNGETIFF, bytes(40)))
+        if not attached & IFF_PERSIST:  # TUNSETIFF made a new one: it ends with the fd
+            raise _gone(record, "no persistent tap has this name")
+        index = int(_read(sysfs, f"class/net/{record.ifname}/ifindex"))
+        if index != record.ifindex:
+            raise _gone(record, f"its ifindex is {index}, the attachment's was {record.ifindex}")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _verify(fd: int, record: Record) -> None:
+    try:
+        name = ioctl(fd, TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode()
+        found = ioctl(fd, SIOCGIFHWADDR, bytes(40))[18:24].hex(":")
+    except OSError as error:  # ENOLINK: the link behind the fd is no more
+        raise _gone(record, str(error)) from error
+    if (name, found) != (record.ifname, record.mac):
+        raise CniError(
+            WRONG_DEVICE,
+            f"{record.ifname} is not what ADD made: it is {name} with MAC {found}, and {record.mac} was given to it; "
+            "give the pod a new sandbox",
+        )
+
+
+def _gone(record: Record, why: str) -> CniError:
+    return CniError(
+        NO_ATTACHMENT,
+        f"the link {record.ifname} that ADD made is gone: give the pod a new sandbox (or DEL and ADD)",
+        why,
+    )
+
+
+@contextmanager
+def _sysfs(pod_netns: int) -> Iterator[int]:
+    """A sysfs that shows the network of the pod: it is that of the namespace it is mounted from."""
+    with netns.entered(pod_netns):
+        sysfs = mount.detached(b"sysfs")
+    try:
+        yield sysfs
+    finally:
+        os.close(sysfs)
+
+
+def _number(sysfs: int, ifname: str) -> tuple[int, int, int]:
+    base = f"class/net/{ifname}"
+    try:
+        index = int(_read(sysfs, f"{base}/ifindex"))
+        major, minor = _read(sysfs, f"{base}/macvtap/tap{index}/dev").split(":")
+        return index, int(major), int(minor)
+    except OSError as error:
+        raise CniError(NO_ATTACHMENT, f"there is no macvtap {ifname} in the namespace", str(error)) from error
+
+
+def _read(folder: int, path: str) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        return os.read(fd, 64).decode().strip()
+    finally:
+        os.close(fd)

@@ -1,0 +1,67 @@
+"""The CDI spec file of one attachment's device: by its name a runtime gives the device to a container.
+
+Device numbers are in it, so that no runtime has to see our node's file system; written when the device is there, which
+is before the runtime reads it (at CreateContainer). Source: the CDI specification, 0.5.0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+
+from cni.errors import CniError
+from cni.spec import IO_FAILURE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.state.record import Record
+
+KIND = "vmtap.dev/tap"
+_VERSION = "0.5.0"
+
+
+def name(device_id: str) -> str:
+    """The device's qualified name, which Allocate answers with."""
+    return f"{KIND}={device_id}"
+
+
+def path(folder: str, device_id: str) -> str:
+    """The spec file of that device."""
+    return f"{folder}/vmtap-{device_id}.json"
+
+
+def write(record: Record, device: tuple[int, int], owner: int, group: int) -> None:
+    """The file that record.cdi names, whole or not at all; device: (major, minor). Raises CniError 5."""
+    assert record.cdi is not None  # noqa: S101 - the caller
+    node = {
+        "path": f"/dev/tap{record.ifindex}",
+        "type": "c",
+        "major": device[0],
+        "minor": device[1],
+        "fileMode": 0o660,
+        "permissions": "rw",
+        "uid": owner,
+        "gid": group,
+    }
+    document = {
+        "cdiVersion": _VERSION,
+        "kind": KIND,
+        "devices": [{"name": record.device_id, "containerEdits": {"deviceNodes": [node]}}],
+    }
+    written = f"{record.cdi}.new"  # a runtime reads .json and .yaml
+    try:
+        os.makedirs(os.path.dirname(record.cdi), exist_ok=True)
+        with open(written, "w", encoding="ascii") as file:
+            json.dump(document, file)
+        os.rename(written, record.cdi)
+    except OSError as error:
+        remove(record.cdi)
+        raise CniError(IO_FAILURE, f"the CDI spec {record.cdi} cannot be written", str(error)) from error
+
+
+def remove(path: str) -> None:
+    """No file, written or half written, is left. Raises OSError."""
+    for each in (path, f"{path}.new"):
+        with suppress(FileNotFoundError):
+            os.unlink(each)

@@ -1,0 +1,347 @@
+"""What is attached where: one file for each attachment, in a tmpfs folder of mode 0700.
+
+A record is written before the kernel is asked for anything, so that whatever is killed when, DEL, GC or a
+reconciler can find what is left. DEL works without it. Must not touch the network.
+
+    FOLDER/lock                 cni/state/lock.py
+    FOLDER/attachments/ID.json  a Record; ID names network, container and ifname; read-only once its ADD is through
+    FOLDER/ifindex/N            a symbolic link to ID: interface index N is that attachment's, on this host
+    FOLDER/vf/PCI-ADDRESS       the same for a virtual function (cni/lower/sriov.py)
+    FOLDER/offloads/DEVICE      sources whose offload ADD has switched on (cni/lower/offload.py)
+    FOLDER/dev/tapN             device nodes that ADD was asked to make (cni/kernel/tapdev.py)
+    FOLDER/holders/ID           the processes that hold its fds (cni/agent/holders.py)
+    FOLDER/probes/SOURCE.json   what is behind a source device (cni/state/probe_results.py)
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from _blake2 import blake2s  # as in lock.py
+from contextlib import suppress
+
+from cni.errors import CniError
+from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
+from cni.state import deviceid, lock
+from cni.state.record import Record, boot_id, decode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from contextlib import AbstractContextManager
+
+IFINDEX_BASE = 0x10000000
+"""Interface indexes of ours start here, far above any that a kernel counts up to by itself."""
+IFINDEX_SPAN = 0x60000000
+_CANDIDATES = 8
+_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
+_SEALED = 0o400
+"""The mode of a record whose ADD came to its end."""
+_SWEEP = "sweep"
+"""Stands where an id stands; no id is without a dash."""
+_prepared: dict[str, tuple[int, ...]] = {}
+"""Folder → what it looked like when all of it was there. When a folder in it goes, its time changes."""
+
+
+class Store:
+    """The folder. Every method raises CniError 5 when the file system says no."""
+
+    def __init__(self, folder: str | os.PathLike[str], note: Callable[[str], None] | None = None) -> None:
+        """note is told, in one sentence, of what a person should know and no request fails of."""
+        self.folder = os.fspath(folder)
+        self._note = note
+        self._attachments = f"{self.folder}/attachments"
+        self._ifindex = f"{self.folder}/ifindex"
+        self.functions = f"{self.folder}/vf"
+        self._dev = f"{self.folder}/dev"
+        self.holders = f"{self.folder}/holders"
+
+    def node(self, ifindex: int) -> str:
+        """Where the device node of a macvtap is made for a launcher that opens by path."""
+        return f"{self._dev}/tap{ifindex}"
+
+    def _path(self, id: str, suffix: str = "json") -> str:
+        return f"{self._attachments}/{id}.{suffix}"
+
+    def prepare(self) -> None:
+        """Make the folder where it is missing. Refuses one that others could write to."""
+        with _io(self.folder):
+            with suppress(FileNotFoundError):
+                if _seen(self.folder) == _prepared.get(self.folder):
+                    return
+            for folder in (self._attachments, self._ifindex, self._dev):
+                if not os.path.isdir(folder):
+                    os.makedirs(folder, mode=0o700, exist_ok=True)
+            status = os.lstat(self.folder)
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                raise CniError(
+                    IO_FAILURE, f"state folder {self.folder} must be a directory of uid {os.geteuid()}"
+                )
+            if status.st_mode & 0o077:
+                os.chmod(self.folder, 0o700)
+            _prepared[self.folder] = _seen(self.folder)
+
+    def unwritable(self) -> str | None:
+        """Why a record could not be written now; None if it could."""
+        try:
+            self.prepare()
+            with _io(self._attachments):
+                os.close(os.open(self._attachments, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        except CniError as error:
+            return str(error)
+        return None
+
+    def locked(
+        self, id: str, *, wait: bool = True, waits: Callable[[], None] = lock.nothing
+    ) -> AbstractContextManager[None]:
+        """The attachment's lock; waits is called if somebody else has it. Wants prepare() first.
+
+        BlockingIOError: it is held, and wait is false.
+        """
+        return lock.held(f"{self.folder}/lock", id, wait=wait, waits=waits)
+
+    def save(self, record: Record, *, sealed: bool = False) -> None:
+        """Write it whole or not at all."""
+        path, written = self._path(record.id), self._path(record.id, "new")
+        with _io(path):
+            try:
+                fd = os.open(
+                    written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+                )
+                try:
+                    if sealed:
+                        os.fchmod(fd, _SEALED)
+                    # Not json.dump, which would be Python and not C.
+                    data = _JSON.encode(vars(record)).encode()
+                    if os.write(fd, data) < len(data):  # the rest would have been refused
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                finally:
+                    os.close(fd)
+                os.rename(written, path)
+            except BaseException:
+                _unlink(written)
+                raise
+
+    def seal(self, record: Record) -> None:
+        """Note that its ADD came to its end. The mode says so: one system call, and no second writing."""
+        path = self._path(record.id)
+        with _io(path):
+            os.chmod(path, _SEALED)
+
+    def sealed(self, id: str) -> bool:
+        """Whether the ADD of that record came to its end. One that is neither sealed nor locked was killed."""
+        path = self._path(id)
+        with _io(path):
+            return stat.S_IMODE(os.stat(path).st_mode) == _SEALED
+
+    def written_ns(self, id: str) -> int | None:
+        """When the record was last written, by the file system's clock; None if there is none."""
+        path = self._path(id)
+        with _io(path), suppress(FileNotFoundError):
+            return os.stat(path).st_mtime_ns
+        return None
+
+    def load(self, id: str) -> Record | None:
+        """The record, or None. One that cannot be understood is set aside, as NAME.bad, for a person to look at."""
+        path = self._path(id)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                record = decode(id, file.read())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CniError(IO_FAILURE, f"cannot read {path}", str(error)) from None
+        except ValueError as error:
+            with suppress(OSError):
+                os.rename(path, self._path(id, "bad"))
+            if self._note:
+                self._note(f"{path} was set aside as .bad: {error}")
+            return None
+        if record.boot_id != boot_id():  # the folder outlived a reboot: nothing that it speaks of did
+            self.forget(record)
+            return None
+        return record
+
+    def records(self) -> Iterator[Record]:
+        """Every record. Raises CniError 5 at one that cannot be read."""
+        for id in self.recorded():
+            if record := self.load(id):
+                yield record
+
+    def recorded(self) -> list[str]:
+        """The ids that have a record, or what once was one."""
+        with _io(self._attachments):
+            names = os.listdir(self._attachments) if os.path.isdir(self._attachments) else []
+        return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+
+    def forget(self, record: Record) -> None:
+        """Remove the record and give its ifindex back. Nothing to do is fine."""
+        self.forget_id(record.id, record.ifindex)
+
+    def forget_id(self, id: str, *numbers: int) -> None:
+        """The same where no record could be read. numbers: indexes that it may have besides those derived from id."""
+        with _io(self.folder):
+            for suffix in ("json", "new"):
+                _unlink(self._path(id, suffix))
+            _unlink(f"{self.holders}/{id}")
+            for number in (*numbers, *_candidates(id)):
+                self.release(number, id)
+            for pci in os.listdir(self.functions) if os.path.isdir(self.functions) else []:
+                self.release_function(pci, id)
+
+    def reserve_ifindex(self, id: str, device_id: str | None = None) -> int:
+        """An interface index that no other attachment on this host has, or had reserved, until forget().
+
+        With a device_id (see deviceid.py) its own. Raises CniError 11 if another attachment has that still.
+        """
+        with _io(self._ifindex):
+            if number := deviceid.index_of(device_id):
+                if self._hold(number, id):
+                    return number
+                raise CniError(
+                    TRY_AGAIN_LATER,
+                    f"deviceID {device_id}: attachment {self.reserved_by(number)} has it still; try again when that "
+                    "has ended",
+                )
+            for number in _candidates(id):
+                if self._hold(number, id):
+                    return number
+        raise CniError(TRY_AGAIN_LATER, "no free interface index was found; try again")
+
+    def adopt(self, record: Record) -> bool:
+        """Keep a record of a link that was found without one, if its index is one that we would have given it."""
+        with _io(self._ifindex):
+            ours = record.ifindex >= deviceid.BASE or record.ifindex in _candidates(record.id)
+            if not ours or not self._hold(record.ifindex, record.id):
+                return False
+        self.save(record, sealed=True)
+        return True
+
+    def reserved_by(self, number: int) -> str | None:
+        """The id that holds that ifindex, or None."""
+        with _io(self._ifindex):
+            try:
+                return os.readlink(f"{self._ifindex}/{number}")
+            except FileNotFoundError:
+                return None
+
+    def remove_node(self, ifindex: int) -> None:
+        """Remove the device node that ADD made for the attachment of that index. Nothing to do is fine."""
+        path = self.node(ifindex)
+        with _io(self._dev):
+            _unlink(path)
+            _unlink(f"{path}.new")
+
+    def sweep_nodes(self, keep: Collection[int] = ()) -> list[int]:
+        """Remove the device nodes whose index nobody holds, but for those to keep; the indexes of the removed ones."""
+        swept = []
+        with _io(self._dev):
+            for name in os.listdir(self._dev) if os.path.isdir(self._dev) else []:
+                number = name.removeprefix("tap").removesuffix(".new")
+                # While the sweep holds the index, no ADD can be making the node.
+                if number.isdecimal() and int(number) not in keep and self._hold(int(number), _SWEEP):
+                    self.release(int(number), _SWEEP)
+                    swept.append(int(number))
+        return swept
+
+    def reserved(self) -> Iterator[tuple[int, str]]:
+        """The interface indexes that are held, each with the id that holds it, with or without a record."""
+        with _io(self._ifindex):
+            for name in os.listdir(self._ifindex) if os.path.isdir(self._ifindex) else []:
+                with suppress(FileNotFoundError, ValueError):
+                    yield int(name), os.readlink(f"{self._ifindex}/{name}")
+
+    def unfinished(self) -> list[str]:
+        """The ids of records whose writing was begun."""
+        with _io(self._attachments):
+            names = os.listdir(self._attachments) if os.path.isdir(self._attachments) else []
+        return [name.removesuffix(".new") for name in names if name.endswith(".new")]
+
+    def release(self, number: int, id: str) -> None:
+        """Give an interface index back if that id holds it."""
+        path = f"{self._ifindex}/{number}"
+        with _io(path), suppress(FileNotFoundError):
+            if os.readlink(path) == id:
+                self.remove_node(number)  # before what says whose it is
+                os.unlink(path)
+
+    def hold_function(self, pci: str, id: str) -> bool:
+        """Reserve the VF of that PCI address; False if another attachment has it."""
+        with _io(self.functions):
+            os.makedirs(self.functions, mode=0o700, exist_ok=True)
+            return _hold(f"{self.functions}/{pci}", id)
+
+    def function_held_by(self, pci: str) -> str | None:
+        """The id that holds that VF, or None."""
+        with _io(self.functions), suppress(FileNotFoundError):
+            return os.readlink(f"{self.functions}/{pci}")
+        return None
+
+    def functions_held(self) -> Iterator[tuple[str, str]]:
+        """The PCI addresses of the VFs that are held, each with the id that holds it."""
+        with _io(self.functions):
+            for pci in os.listdir(self.functions) if os.path.isdir(self.functions) else []:
+                if id := self.function_held_by(pci):
+                    yield pci, id
+
+    def release_function(self, pci: str, id: str) -> None:
+        """Give the VF back if that id holds it."""
+        if self.function_held_by(pci) == id:
+            with _io(self.functions):
+                _unlink(f"{self.functions}/{pci}")
+
+    def _hold(self, number: int, id: str) -> bool:
+        return _hold(f"{self._ifindex}/{number}", id)
+
+
+def _hold(path: str, id: str) -> bool:
+    """Make the symbolic link to id; False if there is one to another."""
+    try:
+        os.symlink(id, path)
+    except FileExistsError:
+        with suppress(FileNotFoundError):
+            return os.readlink(path) == id
+        return False
+    return True
+
+
+def in_netns(folder: str | os.PathLike[str], netns_id: tuple[int, int]) -> list[Record]:
+    """The attachments whose network namespace is netns_id, by ifname."""
+    found = [record for record in Store(folder).records() if record.netns_id == netns_id]
+    return sorted(found, key=lambda record: record.ifname)
+
+
+def _seen(folder: str) -> tuple[int, ...]:
+    status = os.lstat(folder)
+    return status.st_dev, status.st_ino, status.st_mode, status.st_uid, status.st_mtime_ns
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _candidates(id: str) -> Iterator[int]:
+    """Indexes that an attachment may have, in the order to try; derived, so that one killed in between is found."""
+    digest = blake2s(id.encode(), digest_size=4 * _CANDIDATES).digest()
+    for at in range(0, len(digest), 4):
+        yield IFINDEX_BASE + int.from_bytes(digest[at : at + 4]) % IFINDEX_SPAN
+
+
+class _io:  # noqa: N801 - used as a statement
+    """Turns OSError into CniError 5 that names the path."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise CniError(
+                IO_FAILURE,
+                f"the state under {self._path} cannot be kept: is its file system full or read-only?",
+                str(error),
+            ) from error

@@ -1,0 +1,90 @@
+"""iproute.py: a tap that joins a bridge, and addresses on a link, seen by iproute2."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cni.kernel import iproute, netns, tap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lab.wire import Lab, Netns
+
+TAP = 0x10000007
+
+
+@pytest.fixture
+def pod(lab: Lab) -> Iterator[tuple[Netns, int]]:
+    """A pod with a tap in it, and an fd of the pod."""
+    made = lab.pod()
+    fd = netns.open_path(str(made.path))
+    tap.create(fd, ifname="net1", ifindex=TAP, queues=1, owner=None, group=None)
+    yield made, fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_tap_becomes_a_port(lab: Lab, pod: tuple[Netns, int], isolated: bool) -> None:
+    made, fd = pod
+    bridge = lab.node.links()["br0"]
+    node = netns.open_path(str(lab.node.path))
+    try:
+        with netns.entered(node):
+            iproute.join_bridge(
+                fd, tap=TAP, mtu=1400, bridge=bridge["ifindex"], isolated=isolated, alias="vmtap/x"
+            )
+            assert iproute.bridge_port("vth10000007") == (bridge["ifindex"], isolated)
+            assert iproute.bridge_port("nosuch") == (None, False)
+            assert iproute.bridge_port("eth1") == (None, False)
+    finally:
+        os.close(node)
+    lab.node.wait_until_up("vth10000007")  # the kernel notes the carrier a moment later
+    port = lab.node.links()["vth10000007"]
+    assert (port["master"], port["ifalias"], port["mtu"]) == ("br0", "vmtap/x", 1400)
+    assert lab.node.links()["br0"]["address"] == bridge["address"]
+    filters = json.loads(made.run(["tc", "-j", "filter", "show", "dev", "net1", "ingress"]).stdout)
+    (action,) = [action for each in filters for action in each.get("options", {}).get("actions", [])]
+    assert (action["mirred_action"], action["direction"], action["to_dev"]) == (
+        "redirect",
+        "egress",
+        "vtp10000007",
+    )
+    inside = made.run(["sysctl", "-n", "net.ipv6.conf.vtp10000007.disable_ipv6"]).stdout
+    assert inside == "1\n"
+
+
+def test_addresses_and_routes(pod: tuple[Netns, int]) -> None:
+    made, fd = pod
+    made.ip("link set net1 up")
+    iproute.put_addresses(
+        fd,
+        TAP,
+        ["10.1.0.5/24", "fd00::5/64"],
+        [
+            {"dst": "0.0.0.0/0"},
+            {"dst": "10.9.0.0/16", "gw": "10.1.0.9", "priority": 7, "mtu": 1300},
+            {"dst": "fd01::/64"},
+        ],
+        {4: "10.1.0.1", 6: "fd00::1"},
+    )
+    assert iproute.addresses(fd, TAP) == {"10.1.0.5/24", "fd00::5/64"}
+    routes = {
+        route["dst"]: route
+        for family in ("-4", "-6")
+        for route in json.loads(made.run(["ip", "-j", "-d", family, "route"]).stdout)
+    }
+    assert routes["default"]["gateway"] == "10.1.0.1"
+    assert (routes["10.9.0.0/16"]["gateway"], routes["10.9.0.0/16"]["metric"]) == ("10.1.0.9", 7)
+    assert routes["10.9.0.0/16"]["metrics"] == [{"mtu": 1300}]
+    assert routes["fd01::/64"]["gateway"] == "fd00::1"
+
+
+def test_a_refusal_is_an_oserror(pod: tuple[Netns, int]) -> None:
+    _, fd = pod
+    with pytest.raises(OSError, match="invalid gateway"):
+        iproute.put_addresses(fd, TAP, [], [{"dst": "10.9.0.0/16", "gw": "10.1.0.9"}], {})
