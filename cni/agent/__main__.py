@@ -19,7 +19,7 @@ from cni.agent.broker import Broker
 from cni.agent.link_deletion import Unlinker
 from cni.agent.log import log
 from cni.agent.policies import VARIABLE, Policies
-from cni.agent.reconcile import Reconciler
+from cni.agent.reconcile.runner import Reconciler
 from cni.agent.settings import load as load_settings
 from cni.agent.vepa_warning import Relay
 from cni.agent.wire import Asked

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cni.agent.metrics import Registry
-from cni.agent.reconcile import Reconciler
+from cni.agent.reconcile.runner import Reconciler
 from cni.attach.attachment import delete_link
 from cni.state.store import Store
 from lab.wire import BRIDGE, NIC

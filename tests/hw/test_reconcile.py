@@ -6,7 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from cni.agent.metrics import Registry
-from cni.agent.reconcile import Reconciler
+from cni.agent.reconcile.runner import Reconciler
 from cni.attach import attachment
 from cni.config import policy
 from cni.state.store import Store

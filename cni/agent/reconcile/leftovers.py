@@ -1,0 +1,87 @@
+"""Removes what no record speaks of: indexes, half-written records, device nodes, bridge ports, VLAN devices."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from functools import partial
+from logging import INFO
+
+from cni.agent.log import log
+from cni.agent.reconcile.links import id_of
+from cni.attach import attachment
+from cni.kernel.rtnl import Rtnl
+from cni.lower import vlan
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.agent.metrics import Registry
+    from cni.agent.reconcile.workers import Workers
+    from cni.kernel.rtnl import Link
+    from cni.state.store import Store
+
+_PORT = re.compile(r"vth([0-9a-f]{8})")
+
+
+class Leftovers:
+    """What kills and lost records left on the host."""
+
+    def __init__(
+        self, store: Store, delete_link: attachment.DeleteLink, workers: Workers, registry: Registry
+    ) -> None:
+        self._store = store
+        self._delete_link = delete_link
+        self._workers = workers
+        self._removed = registry.counter(
+            "vmtap_reconcile_leftovers_removed_total", "Leftovers that no record spoke of.", "kind"
+        )
+
+    def look(self, unrecorded: dict[str, int]) -> None:
+        """Hand on what no record speaks of, nor a link that might get one."""
+        with Rtnl() as host:
+            links = host.links()
+            numbers: dict[str, list[int]] = {id: [] for id in self._store.unfinished()}
+            for number, id in self._store.reserved():
+                numbers.setdefault(id, []).append(number)
+            kept = {*self._store.recorded(), *unrecorded}  # after what it is compared with
+            for id in numbers.keys() - kept:
+                self._workers.hand_on(id, partial(self._forget, id, numbers[id]))
+            for link in links:
+                port, id = _PORT.fullmatch(link.name), id_of(link.alias) or ""
+                if port and id and id not in kept and link.kind == "veth":
+                    self._workers.hand_on(id, partial(self._remove_port, id, link))
+            if shared := {link.name for link in links if vlan.is_marked(link)}:
+                used = {each.vlan["device"] for each in self._store.records() if each.vlan}
+                for name in shared - used:
+                    self._workers.hand_on(name, partial(self._remove_vlan, name))
+        for number in self._store.sweep_nodes(keep=unrecorded.values()):
+            self._removed.inc("node")
+            log(INFO, "leftover removed", kind="node", ifindex=number)
+
+    def _forget(self, id: str, numbers: list[int]) -> None:
+        with self._store.locked(id, wait=False):
+            if self._store.load(id):
+                return
+            self._store.forget_id(id, *numbers)
+        self._removed.inc("state")
+        log(INFO, "leftover removed", kind="state", id=id)
+
+    def _remove_port(self, id: str, seen: Link) -> None:
+        number = int(seen.name[3:], 16)
+        with self._store.locked(id, wait=False), Rtnl() as host:
+            if self._store.load(id):
+                return
+            if seen.lower_nsid is not None:
+                with suppress(OSError):  # EINVAL: the namespace died, and the pair with it
+                    if host.link(index=number, nsid=seen.lower_nsid):
+                        return
+            attachment.remove_port(host, number, seen.alias, self._delete_link)
+        self._removed.inc("port")
+        log(INFO, "leftover removed", kind="port", link=seen.name, alias=seen.alias)
+
+    def _remove_vlan(self, name: str) -> None:
+        with Rtnl() as host:
+            removed = vlan.release(host, self._store, name, "", self._delete_link, wait=False)
+        if removed:  # else a macvtap is on it still
+            self._removed.inc("vlan")
+            log(INFO, "leftover removed", kind="vlan", link=name)

@@ -1,0 +1,127 @@
+"""Carries out the DELs that the shim left in the folder pending/ while the agent was away."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import struct
+import time
+from contextlib import suppress
+from functools import partial
+from logging import INFO
+
+from cni.agent import wire
+from cni.agent.log import log
+from cni.state.record import identifier
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cni.agent.metrics import Registry
+    from cni.agent.reconcile.workers import Workers
+    from cni.agent.wire import Asked
+    from cni.plugin import Response
+    from cni.state.store import Store
+
+_PENDING_SECONDS = 24 * 3600.0
+"""How long a DEL that fails is tried again before it is set aside."""
+_UNFINISHED_SECONDS = 60.0
+
+
+class Pending:
+    """The folder pending/. answer: carries out a request as the CNI socket does."""
+
+    def __init__(
+        self, store: Store, answer: Callable[[Asked], Response], workers: Workers, registry: Registry
+    ) -> None:
+        self._store = store
+        self._answer = answer
+        self._workers = workers
+        self._folder = f"{store.folder}/pending"
+        self._done = registry.counter(
+            "vmtap_reconcile_pending_done_total", "DELs carried out that came while the agent was away."
+        )
+        # Looked at when asked for: one that is counted up and down would be wrong whenever a worker is the quicker.
+        registry.seen(
+            "vmtap_reconcile_pending",
+            "DELs that wait in the folder pending/.",
+            look=lambda: {(): sum(not name.endswith((".new", ".bad")) for name in self._waiting())},
+        )
+
+    def look(self) -> None:
+        for name in self._waiting():
+            path = f"{self._folder}/{name}"
+            if name.endswith(".new"):
+                with suppress(FileNotFoundError):
+                    if time.time() - os.stat(path).st_mtime > _UNFINISHED_SECONDS:  # its shim was killed
+                        os.unlink(path)
+            elif not name.endswith(".bad"):
+                self._workers.hand_on(path, partial(self._carry_out, path))
+
+    def _waiting(self) -> list[str]:
+        """What is in pending/, the oldest first."""
+        return sorted(os.listdir(self._folder)) if os.path.isdir(self._folder) else []
+
+    def _carry_out(self, path: str) -> None:
+        try:
+            data, status = _read(path)
+            asked = wire.parse(data)
+            if asked.env.get("CNI_COMMAND") != "DEL":
+                raise wire.WireError("it is no DEL")
+        except FileNotFoundError:
+            return
+        except wire.WireError as error:
+            self._set_aside(path, str(error))
+            return
+        if self._added_since(asked, status.st_mtime_ns):
+            self._remove(path)
+            log(INFO, "pending DEL dropped: it was added again since", **_asked(asked))
+            return
+        response = self._answer(asked)
+        if response.error is None:
+            self._remove(path)
+            self._done.inc()
+            log(INFO, "pending DEL carried out", **_asked(asked))
+        elif time.time() - status.st_mtime > _PENDING_SECONDS:
+            self._set_aside(path, str(response.error))
+        else:
+            self._workers.failed("pending DEL", str(response.error), **_asked(asked))
+
+    def _added_since(self, asked: Asked, since_ns: int) -> bool:
+        """Whether the attachment is of a later ADD than the DEL: a container that was restarted keeps its id."""
+        try:
+            network = json.loads(asked.stdin)["name"]
+            id = identifier(network, asked.env["CNI_CONTAINERID"], asked.env["CNI_IFNAME"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+        written = self._store.written_ns(id)
+        return written is not None and written > since_ns
+
+    def _remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):  # by an agent that is being replaced by us, or we by it
+            os.unlink(path)
+
+    def _set_aside(self, path: str, why: str) -> None:
+        os.rename(path, f"{path}.bad")
+        self._workers.failed("pending request set aside, as NAME.bad", why, path=path)
+
+
+def _read(path: str) -> tuple[bytes, os.stat_result]:
+    """Raises FileNotFoundError, WireError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise wire.WireError(str(error)) from error
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise wire.WireError("it is no file of ours")
+        return file.read(wire.ENV_LIMIT + wire.STDIN_LIMIT + struct.calcsize("=IIII")), status
+
+
+def _asked(asked: Asked) -> dict[str, object]:
+    return {"container": asked.env.get("CNI_CONTAINERID"), "ifname": asked.env.get("CNI_IFNAME")}
