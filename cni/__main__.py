@@ -1,6 +1,6 @@
 """The CNI executable, one-shot: environment and stdin in, one JSON document on stdout, an exit status.
 
-A thin caller of plugin.handle: everything that belongs to the process is here, and nothing else.
+A thin caller of plugin.handle(): it does what concerns the process, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ import select
 import signal
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 
 from cni import plugin
+from cni.attach.call import Node, Request
 from cni.config.netconf import MAX_BYTES
+from cni.config.policy import load as load_policy
 from cni.errors import CniError
 from cni.spec import INVALID_ENVIRONMENT, IO_FAILURE, TRY_AGAIN_LATER, VERSIONS
+from cni.state.store import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +30,7 @@ _END = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Terminated(BaseException):
-    """SIGTERM or SIGINT: whatever is under way is undone on its way out."""
+    """Raised at SIGTERM or SIGINT, so that an ADD undoes what it has begun."""
 
 
 def main() -> int:
@@ -39,37 +44,34 @@ def main() -> int:
             f"CNI protocol versions supported: {', '.join(VERSIONS)}"
         )
         return 0
-    request = plugin.Request(
-        env=env,
-        stdin=b"",
-        policy=env.get("VMTAP_POLICY") or "/etc/vmtap/interfaces.yaml",
-        state=env.get("VMTAP_STATE") or "/run/vmtap",
-        called_as="macvtap" if name == "macvtap" else "vmtap",
-        note=lambda text: _say(f"{name}: {text}"),
-    )
+    store = Store(env.get("VMTAP_STATE") or "/run/vmtap", lambda text: _say(f"{name}: {text}"))
+    policy = partial(load_policy, env.get("VMTAP_POLICY") or "/etc/vmtap/interfaces.yaml")
+    request = Request(env=env, stdin=b"", called_as="macvtap" if name == "macvtap" else "vmtap")
     try:
         for number in _END:
             signal.signal(number, _terminate)
         try:
-            request = _with(request, stdin=_read(), delegate_seconds=_delegate_seconds(env))
-            response = plugin.handle(request)
+            request = replace(request, stdin=_read())
+            node = Node(store, policy, _delegate_seconds(env))
+            response = plugin.handle(request, node)
         except CniError as error:
             response = plugin.refuse(request, error)
-        _ignore_end()  # from here on it is too late: there is one answer, and it is on its way
+        _ignore_end()  # the request is finished, and its one answer must be written
     except _Terminated:
         gone = CniError(TRY_AGAIN_LATER, f"{name} was told to end; what it had begun is undone")
         response = plugin.refuse(request, gone)
     if response.error:
         _say(f"{name}: {response.error}")
     if not _write(1, response.stdout):
-        if env.get("CNI_COMMAND") == "ADD" and response.status == 0:  # nobody will know of it: undo it
-            plugin.handle(_with(request, env={**env, "CNI_COMMAND": "DEL"}))
+        # The runtime does not know of a link that was added: undo it.
+        if env.get("CNI_COMMAND") == "ADD" and response.status == 0:
+            plugin.handle(replace(request, env={**env, "CNI_COMMAND": "DEL"}), node)
         return 1
     return response.status
 
 
 def _delegate_seconds(env: dict[str, str]) -> float:
-    """How long an IPAM delegate may take. Runtimes have deadlines of their own: ours has to end before theirs."""
+    """How long an IPAM delegate may take: less than the runtime's own deadline for the plugin."""
     text = env.get("VMTAP_DELEGATE_SECONDS") or "60"
     if not (text.isascii() and text.isdecimal() and int(text)):
         raise CniError(
@@ -79,22 +81,16 @@ def _delegate_seconds(env: dict[str, str]) -> float:
 
 
 def _open_standard_streams() -> None:
-    """Those that are closed, or a file of ours would get their number. Writing to this stdout fails, as it should."""
+    """Open those of 0, 1 and 2 that are closed, or another file would get the number. A write to this stdout fails."""
     for fd, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(fd)
         except OSError:
-            os.open("/dev/null", mode)  # the lowest free number: this one
-
-
-def _with(request: plugin.Request, **changed: object) -> plugin.Request:
-    from dataclasses import replace  # noqa: PLC0415 - loaded already
-
-    return replace(request, **changed)  # type: ignore[arg-type]
+            os.open("/dev/null", mode)  # gets the lowest free number, which is fd
 
 
 def _read() -> bytes:
-    """Everything on stdin, up to a size and a deadline that a runtime never meets."""
+    """Everything on stdin. Raises CniError 5 if it does not end in time; the parser refuses what is too large."""
     data = bytearray()
     deadline = time.monotonic() + STDIN_SECONDS
     poll = select.poll()

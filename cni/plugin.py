@@ -1,7 +1,7 @@
 """Request → Response: the version gate, validation, dispatch.
 
-One request is one pure call: it reads no environment, prints nothing, exits nothing, keeps nothing and leaves
-the calling thread's namespace as it was, so that the one-shot executable and a threaded agent can share it.
+handle() reads no environment, prints nothing, exits nothing, keeps nothing, and leaves the calling thread's network
+namespace as it was. So the one-shot executable and the threaded agent share it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ import os
 import re
 from dataclasses import dataclass
 
-from cni.attach import attachment, check, result
+from cni.attach import result
+from cni.attach.add import add
+from cni.attach.call import Call, Node, Request
+from cni.attach.check import check
+from cni.attach.delete import delete
+from cni.attach.gc import collect
+from cni.attach.status import status
 from cni.config import netconf
 from cni.config import policy as policies
 from cni.errors import CniError, refused
@@ -24,17 +30,13 @@ from cni.spec import (
     PLUGIN_NOT_AVAILABLE,
     VERSIONS,
 )
-from cni.state.lock import nothing
-from cni.state.record import identifier
-from cni.state.store import Store
+from cni.state.lock import keep_turn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from cni.config.netconf import NetConf
-    from cni.state.record import Record
 
 _ATTACHMENT = ("CNI_CONTAINERID", "CNI_IFNAME")
 _REQUIRED = {
@@ -49,34 +51,8 @@ _SINCE = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}
 _JSON = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one each time
 _CONTAINER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 _NOT_IN_IFNAME = re.compile(r"[/:%\s\0\udc80-\udcff]")
-"""To the kernel a name with % is a pattern to make one of; the last range is how Python shows what is not UTF-8."""
+"""The kernel takes a name with % for a pattern (dev_alloc_name). The last range stands for bytes that are not UTF-8."""
 _IFNAME_BYTES = 15
-
-
-@dataclass(frozen=True)
-class Request:
-    """One execution of the plugin.
-
-    env: the whole environment (delegates get it); stdin: the network config; called_as: "vmtap" or "macvtap";
-    policy: path of the node's policy file; netns: an fd of CNI_NETNS (O_PATH will do), where the caller has
-    opened it; host: the calling thread's, where the caller keeps one; load_policy: see config/policy.py;
-    delete_link, cdi, waits, made: see attach/attachment.py; note: see state/store.py.
-    """
-
-    env: Mapping[str, str]
-    stdin: bytes
-    policy: str
-    state: str
-    called_as: str = "vmtap"
-    netns: int | None = None
-    host: Host | None = None
-    delegate_seconds: float = 60.0
-    load_policy: Callable[[str], policies.Policy | None] = policies.load
-    delete_link: attachment.DeleteLink = attachment.delete_link
-    cdi: str | None = None
-    waits: Callable[[], None] = nothing
-    made: Callable[[Record], None] | None = None
-    note: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,22 +64,28 @@ class Response:
     error: CniError | None = None
 
 
-def handle(request: Request) -> Response:
-    """Carry out one request. Never raises Exception."""
+def handle(
+    request: Request, node: Node, host: Host | None = None, yield_turn: Callable[[], None] = keep_turn
+) -> Response:
+    """Carry out one request. Never raises Exception.
+
+    host: a socket of the calling thread's network namespace, where the caller keeps one; yield_turn: called before a
+    wait that other requests need not share.
+    """
     try:
-        answer = _dispatch(request)
+        answer = _dispatch(request, node, host, yield_turn)
     except CniError as error:
         return refuse(request, error)
     except OSError as error:
         return refuse(request, refused(error, "the kernel refused a step of it"))
-    except Exception as error:  # the last wall: a runtime must get JSON, whatever we did wrong
+    except Exception as error:  # a runtime must get JSON, whatever the fault
         details = f"{type(error).__name__}: {error}"
         return refuse(request, CniError(INTERNAL, "a fault in vmtap itself: please report it", details))
     return Response(b"" if answer is None else _encode(answer), 0)
 
 
 def refuse(request: Request, error: CniError) -> Response:
-    """The error as SPEC section 5 wants it, in the version that was asked for where we know it."""
+    """The error as SPEC section 5 has it, in the version of the request if that is known here."""
     version = netconf.peek_version(request.stdin)
     document = {
         "cniVersion": version if version in VERSIONS else VERSIONS[-1],
@@ -115,7 +97,9 @@ def refuse(request: Request, error: CniError) -> Response:
     return Response(_encode(document), 1, error)
 
 
-def _dispatch(request: Request) -> dict[str, Any] | None:
+def _dispatch(
+    request: Request, node: Node, host: Host | None, yield_turn: Callable[[], None]
+) -> dict[str, Any] | None:
     command = request.env.get("CNI_COMMAND", "")
     if command not in _REQUIRED:
         known = ", ".join(_REQUIRED)
@@ -132,38 +116,20 @@ def _dispatch(request: Request) -> dict[str, Any] | None:
         raise CniError(
             INCOMPATIBLE_VERSION, f"cniVersion {conf.cni_version} has no {command}: it came with {since}"
         )
-    container_id, ifname = request.env.get("CNI_CONTAINERID", ""), request.env.get("CNI_IFNAME", "")
-    host = request.host or Host()
+    own = host or Host()
     opened = None
     try:
-        opened = _open(request, command, host)
-        call = attachment.Call(
-            conf=conf,
-            host=host,
-            id=identifier(conf.name, container_id, ifname),
-            container_id=container_id,
-            ifname=ifname,
-            arguments=arguments,
-            netns_path=request.env.get("CNI_NETNS", ""),
-            netns=opened,
-            env=request.env,
-            stdin=request.stdin,
-            store=Store(request.state, request.note),
-            delegate_seconds=request.delegate_seconds,
-            delete_link=request.delete_link,
-            cdi=request.cdi,
-            waits=request.waits,
-            made=request.made,
-        )
-        return _carry_out(command, request, conf, call)
+        opened = _open(request, command, own)
+        return _carry_out(command, Call(request, node, conf, arguments, own, opened, yield_turn))
     finally:
         if opened not in (None, request.netns):
             os.close(opened)
-        if host is not request.host:
-            host.close()
+        if own is not host:
+            own.close()
 
 
-def _carry_out(command: str, request: Request, conf: NetConf, call: attachment.Call) -> dict[str, Any] | None:
+def _carry_out(command: str, call: Call) -> dict[str, Any] | None:
+    conf = call.conf
     match command:
         case "ADD":
             if conf.ipam is None and conf.prev_result is None and result.needs_ip(conf.cni_version):
@@ -171,24 +137,24 @@ def _carry_out(command: str, request: Request, conf: NetConf, call: attachment.C
                     INCOMPATIBLE_VERSION,
                     f"cniVersion {conf.cni_version} has no result without an IP address: raise it, or set ipam",
                 )
-            return attachment.add(call, policies.authorize(request.load_policy(request.policy), conf))
+            return add(call, policies.authorize(call.node.policy(), conf))
         case "DEL":
-            attachment.delete(call)
+            delete(call)
         case "CHECK":
-            check.check(call, policies.authorize(request.load_policy(request.policy), conf))
+            check(call, policies.authorize(call.node.policy(), conf))
         case "GC":
-            attachment.collect(call)
+            collect(call)
         case "STATUS":
             try:
-                grant = policies.authorize(request.load_policy(request.policy), conf)
+                grant = policies.authorize(call.node.policy(), conf)
             except CniError as error:
                 raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
-            attachment.status(call, grant)
+            status(call, grant)
     return None
 
 
 def _check_environment(command: str, env: Mapping[str, str]) -> None:
-    """SPEC section 2 "Parameters". Raises CniError 4 that lists everything that is missing."""
+    """Check SPEC section 2 "Parameters". Raises CniError 4 that lists everything that is missing."""
     missing = [name for name in _REQUIRED[command] if not env.get(name)]
     if missing:
         raise CniError(INVALID_ENVIRONMENT, f"{command} needs {', '.join(missing)} in the environment")
@@ -207,7 +173,7 @@ def _check_environment(command: str, env: Mapping[str, str]) -> None:
 
 
 def _open(request: Request, command: str, host: Host) -> int | None:
-    """An fd of CNI_NETNS, that of the request or a new one. DEL goes on without: the namespace may well be gone."""
+    """An fd of CNI_NETNS: the request's, or a new one. None for DEL if it cannot be opened, as its pod may be gone."""
     path = request.env.get("CNI_NETNS", "")
     if command in ("GC", "STATUS") or not path:
         return None

@@ -7,8 +7,13 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cni.attach.call import Node
+from cni.config.policy import load as load_policy
+from cni.state.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,6 +89,10 @@ class Plugin:
             self.argv(), input=stdin, env=variables, capture_output=True, timeout=60, check=False
         )
         return Answer(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
+
+    def given(self, **fields: Any) -> Node:
+        """What the node gives to a request that plugin.handle carries out in this process. fields: Node's."""
+        return Node(Store(self.state), partial(load_policy, self.policy), **fields)
 
     def argv(self) -> list[str]:
         """The command line: the executable inside the node's network namespace."""

@@ -22,12 +22,11 @@ from cni.agent.policies import VARIABLE, Policies
 from cni.agent.reconcile.runner import Reconciler
 from cni.agent.settings import load as load_settings
 from cni.agent.vepa_warning import Relay
-from cni.agent.wire import Asked
-from cni.attach import attachment
+from cni.attach.call import Node, Request
 from cni.errors import CniError
 from cni.kernel.netns import libc
 from cni.kernel.rtnl import Host
-from cni.state.lock import nothing
+from cni.state.lock import keep_turn
 from cni.state.store import Store
 
 TYPE_CHECKING = False
@@ -57,11 +56,17 @@ def _to_nobody(response: Response, stderr: bytes) -> None:
 class Agent:
     """Everything that a request needs and that outlives it."""
 
-    def __init__(self, settings: Config, registry: metrics.Registry) -> None:
+    def __init__(self, settings: Config, store: Store, registry: metrics.Registry) -> None:
         self.settings = settings
         self.policies = Policies(settings.policy, os.environ.get(VARIABLE))
-        self.unlink: attachment.DeleteLink = Unlinker()
-        self._made = Relay(settings.run)
+        self.node = Node(
+            store,
+            self.policies,
+            settings.delegate_seconds,
+            Unlinker(),
+            settings.cdi if settings.device_route == "cdi" else None,
+            Relay(settings.run),
+        )
         self._hosts: list[Host] = []
         """Not in use now: a request takes one, or makes one, and puts it back."""
         self._operations = registry.counter(
@@ -80,32 +85,16 @@ class Agent:
         )
 
     def answer(
-        self, asked: Asked, reply: Reply = _to_nobody, waits: Callable[[], None] = nothing
+        self, request: Request, reply: Reply = _to_nobody, yield_turn: Callable[[], None] = keep_turn
     ) -> Response:
-        """Carry out one request of the shim; waits: see plugin.Request."""
+        """Carry out one request. reply: called with the response; yield_turn: see plugin.handle."""
         begin = time.monotonic()
         try:
             host = self._hosts.pop()
         except IndexError:
             host = Host()
-        request = plugin.Request(
-            env=asked.env,
-            stdin=asked.stdin,
-            policy=self.settings.policy,
-            load_policy=self.policies,
-            state=self.settings.run,
-            called_as=asked.called_as,
-            netns=asked.netns,
-            host=host,
-            delegate_seconds=self.settings.delegate_seconds,
-            delete_link=self.unlink,
-            cdi=self.settings.cdi if self.settings.device_route == "cdi" else None,
-            waits=waits,
-            made=self._made,
-            note=_note,
-        )
         self._in_flight.inc()
-        response = plugin.handle(request)
+        response = plugin.handle(request, self.node, host, yield_turn)
         if len(self._hosts) < _SPARE:
             self._hosts.append(host)
         else:
@@ -114,17 +103,17 @@ class Agent:
         stderr = b""
         fields: dict[str, object] = {"ms": round(seconds * 1000, 2)}
         if response.error:
-            stderr = f"{asked.called_as}: {response.error}\n".encode()
+            stderr = f"{request.called_as}: {response.error}\n".encode()
             fields |= {"code": response.error.code, "error": str(response.error)}
         reply(response, stderr)  # before the rest: somebody waits for it
         self._in_flight.inc(by=-1)
-        self._count(asked.env.get("CNI_COMMAND", ""), response.error, seconds)
+        self._count(request.env.get("CNI_COMMAND", ""), response.error, seconds)
         log(
             WARNING if response.error else INFO,
             "request",
-            command=asked.env.get("CNI_COMMAND"),
-            container=asked.env.get("CNI_CONTAINERID"),
-            ifname=asked.env.get("CNI_IFNAME"),
+            command=request.env.get("CNI_COMMAND"),
+            container=request.env.get("CNI_CONTAINERID"),
+            ifname=request.env.get("CNI_IFNAME"),
             **fields,
         )
         return response
@@ -172,7 +161,7 @@ def _run(settings: Config) -> int:
     folder = f"{settings.run}/agent"
     os.makedirs(folder, mode=0o700, exist_ok=True)
     registry = metrics.Registry()
-    agent = Agent(settings, registry)
+    agent = Agent(settings, store, registry)
     node_metrics.declare(registry, store, agent.policies, lambda: agent.policy_error() is None)
     agent.policy_error()  # it is logged, and every ADD says so
     reconciler = Reconciler(
@@ -182,7 +171,7 @@ def _run(settings: Config) -> int:
         registry,
         seconds=settings.reconcile_seconds,
         delegate_seconds=settings.delegate_seconds,
-        delete_link=agent.unlink,
+        delete_link=agent.node.delete_link,
     )
     reconciler.start()
     path = f"{folder}/cni.sock"

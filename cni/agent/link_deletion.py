@@ -15,8 +15,7 @@ import struct
 import threading
 from queue import SimpleQueue
 
-from cni.attach import attachment
-from cni.kernel.rtnl import NETLINK_ROUTE, RTM_DELLINK, SOL_NETLINK, Rtnl
+from cni.kernel.rtnl import NETLINK_ROUTE, RTM_DELLINK, SOL_NETLINK, Rtnl, delete_link
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ _AT_IFINDEX = 16 + 4  # ifinfomsg.ifi_index
 
 
 class Unlinker:
-    """A attachment.DeleteLink that answers when the link is gone. most: links being waited for at once."""
+    """A rtnl.DeleteLink that answers when the link is gone. most: links being waited for at once."""
 
     def __init__(self, most: int = 64) -> None:
         self._most = most
@@ -48,7 +47,7 @@ class Unlinker:
         self._threads = self._idle = 0
 
     def __call__(self, host: Rtnl, index: int, nsid: int | None) -> None:
-        """Raises OSError, as attachment.delete_link does."""
+        """Raises OSError, as rtnl.delete_link does."""
         with _watch(index) as gone, _Work(index, nsid) as work:
             poll = select.poll()
             poll.register(gone, select.POLLIN)
@@ -93,7 +92,7 @@ class _Work:
     def carry_out(self) -> None:
         try:
             with Rtnl() as own:
-                attachment.delete_link(own, self._index, self._nsid)
+                delete_link(own, self._index, self._nsid)
         except OSError as error:
             self.error = error
         finally:

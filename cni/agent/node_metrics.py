@@ -9,7 +9,7 @@ import os
 import resource
 from collections import Counter
 
-from cni.lower import sriov
+from cni.lower import vf_discovery
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def declare(
 
 
 def _functions(pf: str, store: Store) -> dict[str, float]:
-    made = sriov.functions(pf)
+    made = vf_discovery.functions(pf)
     held = {pci for pci, _ in store.functions_held()}
     attached = sum(each.pci in held for each in made)
     free = sum(each.link is not None and each.pci not in held for each in made)
@@ -97,7 +97,7 @@ def _functions(pf: str, store: Store) -> dict[str, float]:
         "attached": attached,
         "free": free,
         "other": len(made) - attached - free,
-        "unmade": sriov.most(pf) - len(made),
+        "unmade": vf_discovery.most(pf) - len(made),
     }
 
 

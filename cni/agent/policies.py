@@ -45,11 +45,8 @@ class Policies:
         self._good: Policy | None = None
         self._any_good = False
 
-    def __call__(self, path: str = "") -> Policy | None:
-        """In the place of policy.load; path is the one that it was made with.
-
-        Raises CniError 7 if there has never been a good one.
-        """
+    def __call__(self) -> Policy | None:
+        """The policy in force; None if there is none. Raises CniError 7 if no version of the file has been valid."""
         seen = self._identity()
         if seen != self._seen:
             with self._lock:

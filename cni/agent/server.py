@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cni.agent.wire import Asked
+    from cni.attach.call import Request
     from cni.plugin import Response
 
     Reply = Callable[[Response, bytes], None]
@@ -74,12 +74,12 @@ class Server:
     def __init__(
         self,
         listener: socket.socket,
-        answer: Callable[[Asked, Reply, Callable[[], None]], object],
+        answer: Callable[[Request, Reply, Callable[[], None]], object],
         refused: Callable[[str], None],
         *,
         lent: bool = False,
     ) -> None:
-        """answer gets what was asked, how to reply, and what to call before it waits for somebody else.
+        """answer gets what was request, how to reply, and what to call before it waits for somebody else.
 
         lent: the socket is systemd's, which listens on when we are gone.
         """
@@ -195,11 +195,11 @@ class Server:
             connection.settimeout(_REQUEST_SECONDS)
 
         try:
-            asked = wire.receive(connection, late)
+            request = wire.receive(connection, late)
         except (wire.WireError, OSError) as error:
             self._refused(f"a request of process {pid} was not read: {error}")
             return
-        if asked is None:
+        if request is None:
             return
 
         def reply(response: Response, stderr: bytes) -> None:
@@ -208,7 +208,7 @@ class Server:
             os.sched_yield()  # the kernel often wakes the shim on this CPU: what is left to do here is not its wait
 
         try:
-            self._answer(asked, reply, turn.leave)
+            self._answer(request, reply, turn.leave)
         finally:
-            if asked.netns is not None:
-                os.close(asked.netns)
+            if request.netns is not None:
+                os.close(request.netns)

@@ -9,15 +9,15 @@ import os
 import socket
 import struct
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
-from cni.state.lock import nothing
+from cni.attach.call import Request
+from cni.state.lock import keep_turn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from typing import TypeVar
 
     from cni.plugin import Response
@@ -40,18 +40,8 @@ class WireError(ValueError):
     """Bytes that no shim of ours sends."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One request as the shim sent it. netns: an fd that the receiver closes (an O_PATH one if it is none), or None."""
-
-    called_as: str
-    env: Mapping[str, str]
-    stdin: bytes
-    netns: int | None
-
-
-def receive(connection: _socket.socket, late: Callable[[], None] | None = None) -> Asked | None:
-    """The next request, from a blocking socket; None if the peer said nothing.
+def receive(connection: _socket.socket, late: Callable[[], None] | None = None) -> Request | None:
+    """The next request, from a blocking socket; None if the peer sent nothing. The caller closes the request's netns.
 
     late: called when the peer keeps us waiting; sets the timeout of what is tried then. Without it there is no
     timeout. Raises WireError, OSError (with it TimeoutError).
@@ -72,22 +62,22 @@ def receive(connection: _socket.socket, late: Callable[[], None] | None = None) 
         missing = _check(head) - len(body)
         if missing < 0:
             raise WireError("it goes on after its end")
-        return _asked(head, body + _exactly(connection, missing, late) if missing else body, netns)
+        return _request(head, body + _exactly(connection, missing, late) if missing else body, netns)
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
 
 
-def parse(data: bytes) -> Asked:
+def parse(data: bytes) -> Request:
     """A request that the shim left in a file. Raises WireError."""
     if len(data) < _HEAD.size or len(data) - _HEAD.size != _check(data[: _HEAD.size]):
         raise WireError("it is cut short")
-    return _asked(data[: _HEAD.size], data[_HEAD.size :], None)
+    return _request(data[: _HEAD.size], data[_HEAD.size :], None)
 
 
 def reply(
-    connection: _socket.socket, response: Response, stderr: bytes, late: Callable[[], None] = nothing
+    connection: _socket.socket, response: Response, stderr: bytes, late: Callable[[], None] = keep_turn
 ) -> None:
     """Answer and be done. late: called if the shim has to read first. Raises OSError if it is gone."""
     data = _TAIL.pack(response.status, len(response.stdout), len(stderr)) + response.stdout + stderr
@@ -126,13 +116,13 @@ def _check(head: bytes) -> int:
     return int(env_length + stdin_length)
 
 
-def _asked(head: bytes, body: bytes, netns: int | None) -> Asked:
+def _request(head: bytes, body: bytes, netns: int | None) -> Request:
     _, as_macvtap, env_length, _ = _HEAD.unpack(head)
     env: dict[str, str] = {}
     for entry in body[:env_length].split(b"\0")[:-1]:
         name, _, value = entry.decode(errors="surrogateescape").partition("=")
         env.setdefault(name, value)
-    return Asked("macvtap" if as_macvtap else "vmtap", env, body[env_length:], netns)
+    return Request(env, body[env_length:], "macvtap" if as_macvtap else "vmtap", netns)
 
 
 def _exactly(connection: _socket.socket, length: int, late: Callable[[], None] | None) -> bytes:

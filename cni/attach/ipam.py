@@ -20,7 +20,7 @@ from cni.spec import (
     INVALID_NETWORK_CONFIG,
     UNKNOWN_CONTAINER,
 )
-from cni.state.lock import nothing
+from cni.state.lock import keep_turn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,14 +36,14 @@ _SIGKILL = 9
 class Delegate:
     """A plugin to run: its type, the whole network config as bytes, the environment, and its deadline in seconds.
 
-    waits is called before each wait for it.
+    yield_turn is called before each wait for it.
     """
 
     type: str
     config: bytes
     env: Mapping[str, str]
     deadline: float
-    waits: Callable[[], None] = nothing
+    yield_turn: Callable[[], None] = keep_turn
 
     def find(self) -> str:
         """The executable. Raises CniError 4 or 7 if there is none, and then nothing of it can have run."""
@@ -60,7 +60,7 @@ class Delegate:
         import threading  # noqa: PLC0415
 
         program = self.find()
-        self.waits()
+        self.yield_turn()
         # A fork that runs Python is safe only where there is no other thread: in the one-shot. An agent that is killed
         # takes its delegates with it as a container's or a systemd unit's main process.
         alone = threading.active_count() == 1

@@ -1,6 +1,6 @@
-"""What an ADD is going to make: the device, its mode, MAC and MTU, from what was granted and what the source is.
+"""What an ADD is going to make: the device, its lower device, mode, MAC and MTU.
 
-Decided before anything is touched, from what the caller has looked up.
+It follows from the grant and from the source's link, which the caller has looked up. Must not change anything.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from dataclasses import dataclass, replace
 from cni.config import mac as mac_rules
 from cni.errors import CniError
 from cni.kernel.rtnl import ARPHRD_ETHER
+from cni.lower import Wanted
 from cni.spec import INVALID_NETWORK_CONFIG, SOURCE_MISSING
+from cni.state import deviceid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cni.config.netconf import NetConf, Vlan
-    from cni.config.policy import Functions, Grant
+    from cni.config.netconf import NetConf
+    from cni.config.policy import Grant
     from cni.kernel.rtnl import Link
 
 PLAIN_TAP_MTU = 1500
@@ -32,12 +34,8 @@ class Plan:
     source: Link | None
     mac: str
     mtu: int
-    functions: Functions | None = None
-    """Where a virtual function carries it; source is one of the pool then, to go by."""
-    vlan: Vlan | None = None
-    """Where a VLAN device of the source does."""
-    offload: bool = False
-    """Whether the source's queues are to do the sorting."""
+    lower: Wanted | None = None
+    """What the macvtap is to sit on, if not on the plain source. For a virtual function, source is one of the PFs."""
 
 
 def decide(
@@ -90,9 +88,7 @@ def decide(
         source,
         mac,
         mtu,
-        _functions(grant),
-        None if grant.functions else grant.vlan,
-        offload=grant.type == "vmdq",
+        _lower(grant, conf),
     )
 
 
@@ -123,9 +119,12 @@ def _check_tap(conf: NetConf, grant: Grant, source: Link | None) -> None:
         )
 
 
-def _functions(grant: Grant) -> Functions | None:
-    """The entry's, with the VLAN that the network config asks for."""
-    if grant.functions is None or grant.vlan is None:
-        return grant.functions
-    tag = [grant.vlan.id, grant.vlan.priority, grant.vlan.ethertype]
-    return replace(grant.functions, settings={**grant.functions.settings, "vlan": tag})
+def _lower(grant: Grant, conf: NetConf) -> Wanted | None:
+    if entry := grant.functions:
+        if tag := grant.vlan:
+            settings = replace(entry.settings, vlan=(tag.id, tag.priority, tag.ethertype))
+            entry = replace(entry, settings=settings)
+        device = deviceid.parse(conf.device_id or "")
+        return Wanted(functions=entry, number=device[1] if device else None)
+    offload = grant.type == "vmdq"
+    return Wanted(vlan=grant.vlan, offload=offload) if grant.vlan or offload else None

@@ -14,11 +14,11 @@ from cni import spec
 from cni.config import nodefile, schema
 from cni.config.netconf import Vlan, canonical
 from cni.errors import CniError
+from cni.kernel.vf_settings import VfSettings
 from cni.state import deviceid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import Any
 
     from cni.config.netconf import NetConf
@@ -38,13 +38,14 @@ LINK_STATES = ("auto", "enable", "disable")
 
 @dataclass(frozen=True)
 class Functions:
-    """What an entry of type sr-iov says of its virtual functions. settings are vf.py's; absent: as it is."""
+    """What an entry of type sr-iov gives for its virtual functions."""
 
     pool: tuple[str, ...]
     """The PFs, in the order to try."""
     vfs: int | None
     """How many to make where there are none."""
-    settings: Mapping[str, Any]
+    settings: VfSettings
+    """What each VF is to be set to; None: it stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def _functions(path: str, number: int, entry: dict[str, Any], pool: tuple[str, .
         return None
     settings: dict[str, Any] = {key: int(entry[key]) for key in ("spoofchk", "trust") if key in entry}
     if "minTxRate" in entry or "maxTxRate" in entry:
-        settings["rate"] = [int(entry.get("minTxRate", 0)), int(entry.get("maxTxRate", 0))]
+        settings["rate"] = (int(entry.get("minTxRate", 0)), int(entry.get("maxTxRate", 0)))
     if "linkState" in entry:
         settings["link_state"] = LINK_STATES.index(entry["linkState"])
-    return Functions(pool, int(entry["vfs"]) if "vfs" in entry else None, settings)
+    return Functions(pool, int(entry["vfs"]) if "vfs" in entry else None, VfSettings(**settings))

@@ -18,7 +18,7 @@ from cni.ctl import open_devices, sysfs
 from cni.errors import CniError
 from cni.kernel import netns, vf
 from cni.kernel.rtnl import IFF_UP, Rtnl
-from cni.lower import sriov
+from cni.lower import vf_discovery
 from cni.spec import IO_FAILURE
 from cni.state import lock
 from cni.state.record import boot_id, decode
@@ -107,13 +107,15 @@ class Attachment:
     @property
     def function(self) -> str | None:
         """The virtual function that carries it."""
-        return f"VF {self.record.vf['number']}" if self.record.vf else None
+        return f"VF {self.record.vf.number}" if self.record.vf else None
 
     @property
     def vlan(self) -> int | None:
         """What its frames are tagged with on the wire."""
-        made = self.record.vf["made"].get("vlan", [0]) if self.record.vf else [0]
-        return self.record.vlan["id"] if self.record.vlan else made[0] or None
+        if self.record.vlan:
+            return self.record.vlan.id
+        tag = self.record.vf.made.vlan if self.record.vf else None
+        return (tag and tag[0]) or None
 
     def document(self) -> dict[str, Any]:
         """For programs."""
@@ -132,7 +134,7 @@ class Attachment:
             "interface": record.interface,
             "source": record.source,
             "virtualFunction": (
-                {"number": record.vf["number"], "address": record.vf["pci"]} if record.vf else None
+                {"number": record.vf.number, "address": record.vf.pci} if record.vf else None
             ),
             "vlan": self.vlan,
             "mac": record.mac,
@@ -165,7 +167,7 @@ class Source:
     driver: str | None = None
     entries: tuple[policy.Interface, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
-    functions: tuple[sriov.Function, ...] = ()
+    functions: tuple[vf_discovery.Function, ...] = ()
     """Its VFs."""
     most: int = 0
     """How many VFs it could have; 0 if it is no PF."""
@@ -433,8 +435,8 @@ def _source(
         driver=own.target(f"{nics[0]}/device/driver") if len(nics) == 1 else None,
         entries=entries,
         neighbours=tuple(neighbours[nic] for nic in nics if nic in neighbours),
-        functions=tuple(sriov.functions(name, own.path)),
-        most=(most := sriov.most(name, own.path)),
+        functions=tuple(vf_discovery.functions(name, own.path)),
+        most=(most := vf_discovery.most(name, own.path)),
         switch_mode=_switch_mode(host, link) if most else None,
     )
 

@@ -18,11 +18,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-from cni.attach import attachment
 from cni.ctl import inventory, lldp, self_test, sysfs
 from cni.errors import CniError
 from cni.kernel import ipv6, macvtap, tapdev
-from cni.kernel.rtnl import ARPHRD_ETHER, IFF_LOWER_UP, IFF_UP, Rtnl, mac_bytes
+from cni.kernel.rtnl import ARPHRD_ETHER, IFF_LOWER_UP, IFF_UP, Rtnl, delete_link, mac_bytes
 from cni.spec import NO_ATTACHMENT, SOURCE_MISSING
 from cni.state import probe_results
 from cni.state.probe_results import Probed
@@ -181,7 +180,7 @@ def _make(stack: ExitStack, host: Rtnl, lower: Link, pod: int, *, there: Rtnl, i
         bcqueuelen=None,
     )
     # Not left to the namespace's end, which comes some time after its last process'.
-    stack.callback(attachment.delete_link, there, ifindex, None)
+    stack.callback(delete_link, there, ifindex, None)
     ipv6.keep_out(ifname, speaks=False)
     macvtap.bring_up(there, ifindex, "vmtapctl probe", promisc=False, allmulti=False, speaks=False)
     _, major, minor = tapdev.number(pod, ifname)

@@ -126,7 +126,7 @@ def details(each: Attachment) -> RenderableType:
     row("network", record.network)
     row("device", " ".join(filter(None, (record.device, record.mode))))
     row("source", _named(record.source, record.interface))
-    row("virtual function", f"{each.function}, {record.vf['pci']}" if record.vf else None)
+    row("virtual function", f"{each.function}, {record.vf.pci}" if record.vf else None)
     row("VLAN", each.vlan)
     row("MAC", record.mac)
     row("addresses", " ".join(each.addresses))
@@ -172,7 +172,7 @@ def _by_function(found: Iterable[Attachment]) -> dict[int | None, list[Attachmen
     """By the number of their VF; None: of those that have none."""
     sorted_out: dict[int | None, list[Attachment]] = {}
     for each in found:
-        sorted_out.setdefault(each.record.vf["number"] if each.record.vf else None, []).append(each)
+        sorted_out.setdefault(each.record.vf.number if each.record.vf else None, []).append(each)
     return dict(sorted(sorted_out.items(), key=lambda item: -1 if item[0] is None else item[0]))
 
 

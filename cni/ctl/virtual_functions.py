@@ -77,11 +77,11 @@ def summary(node: Node, source: Source) -> str:
 def changes(each: Attachment) -> Iterator[tuple[str, str, str]]:
     """What somebody has changed of an attachment's VF."""
     with Rtnl() as host:
-        for what in sriov.differences(host, each.record):
+        for what in sriov.changes(host, each.record.vf) if each.record.vf else ():
             step = "set it back by ip link set PF vf N, or delete the pod: CHECK fails of it"
             yield "warning", f"its {each.function} of {each.record.source}: {what}", step
 
 
 def _attached(node: Node) -> set[str]:
     """By PCI address."""
-    return {each.record.vf["pci"] for each in node.attachments if each.record.vf}
+    return {each.record.vf.pci for each in node.attachments if each.record.vf}

@@ -1,4 +1,4 @@
-"""What the kernel is asked, one file for each interface: netlink, ioctls, namespaces, mounts, sysctls.
+"""Requests to the kernel, one file for each interface: netlink, ioctls, namespaces, mounts, sysctls.
 
-Must not decide anything, and must not know of records, configs or requests.
+Must not decide which attachment gets what.
 """

@@ -1,11 +1,10 @@
-"""The only importer of pyroute2: what is not on the way of a macvtap, where a library's 160 ms may be spent.
+"""What is not on the way of a macvtap: a tap becomes a port of a Linux bridge, and addresses are put on a link.
 
-A tap that joins a Linux bridge, addresses on a link, and reading these back. Must not decide anything.
+The only importer of pyroute2, whose import takes 160 ms. Must not decide anything.
 
-A tap cannot be a port of a bridge in another namespace, so a veth pair carries the frames: its host end is the
-bridge's port, its pod end and the tap redirect to each other at their ingress (u32 that matches everything,
-mirred redirect: act_mirred.c). The redirect hands on the same skb, so checksum and GSO offloads stay intact,
-and the pod's own stack sees no frame.
+A veth pair carries a tap's frames to the bridge (bridge_port.py). Its pod end and the tap redirect to each other at
+ingress (u32 that matches every frame, mirred redirect: net/sched/act_mirred.c). The redirect passes on the same skb, so
+checksum and GSO offloads stay intact, and the pod's own stack sees no frame.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from cni.kernel import ipv6, netns
+from cni.kernel import bridge_port, ipv6, netns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,20 +26,9 @@ _ETH_P_ALL = 3
 _IFA_F_NODAD = 0x02
 
 
-def veth_names(ifindex: int) -> tuple[str, str]:
-    """The names of the pair's host end and pod end, for the tap of that (host-unique) index."""
-    return f"vth{ifindex:08x}", f"vtp{ifindex:08x}"
-
-
-def host_mac(ifindex: int) -> str:
-    """The MAC of the pair's host end. A bridge takes the lowest of its ports for its own: ours must never be that,
-    or the host's changes. So it is above what a NIC has, and nearly all that a kernel makes up (some begin with fe)."""
-    return f"fe:ff:{(ifindex | 1 << 31).to_bytes(4).hex(':')}"
-
-
 def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bool, alias: str) -> None:
     """Make the tap (its ifindex) a port of the host's bridge (its ifindex). Raises OSError."""
-    host_end, pod_end = veth_names(tap)
+    host_end, pod_end = bridge_port.veth_names(tap)
     with _sockets(pod_netns) as (host, pod):
         host.link(
             "add",
@@ -54,7 +42,7 @@ def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bo
         ipv6.keep_out(host_end, speaks=False)
         with netns.entered(pod_netns):
             ipv6.keep_out(pod_end, speaks=False)
-        host.link("set", index=port, ifalias=alias, address=host_mac(tap))
+        host.link("set", index=port, ifalias=alias, address=bridge_port.host_mac(tap))
         pod.link("set", index=inner, ifalias=alias)
         host.link("set", index=port, master=bridge)
         if isolated:
@@ -74,20 +62,6 @@ def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bo
             )
         pod.link("set", index=inner, state="up")
         host.link("set", index=port, state="up")
-
-
-def bridge_port(name: str) -> tuple[int | None, bool]:
-    """(the bridge's ifindex, whether isolated) of the host's link of that name; (None, False) if there is none."""
-    with _socket() as host:
-        found = host.link_lookup(ifname=name)
-        if not found:
-            return None, False
-        (link,) = host.get_links(found[0])
-        master = link.get_attr("IFLA_MASTER")
-        if master is None:
-            return None, False
-        (port,) = host.brport("show", index=found[0])
-        return master, bool(port.get_attr("IFLA_PROTINFO").get_attr("IFLA_BRPORT_ISOLATED"))
 
 
 def put_addresses(

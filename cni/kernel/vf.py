@@ -1,8 +1,5 @@
-"""What a PF says of its virtual functions, and has them do: rtnetlink's IFLA_VF_*, and its embedded switch's mode.
+"""The settings of a PF's virtual functions (rtnetlink's IFLA_VF_*), and the mode of its embedded switch.
 
-A VF's settings are a dict that JSON can carry, of what its driver reports:
-    mac "02:00:00:00:00:01"    vlan [id, priority, protocol], id 0: none    spoofchk, trust 0 or 1
-    rate [least, most], Mbit/s, 0: no limit    link_state 0: as the PF's, 1: always up, 2: always down
 Must not decide anything.
 
 Layouts: linux/if_link.h, linux/if_bridge.h; net/core/rtnetlink.c.
@@ -23,16 +20,14 @@ from cni.kernel.rtnl import (
     mac_bytes,
     nest,
 )
+from cni.kernel.vf_settings import ETH_P_8021Q, VfSettings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import Any
 
     from cni.kernel.rtnl import Rtnl
 
-ETH_P_8021Q = 0x8100
-ETH_P_8021AD = 0x88A8
 SWITCH_MODES = {"bridge": 0, "vepa": 1}
 """BRIDGE_MODE_VEB, BRIDGE_MODE_VEPA."""
 
@@ -46,19 +41,20 @@ _IFLA_VF_VLAN_INFO = 1
 _IFLA_BRIDGE_FLAGS, _IFLA_BRIDGE_MODE = 0, 1
 _BRIDGE_FLAGS_SELF = 2
 _UNKNOWN = 0xFFFFFFFF
-"""What the kernel presets, for a driver that does not say."""
+"""What the kernel presets; it stays where a driver does not report the setting."""
 _PLAIN = {"spoofchk": _SPOOFCHK, "trust": _TRUST, "link_state": _LINK_STATE}
 
 
-def settings(host: Rtnl, pf: int) -> dict[int, dict[str, Any]]:
+def settings(host: Rtnl, pf: int) -> dict[int, VfSettings]:
     """The settings of each VF of the PF with that interface index, by the VF's number. Raises OSError."""
     found = host.details(pf, _RTEXT_FILTER_VF | RTEXT_FILTER_SKIP_STATS).get(_IFLA_VFINFO_LIST, b"")
     return dict(_decode(attributes(each)) for each in _each(found))
 
 
-def change(host: Rtnl, pf: int, vf: int, wanted: Mapping[str, Any]) -> dict[str, OSError]:
-    """Ask for each setting, in order and one by one; what was refused, and how."""
-    if not wanted:
+def change(host: Rtnl, pf: int, vf: int, wanted: VfSettings) -> dict[str, OSError]:
+    """Change each setting that wanted gives, one by one; the refusals by the setting's name."""
+    given = wanted.given()
+    if not given:
         return {}
     outcomes = host.talk(
         *(
@@ -67,14 +63,14 @@ def change(host: Rtnl, pf: int, vf: int, wanted: Mapping[str, Any]) -> dict[str,
                 nest(_IFLA_VFINFO_LIST, nest(_IFLA_VF_INFO, _encode(vf, name, value))),
                 index=pf,
             )
-            for name, value in wanted.items()
+            for name, value in given.items()
         )
     )
-    return {name: said for name, said in zip(wanted, outcomes, strict=True) if isinstance(said, OSError)}
+    return {name: said for name, said in zip(given, outcomes, strict=True) if isinstance(said, OSError)}
 
 
 def switch_mode(host: Rtnl, pf: int) -> int | None:
-    """A value of SWITCH_MODES; None: the driver does not say. Raises OSError."""
+    """A value of SWITCH_MODES; None: the driver does not report one. Raises OSError."""
     kind, _, body = link_message(RTM_GETLINK, family=_AF_BRIDGE)
     for answer in host.dump(kind, body):
         if struct.unpack_from("=i", answer, 4) == (pf,):
@@ -111,20 +107,20 @@ def _each(data: bytes) -> list[bytes]:
     return found
 
 
-def _decode(info: dict[int, bytes]) -> tuple[int, dict[str, Any]]:
+def _decode(info: dict[int, bytes]) -> tuple[int, VfSettings]:
     number, mac = struct.unpack_from("=I6s", info[_MAC])
     found: dict[str, Any] = {"mac": mac.hex(":")}
     _, vlan, priority = struct.unpack_from("=III", info[_VLAN])
     protocol = ETH_P_8021Q
     for each in _each(info.get(_VLAN_LIST, b""))[:1]:
         (protocol,) = struct.unpack_from("!H", each, 12)
-    found["vlan"] = [vlan, priority, protocol if vlan else ETH_P_8021Q]
+    found["vlan"] = (vlan, priority, protocol if vlan else ETH_P_8021Q)
     if _RATE in info:
-        found["rate"] = list(struct.unpack_from("=II", info[_RATE], 4))
+        found["rate"] = struct.unpack_from("=II", info[_RATE], 4)
     for name, kind in _PLAIN.items():
         if kind in info and (value := struct.unpack_from("=I", info[kind], 4)[0]) != _UNKNOWN:
             found[name] = value
-    return number, found
+    return number, VfSettings(**found)
 
 
 def _encode(vf: int, name: str, value: Any) -> bytes:

@@ -1,9 +1,9 @@
-"""Type vmdq: the NIC's queues do what the kernel's macvlan does by software, where the NIC has l2-fwd-offload.
+"""Type vmdq: with l2-fwd-offload, the NIC's queues sort frames as the kernel's macvlan otherwise does in software.
 
-It is switched on when it is first needed, for macvtaps that come up from then on, and stays on; that it was off is kept
-in FOLDER/offloads/DEVICE for who uninstalls. When the NIC has no queues left, the kernel falls back to software and
-tells nobody; each macvtap that the NIC does carry is a subordinate of the device, and its queues show that
-(net/core/net-sysfs.c, traffic_class_show).
+The feature is switched on when it is first needed, for macvtaps that come up from then on, and stays on. The file
+FOLDER/offloads/DEVICE records that it was off, for `vmtapctl uninstall`. When the NIC has no queues left, the kernel
+falls back to software and reports nothing. Each macvtap that the NIC carries is a subordinate of the device, which the
+device's queues show (net/core/net-sysfs.c, traffic_class_show).
 """
 
 from __future__ import annotations
@@ -16,16 +16,42 @@ from cni.errors import CniError
 from cni.kernel import ethtool
 from cni.spec import INVALID_NETWORK_CONFIG, IO_FAILURE
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cni.kernel.rtnl import Link, Rtnl
+    from cni.lower import Wanted
+    from cni.state.record import Record
+    from cni.state.store import Store
+
 FEATURE = "l2-fwd-offload"
 _SUBORDINATE = re.compile(r"[0-9]+(-[0-9]+)")
 
 
+def available(source: str, wanted: Wanted | None = None) -> None:
+    """Raises CniError 7 if the NIC has no l2-fwd-offload, OSError."""
+    if not ethtool.can(source, FEATURE):
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"type vmdq: {source!r} or its driver has no {FEATURE}; make the interface of type ethernet",
+        )
+
+
+def take(
+    host: Rtnl, store: Store, record: Record, source: Link, wanted: Wanted, *, yield_turn: Callable[[], None]
+) -> Record:
+    """Switch the feature on. Raises CniError 7 if the NIC has not got it, 5 if its former state cannot be recorded."""
+    switch_on(store.folder, source.name)
+    return record
+
+
 def switch_on(folder: str, source: str) -> None:
-    """folder: the state's. Raises CniError 7 if the NIC cannot, 5 if it cannot be noted."""
+    """folder: the state folder; source: the NIC's name. Raises CniError 7 or 5."""
     try:
         if ethtool.features(source).get(FEATURE):
             return
-        check(source)
+        available(source)
         os.makedirs(f"{folder}/offloads", mode=0o700, exist_ok=True)
         with open(f"{folder}/offloads/{source}", "w", encoding="ascii"):
             pass  # before it is on
@@ -34,17 +60,15 @@ def switch_on(folder: str, source: str) -> None:
         raise CniError(IO_FAILURE, f"{FEATURE} of {source!r} cannot be switched on", str(error)) from error
 
 
-def check(source: str) -> None:
-    """Raises CniError 7 if the NIC has not got it, OSError."""
-    if not ethtool.can(source, FEATURE):
-        raise CniError(
-            INVALID_NETWORK_CONFIG,
-            f"type vmdq: {source!r} or its driver has no {FEATURE}; make the interface of type ethernet",
-        )
+def differences(host: Rtnl, record: Record | None, source: Link) -> list[str]:
+    """Whether the feature has been switched off since ADD. Raises OSError."""
+    if ethtool.features(source.name).get(FEATURE):
+        return []
+    return [f"{FEATURE} of {source.name} is off, and ADD had it on"]
 
 
 def restore(folder: str) -> list[str]:
-    """Switch it off where it was; the devices. One that is gone needs nothing. Raises OSError."""
+    """Switch the feature off where switch_on() has switched it on; the devices' names. Raises OSError."""
     done = []
     with suppress(FileNotFoundError):
         for source in sorted(os.listdir(f"{folder}/offloads")):
@@ -56,12 +80,12 @@ def restore(folder: str) -> list[str]:
 
 
 def taken(source: str) -> int:
-    """How many macvtaps the device's own queues carry."""
+    """How many macvtaps the device's own queues carry. source: its name."""
     return len(subordinates(f"/sys/class/net/{source}/queues"))
 
 
 def subordinates(folder: str) -> set[str]:
-    """The subordinate devices that transmit queues belong to; folder is a device's queues in sysfs."""
+    """The subordinate devices that own a transmit queue. folder: a device's queues in sysfs."""
     found = set()
     with suppress(FileNotFoundError):
         for queue in os.listdir(folder):

@@ -1,9 +1,8 @@
-"""VLAN devices of a source that macvtaps share: made when first needed, removed with the last attachment.
+"""VLAN devices of a source, which macvtaps share: made when first needed, removed with the last attachment.
 
-A device of ours is known by its name, which has the source's index in it (v5.100, with 802.1ad v5s100), and its alias
-says whose VLAN it is. Which attachments use it is what the records say, under a lock of its own. One that somebody else
-has made for the same VLAN is used, as the kernel allows no second, and left alone.
-Must not decide which VLAN an attachment gets.
+A device that ADD has made has the source's index in its name (v5.100; for 802.1ad v5s100), and its alias names VLAN and
+source. Records show which attachments use it, under a lock for each device. The kernel allows one device for a VLAN: if
+somebody else has made it, it is used, and never changed or removed. Must not decide which VLAN an attachment gets.
 
 Sources: net/8021q/vlan_netlink.c, vlan.c.
 """
@@ -40,15 +39,17 @@ from cni.kernel.rtnl import (
     text,
     u32,
 )
+from cni.lower import LowerDevice
 from cni.spec import KERNEL_REFUSED, SOURCE_MISSING
+from cni.state.record import VlanDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from cni.config.netconf import Vlan
-    from cni.kernel.rtnl import Link, Rtnl
+    from cni.kernel.rtnl import DeleteLink, Link, Rtnl
+    from cni.lower import Wanted
     from cni.state.record import Record
     from cni.state.store import Store
 
@@ -57,54 +58,60 @@ _ALIAS = "vmtap: VLAN "
 _NAME = re.compile(r"v([0-9a-f]+)([.s])([0-9]+)")
 
 
-def device(source: Link, tag: Vlan) -> dict[str, Any]:
-    """What a record has of the VLAN of that source."""
-    name = f"v{source.index:x}{'s' if tag.protocol == '802.1ad' else '.'}{tag.id}"
-    return {"device": name, "id": tag.id, "protocol": tag.protocol}
+def available(source: str, wanted: Wanted) -> None:
+    """Nothing is checked: whether the kernel and the source can have VLANs shows when the device is made."""
 
 
 def take(
-    host: Rtnl, store: Store, record: Record, source: Link, tag: Vlan, *, waits: Callable[[], None]
+    host: Rtnl, store: Store, record: Record, source: Link, wanted: Wanted, *, yield_turn: Callable[[], None]
 ) -> Record:
-    """The record, which is saved already and so keeps the device, with the device's real name. It is there then.
-
-    Raises CniError 100, OSError.
-    """
-    assert record.vlan is not None  # noqa: S101 - the caller
-    name = record.vlan["device"]
-    with store.locked(_lock(name), waits=waits):
+    """Make the device, if it is not there. The record that is returned keeps it. Raises CniError 100, OSError."""
+    tag = wanted.vlan
+    assert tag is not None  # noqa: S101 - lower/__init__.py
+    name = f"v{source.index:x}{'s' if tag.protocol == '802.1ad' else '.'}{tag.id}"
+    record = replace(record, vlan=VlanDevice(name, tag.id, tag.protocol))
+    store.save(record)  # before the device is made: it must not outlive an ADD that is killed
+    with store.locked(_lock(name), yield_turn=yield_turn):
         link = host.link(name=name)
         if link is None and (theirs := _make(host, name, source, tag)):
-            record = replace(record, vlan=record.vlan | {"device": theirs})
+            record = replace(record, vlan=VlanDevice(theirs, tag.id, tag.protocol))
             store.save(record)
         elif link is None or not link.flags & IFF_UP or link.mtu < source.mtu:
             _bring_up(host, name, source, tag)
     return record
 
 
-def lower(host: Rtnl, record: Record) -> Link:
+def ready(host: Rtnl, store: Store, record: Record, *, allmulti: bool) -> LowerDevice:
+    """The device, which take() has set up. Raises CniError 104."""
+    return device(host, record)
+
+
+def differences(host: Rtnl, record: Record | None, source: Link) -> list[str]:
+    """[]: attachments share the device, so nothing of it is an attachment's own."""
+    return []
+
+
+def device(host: Rtnl, record: Record) -> LowerDevice:
     """The device that the record's macvtap sits on. Raises CniError 104."""
-    assert record.vlan is not None  # noqa: S101 - the caller
-    link = host.link(name=record.vlan["device"])
+    assert record.vlan is not None  # noqa: S101 - lower/__init__.py
+    link = host.link(name=record.vlan.device)
     if link is None:
-        raise CniError(
-            SOURCE_MISSING, f"VLAN device {record.vlan['device']!r} of {record.source!r} went away"
-        )
-    return link
+        raise CniError(SOURCE_MISSING, f"VLAN device {record.vlan.device!r} of {record.source!r} went away")
+    return LowerDevice(link)
 
 
-def release(
-    host: Rtnl,
-    store: Store,
-    name: str,
-    id: str,
-    delete_link: Callable[[Rtnl, int, int | None], None],
-    *,
-    wait: bool = True,
+def release(host: Rtnl, store: Store, record: Record, delete_link: DeleteLink) -> None:
+    """Remove the device, if ADD has made it and no other attachment uses it. Raises CniError, OSError."""
+    assert record.vlan is not None  # noqa: S101 - lower/__init__.py
+    remove(host, store, record.vlan.device, record.id, delete_link)
+
+
+def remove(
+    host: Rtnl, store: Store, name: str, id: str, delete_link: DeleteLink, *, wait: bool = True
 ) -> bool:
-    """Remove the device if it is ours and no attachment but that of id uses it; whether it was removed.
+    """Remove the device, if ADD has made it and no attachment but that of id uses it; whether it was removed.
 
-    Raises CniError, OSError; BlockingIOError: somebody is at work on it, and wait is false.
+    Raises CniError, OSError; BlockingIOError if a request is at work on it, and wait is false.
     """
     if not _NAME.fullmatch(name):
         return False
@@ -117,31 +124,31 @@ def release(
 
 
 def is_marked(link: Link) -> bool:
-    """is_ours(), and it says so: nobody else's can be taken for it by its name alone."""
+    """Whether the link is a VLAN device that take() has made, by its name and its alias."""
     return is_ours(link) and link.alias.startswith(_ALIAS)
 
 
 def is_ours(link: Link) -> bool:
-    """Whether the link is a VLAN device that take() made."""
+    """Whether the link is a VLAN device that take() has made, by its name."""
     named = _NAME.fullmatch(link.name)
     return link.kind == "vlan" and named is not None and int(named[1], 16) == link.lower
 
 
-def adopt(link: Link) -> dict[str, Any] | None:
-    """What a record without a past has of a device of ours; None if it is none."""
+def adopt(link: Link) -> VlanDevice | None:
+    """The VLAN device for the record of a macvtap on that link; None if take() has not made the link."""
     named = _NAME.fullmatch(link.name)
     if named is None or not is_ours(link):
         return None
     protocol = "802.1ad" if named[2] == "s" else "802.1Q"
-    return {"device": link.name, "id": int(named[3]), "protocol": protocol}
+    return VlanDevice(link.name, int(named[3]), protocol)
 
 
 def _lock(name: str) -> str:
-    return f"vlan {name}"  # no id has a space
+    return f"vlan {name}"  # an attachment's id has no space in it
 
 
 def _make(host: Rtnl, name: str, source: Link, tag: Vlan) -> str | None:
-    """Make it; the name of somebody else's, if there is one for the VLAN already."""
+    """Make the device. Returns None, or the name of the device that somebody else has made for the VLAN."""
     number, protocol = struct.pack("=H", tag.id), struct.pack("!H", tag.ethertype)
     data = nest(IFLA_INFO_DATA, attr(_IFLA_VLAN_ID, number), attr(_IFLA_VLAN_PROTOCOL, protocol))
     try:
@@ -165,7 +172,7 @@ def _make(host: Rtnl, name: str, source: Link, tag: Vlan) -> str | None:
 
 
 def _bring_up(host: Rtnl, name: str, source: Link, tag: Vlan) -> None:
-    """The host itself has no business in the guests' VLAN: neither IPv6 nor ARP."""
+    """Set the device up, with the source's MTU. The host gets neither IPv6 nor ARP on it: the VLAN is the guests'."""
     link = host.link(name=name)
     if link is None:
         return
@@ -182,7 +189,7 @@ def _bring_up(host: Rtnl, name: str, source: Link, tag: Vlan) -> None:
             )
         )
     except OSError as error:
-        if error.errno != errno.ENETDOWN:  # it comes up with its source
+        if error.errno != errno.ENETDOWN:  # the source is down; the device comes up with it
             raise
 
 
@@ -198,15 +205,15 @@ def _find(host: Rtnl, source: Link, number: bytes, protocol: bytes) -> str | Non
 
 
 def _is_used(host: Rtnl, store: Store, link: Link, id: str) -> bool:
-    """By another attachment, or by a macvtap that no record speaks of: to remove it would cut off a guest."""
+    """Whether another attachment uses the device, or a macvtap that no record speaks of."""
     for other in store.records():
-        if other.vlan and other.vlan["device"] == link.name and other.id != id:
+        if other.vlan and other.vlan.device == link.name and other.id != id:
             return True
     for nsid in host.nsids():
         try:
             pods = host.links(nsid=nsid)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # that: it died meanwhile
+            if error.errno != errno.EINVAL:  # EINVAL: the namespace has ended since
                 raise
             continue
         if any(each.lower == link.index and each.lower_nsid is not None for each in pods):

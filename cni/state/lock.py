@@ -1,8 +1,8 @@
-"""One lock for each attachment, without one file for each: byte ranges of a single file.
+"""One lock for each attachment, as byte ranges of a single file.
 
-Open-file-description locks (fcntl(2), F_OFD_SETLKW) belong to the open file, so threads of one process
-exclude each other as processes do, and a killed holder leaves nothing behind. Two names that hash to one byte
-wait for each other needlessly, once in 2**62.
+Open-file-description locks (fcntl(2), F_OFD_SETLKW) belong to the open file: threads of one process exclude each other
+as processes do, and a holder that is killed leaves nothing behind. Two names that hash to one byte, with probability
+2**-62, wait for each other needlessly.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
 
-def nothing() -> None:
-    """For a caller to whom a wait makes no difference."""
+def keep_turn() -> None:
+    """The yield_turn of a caller that serves no other requests meanwhile: does nothing."""
 
 
 class held:  # noqa: N801 - used as a statement
-    """Inside the block no other holder of (file, name) runs. Waits for it; every holder's work is bounded.
+    """Inside the block no other holder of (file, name) runs.
 
-    waits is called before it does, if it has to. Raises OSError if the file cannot be opened; BlockingIOError if
-    there is a holder and wait is false.
+    yield_turn is called before a wait; each holder's work is bounded. Raises OSError if the file cannot be opened,
+    BlockingIOError if there is a holder and wait is false.
     """
 
     def __init__(
-        self, file: str, name: str, *, wait: bool = True, waits: Callable[[], None] = nothing
+        self, file: str, name: str, *, wait: bool = True, yield_turn: Callable[[], None] = keep_turn
     ) -> None:
-        self._file, self._name, self._wait, self._waits = file, name, wait, waits
+        self._file, self._name, self._wait, self._yield_turn = file, name, wait, yield_turn
 
     def __enter__(self) -> None:
         self._fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -49,15 +49,15 @@ class held:  # noqa: N801 - used as a statement
     def _take(self) -> None:
         try:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _range(self._name))
-        except (BlockingIOError, PermissionError) as error:  # POSIX lets it be either
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows either
             if not self._wait:
                 raise BlockingIOError(error.errno, f"{self._name} is locked") from error
-            self._waits()
+            self._yield_turn()
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, _range(self._name))
 
 
 def is_held(file: str, name: str) -> bool:
-    """Whether somebody is at work on it at this moment. Raises OSError if the file is there and cannot be opened."""
+    """Whether (file, name) has a holder now. Raises OSError if the file is there and cannot be opened."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:

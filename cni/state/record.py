@@ -1,18 +1,65 @@
-"""What the node knows of one attachment, its names, and the JSON of its file.
+"""What the node keeps of one attachment, its names, and the JSON of its file.
 
-Pure but for boot_id(). Must not know where a record is kept: store.py does.
+Must not know where a record is kept: store.py does.
 """
 
 from __future__ import annotations
 
 import json
 from _blake2 import blake2s  # hashlib would load OpenSSL: 5 ms of every pod's start
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, lru_cache
+
+from cni.kernel.vf_settings import VfSettings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
+_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=vars)
+
+
+@dataclass(frozen=True)
+class VlanDevice:
+    """The VLAN device that an attachment's macvtap is on (lower/vlan.py)."""
+
+    device: str
+    """Its name."""
+    id: int
+    protocol: str
+    """"802.1Q" or "802.1ad"."""
+
+
+@dataclass(frozen=True)
+class VfLink:
+    """The network device of a virtual function as it was before ADD."""
+
+    mac: str
+    mtu: int
+    flags: int
+    """IFF_* of linux/if.h."""
+    alias: str
+    ipv6: bool
+    """Whether the host's kernel had IPv6 on it."""
+    pinned: bool
+    """Whether the driver refuses another MAC, because the PF has set one."""
+
+
+@dataclass(frozen=True)
+class VirtualFunction:
+    """The virtual function that carries an attachment (lower/sriov.py)."""
+
+    pci: str
+    """Its address, "0000:01:10.0"."""
+    number: int
+    driver: str | None
+    before: VfSettings
+    """What it was, of the settings that made changes."""
+    made: VfSettings
+    """What ADD made of it."""
+    link: VfLink
 
 
 @dataclass(frozen=True)
@@ -56,10 +103,8 @@ class Record:
     """The device that the kubelet allocated, if the config named one."""
     cdi: str | None = None
     """The CDI spec file that ADD wrote for it, if it was asked to."""
-    vlan: dict[str, Any] | None = None
-    """The VLAN device that its macvtap is on (cni/lower/vlan.py)."""
-    vf: dict[str, Any] | None = None
-    """The virtual function, what it was and what was made of it (cni/lower/sriov.py)."""
+    vlan: VlanDevice | None = None
+    vf: VirtualFunction | None = None
 
     @property
     def id(self) -> str:
@@ -70,9 +115,6 @@ class Record:
     def alias(self) -> str:
         """The link's ifalias, by which it is known as ours without any record."""
         return alias(self.network, self.container_id, self.ifname)
-
-
-_FIELDS = tuple(field.name for field in fields(Record))
 
 
 @lru_cache(maxsize=256)
@@ -103,16 +145,40 @@ def boot_id() -> str:
         return file.read().strip()
 
 
+def encode(record: Record) -> bytes:
+    """The JSON of a record's file."""
+    return _JSON.encode(vars(record)).encode()
+
+
 def decode(id: str, data: bytes) -> Record:
     """The record in a file of that id. Raises ValueError if it cannot be understood."""
     try:
         document = json.loads(data)
-        # An older or newer version of us may have written it: what one does not know has a default.
-        record = Record(**{name: document[name] for name in _FIELDS if name in document})
-        for name in ("netns_id", "ips", "routes"):  # JSON knows lists only
-            object.__setattr__(record, name, tuple(getattr(record, name)))
+        if document.get("vlan"):
+            document["vlan"] = _known(VlanDevice, document["vlan"])
+        if document.get("vf"):
+            document["vf"] = _function(document["vf"])
+        for name in {"netns_id", "ips", "routes"} & document.keys():  # JSON has no tuples
+            document[name] = tuple(document[name])
+        record = _known(Record, document)
         if record.id == id:
             return record
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"it is no record: {error!r}") from None
     raise ValueError("its name is another attachment's")
+
+
+def _function(document: dict[str, Any]) -> VirtualFunction:
+    for name in ("before", "made"):
+        settings = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in document[name].items()
+        }
+        document[name] = _known(VfSettings, settings)
+    document["link"] = _known(VfLink, document["link"])
+    return _known(VirtualFunction, document)
+
+
+def _known(kind: type[T], document: dict[str, Any]) -> T:
+    """Make the dataclass, without keys that this version does not know: another one may have written the record."""
+    names = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    return kind(**{name: document[name] for name in names if name in document})

@@ -1,22 +1,23 @@
-"""What is attached where: one file for each attachment, in a tmpfs folder of mode 0700.
+"""The node's attachments: one file for each, in a folder of mode 0700 that is on a tmpfs as a rule.
 
-A record is written before the kernel is asked for anything, so that whatever is killed when, DEL, GC or a
-reconciler can find what is left. DEL works without it. Must not touch the network.
+ADD writes the record before it asks the kernel for anything. So whatever is killed at any moment, DEL, GC or the
+reconciler finds what is left. DEL also works without a record. Must not touch the network.
 
-    FOLDER/lock                 cni/state/lock.py
-    FOLDER/attachments/ID.json  a Record; ID names network, container and ifname; read-only once its ADD is through
-    FOLDER/ifindex/N            a symbolic link to ID: interface index N is that attachment's, on this host
-    FOLDER/vf/PCI-ADDRESS       the same for a virtual function (cni/lower/sriov.py)
-    FOLDER/offloads/DEVICE      sources whose offload ADD has switched on (cni/lower/offload.py)
-    FOLDER/dev/tapN             device nodes that ADD was asked to make (cni/kernel/tapdev.py)
-    FOLDER/holders/ID           the processes that hold its fds (cni/agent/holders.py)
-    FOLDER/probes/SOURCE.json   what is behind a source device (cni/state/probe_results.py)
+    FOLDER/lock                 byte-range locks (state/lock.py)
+    FOLDER/attachments/ID.json  a record; ID names network, container and ifname; mode 0400 once its ADD has succeeded
+    FOLDER/ifindex/N            a symbolic link to ID: that attachment has reserved interface index N on this host
+    FOLDER/vf/PCI-ADDRESS       a symbolic link to ID: that attachment has reserved the virtual function
+    FOLDER/offloads/DEVICE      a source whose offload ADD has switched on (lower/offload.py)
+    FOLDER/dev/tapN             a device node that ADD was asked to make (kernel/tapdev.py)
+    FOLDER/holders/ID           the processes that have got fds of the attachment (agent/holders.py)
+    FOLDER/probes/SOURCE.json   the last probe of a source (state/probe_results.py)
+    FOLDER/pending/NAME         a DEL that the shim left while the agent was away (shim/vmtap.c, agent/reconcile.py)
+    FOLDER/agent, launcher      the folders of the agent's sockets
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 from _blake2 import blake2s  # as in lock.py
@@ -25,7 +26,7 @@ from contextlib import suppress
 from cni.errors import CniError
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 from cni.state import deviceid, lock
-from cni.state.record import Record, boot_id, decode
+from cni.state.record import Record, boot_id, decode, encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ IFINDEX_BASE = 0x10000000
 """Interface indexes of ours start here, far above any that a kernel counts up to by itself."""
 IFINDEX_SPAN = 0x60000000
 _CANDIDATES = 8
-_JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 _SEALED = 0o400
 """The mode of a record whose ADD came to its end."""
 _SWEEP = "sweep"
@@ -94,13 +94,13 @@ class Store:
         return None
 
     def locked(
-        self, id: str, *, wait: bool = True, waits: Callable[[], None] = lock.nothing
+        self, id: str, *, wait: bool = True, yield_turn: Callable[[], None] = lock.keep_turn
     ) -> AbstractContextManager[None]:
-        """The attachment's lock; waits is called if somebody else has it. Wants prepare() first.
+        """The attachment's lock; yield_turn is called before a wait for it. prepare() must have been called.
 
-        BlockingIOError: it is held, and wait is false.
+        Raises BlockingIOError if it is held and wait is false.
         """
-        return lock.held(f"{self.folder}/lock", id, wait=wait, waits=waits)
+        return lock.held(f"{self.folder}/lock", id, wait=wait, yield_turn=yield_turn)
 
     def save(self, record: Record, *, sealed: bool = False) -> None:
         """Write it whole or not at all."""
@@ -113,8 +113,7 @@ class Store:
                 try:
                     if sealed:
                         os.fchmod(fd, _SEALED)
-                    # Not json.dump, which would be Python and not C.
-                    data = _JSON.encode(vars(record)).encode()
+                    data = encode(record)
                     if os.write(fd, data) < len(data):  # the rest would have been refused
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 finally:
@@ -217,6 +216,8 @@ class Store:
             if not ours or not self._hold(record.ifindex, record.id):
                 return False
         self.save(record, sealed=True)
+        if record.vf:
+            self.hold_function(record.vf.pci, record.id)
         return True
 
     def reserved_by(self, number: int) -> str | None:

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cni.agent import wire
+from cni.attach.call import Request
 from cni.spec import VERSIONS
 from tests.agent.conftest import SHIM, Agent
 from tests.runner import config
@@ -47,7 +48,7 @@ class Fake:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.listener.bind(str(run / "agent/cni.sock"))
         self.listener.listen()
-        self.asked: list[wire.Asked | None] = []
+        self.asked: list[Request | None] = []
         self.thread = threading.Thread(target=self._serve, args=(acts,))
         self.thread.start()
 

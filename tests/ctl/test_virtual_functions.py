@@ -15,8 +15,9 @@ from cni.config.policy import Functions, Interface
 from cni.ctl import picture, render, virtual_functions
 from cni.ctl.inventory import Attachment, Node, Source
 from cni.kernel.rtnl import Link
-from cni.lower.sriov import Function
-from cni.state.record import Record
+from cni.kernel.vf_settings import VfSettings
+from cni.lower.vf_discovery import Function
+from cni.state.record import Record, VfLink, VirtualFunction
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 PF = Source(
@@ -32,11 +33,13 @@ PF = Source(
 
 
 def entry(vfs: int | None = None, *modes: str) -> Interface:
-    return Interface("fast", "pf0", "sr-iov", modes or None, None, Functions(("pf0",), vfs, {}))
+    return Interface("fast", "pf0", "sr-iov", modes or None, None, Functions(("pf0",), vfs, VfSettings()))
 
 
 def attachment(number: int, mode: str = "bridge", **made: Any) -> Attachment:
-    vf = {"pci": f"0000:01:10.{number}", "number": number, "made": made}
+    link = VfLink("02:00:00:00:00:08", 1500, 0, "", ipv6=True, pinned=False)
+    pci = f"0000:01:10.{number}"
+    vf = VirtualFunction(pci, number, "igbvf", VfSettings(), VfSettings(**made), link)
     record = Record(
         *(
             "net",
@@ -128,7 +131,7 @@ def text(shown: Any) -> list[str]:
 
 
 def test_the_tree_has_the_function_between_its_pf_and_the_attachment() -> None:
-    lines = text(render.tree(node(PF, attachment(2, vlan=[100, 0, 0x8100]), attachment(0))))
+    lines = text(render.tree(node(PF, attachment(2, vlan=(100, 0, 0x8100)), attachment(0))))
     assert lines[1:] == [
         "pf0  up  mtu 1500  3 of 7 VFs made  [fast]",
         "VF 0  pf0v0  0000:01:10.0",
@@ -143,7 +146,7 @@ def test_the_tree_has_the_function_between_its_pf_and_the_attachment() -> None:
 
 
 def test_list_show_and_the_picture_name_it() -> None:
-    one = attachment(2, vlan=[100, 0, 0x8100])
+    one = attachment(2, vlan=(100, 0, 0x8100))
     assert any("pf0 VF 2" in line for line in text(render.attachments([one], render.console(), wide=False)))
     details = text(render.details(one))
     assert "virtual function  VF 2, 0000:01:10.2" in details

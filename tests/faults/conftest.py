@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cni import plugin as product
+from cni.attach.call import Request
 from tests.faults.baseline import Baseline, Leaser
 from tests.faults.inject import Injector
 from tests.runner import Answer, Plugin
@@ -65,13 +66,11 @@ def handle(plugin: Plugin) -> Callable[..., Answer]:
         ifname: str = "net1",
         args: str = "",
     ) -> Answer:
-        request = product.Request(
+        request = Request(
             env=plugin.environment(command, netns, container, ifname, args),
             stdin=config if isinstance(config, bytes) else json.dumps(config).encode(),
-            policy=str(plugin.policy),
-            state=str(plugin.state),
         )
-        response = plugin.node.call(lambda: product.handle(request))
+        response = plugin.node.call(lambda: product.handle(request, plugin.given()))
         return Answer(response.status, response.stdout, "")
 
     return handle

@@ -10,6 +10,7 @@ import pytest
 
 from cni import plugin as product
 from cni import spec
+from cni.attach.call import Request
 from lab.wire import NIC
 from tests.hanging import until
 from tests.runner import config
@@ -49,16 +50,11 @@ def test_a_delegate_that_does_not_end(
 ) -> None:
     """Killed at the deadline with all that it started: it hangs, or what it started holds its stdout."""
     leaser.behave(how)
-    request = product.Request(
-        env=plugin.environment("ADD", pod),
-        stdin=json.dumps(CONF).encode(),
-        policy=str(plugin.policy),
-        state=str(plugin.state),
-        delegate_seconds=0.2,
-    )
+    request = Request(plugin.environment("ADD", pod), json.dumps(CONF).encode())
+    given = plugin.given(delegate_seconds=0.2)
     began = time.monotonic()
     with until(leaser.folder / "hanging"):
-        response = plugin.node.call(lambda: product.handle(request))
+        response = plugin.node.call(lambda: product.handle(request, given))
     assert time.monotonic() - began < 90  # not the hundred seconds that it would sleep
     assert response.error
     assert response.error.code == spec.DELEGATE_FAILED

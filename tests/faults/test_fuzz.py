@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from cni import plugin as product
 from cni import spec
+from cni.attach.call import Request
 from cni.config import netconf
 from cni.errors import CniError
 from cni.kernel import rtnl
@@ -174,12 +175,10 @@ def test_any_bytes_and_any_environment(world: World) -> None:
     @SETTINGS
     @given(stdin=stdins, env=environments(world.paths()))
     def holds(stdin: bytes, env: dict[str, str]) -> None:
-        request = product.Request(
-            env=env, stdin=stdin, policy=str(world.plugin.policy), state=str(world.plugin.state)
-        )
+        request = Request(env, stdin)
         asked: list[str] = []
         with kernel_spied(asked):
-            response = world.node.call(lambda: product.handle(request))
+            response = world.node.call(lambda: product.handle(request, world.plugin.given()))
         command = env["CNI_COMMAND"]
         event(f"{command if command in COMMANDS else 'other'} {response.status}")
         judge(response.stdout, response.status, command)
@@ -188,10 +187,8 @@ def test_any_bytes_and_any_environment(world: World) -> None:
         if "kernel" in asked:
             assert asked[0] == "valid"
         if command == "ADD" and response.status == 0:
-            cleaned = product.Request(
-                env={**env, "CNI_COMMAND": "DEL"}, stdin=stdin, policy=request.policy, state=request.state
-            )
-            assert world.node.call(lambda: product.handle(cleaned)).status == 0
+            cleaned = Request({**env, "CNI_COMMAND": "DEL"}, stdin)
+            assert world.node.call(lambda: product.handle(cleaned, world.plugin.given())).status == 0
 
     holds()
     world.intact()
@@ -210,7 +207,7 @@ def test_del_and_gc_of_anything(world: World) -> None:
         netns=st.sampled_from(world.paths()),
     )
     def holds(ifname: str, container: str, document: dict[str, Any], command: str, netns: str) -> None:
-        request = product.Request(
+        request = Request(
             env={
                 "CNI_COMMAND": command,
                 "CNI_CONTAINERID": container,
@@ -219,10 +216,8 @@ def test_del_and_gc_of_anything(world: World) -> None:
                 "CNI_PATH": "/nonexistent",
             },
             stdin=json.dumps(document).encode(),
-            policy=str(world.plugin.policy),
-            state=str(world.plugin.state),
         )
-        response = world.node.call(lambda: product.handle(request))
+        response = world.node.call(lambda: product.handle(request, world.plugin.given()))
         judge(response.stdout, response.status, command)
 
     holds()

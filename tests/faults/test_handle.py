@@ -7,12 +7,14 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cni import plugin as product
+from cni.attach.call import Request
 from cni.kernel import netns
 from lab.wire import BRIDGE, NIC
 from tests.runner import config
@@ -44,15 +46,8 @@ def fds() -> dict[str, str]:
     return found
 
 
-def request(
-    plugin: Plugin, command: str, conf: dict[str, Any], pod: Netns, container: str
-) -> product.Request:
-    return product.Request(
-        env=plugin.environment(command, pod, container),
-        stdin=json.dumps(conf).encode(),
-        policy=str(plugin.policy),
-        state=str(plugin.state),
-    )
+def request(plugin: Plugin, command: str, conf: dict[str, Any], pod: Netns, container: str) -> Request:
+    return Request(plugin.environment(command, pod, container), json.dumps(conf).encode())
 
 
 @pytest.mark.parametrize("source", [NIC, BRIDGE])
@@ -64,7 +59,7 @@ def test_soak(plugin: Plugin, pod: Netns, baseline: Baseline, source: str) -> No
     def run(count: int) -> None:
         for at in range(count):
             for command in ("ADD", "DEL"):
-                response = product.handle(request(plugin, command, conf, pod, f"c{at}"))
+                response = product.handle(request(plugin, command, conf, pod, f"c{at}"), plugin.given())
                 assert response.status == 0, response
 
     def soak() -> tuple[dict[str, str], int, int]:
@@ -91,7 +86,7 @@ def test_errors_leave_nothing_open(plugin: Plugin, pod: Netns, baseline: Baselin
 
     def run() -> None:
         for conf in bad:
-            assert product.handle(request(plugin, "ADD", conf, pod, "c1")).status == 1
+            assert product.handle(request(plugin, "ADD", conf, pod, "c1"), plugin.given()).status == 1
 
     def check() -> None:
         run()
@@ -109,7 +104,7 @@ def test_the_threads_namespace_stays(plugin: Plugin, pod: Netns, baseline: Basel
     def check() -> None:
         home = netns.own_identity()
         for command in ("ADD", "ADD", "CHECK", "STATUS", "GC", "DEL"):
-            product.handle(request(plugin, command, conf, pod, "c1"))
+            product.handle(request(plugin, command, conf, pod, "c1"), plugin.given())
             assert netns.own_identity() == home
 
     plugin.node.call(check)
@@ -172,14 +167,12 @@ def test_an_fd_instead_of_a_path(plugin: Plugin, pod: Netns, baseline: Baseline)
     """The caller has opened the namespace: the path need not exist here, and the fd stays the caller's."""
     with pod.path.open("rb") as namespace:
         for command in ("ADD", "DEL"):
-            asked = product.Request(
-                env=plugin.environment(command, "/not/here"),
-                stdin=json.dumps(config(source=NIC)).encode(),
-                policy=str(plugin.policy),
-                state=str(plugin.state),
+            opened = Request(
+                plugin.environment(command, "/not/here"),
+                json.dumps(config(source=NIC)).encode(),
                 netns=namespace.fileno(),
             )
-            response = plugin.node.call(lambda asked=asked: product.handle(asked))  # type: ignore[misc]
+            response = plugin.node.call(partial(product.handle, opened, plugin.given()))
             assert response.status == 0, response
             assert ("net1" in pod.links()) is (command == "ADD")
             os.fstat(namespace.fileno())

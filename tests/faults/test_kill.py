@@ -17,7 +17,7 @@ import pytest
 
 from cni.agent.metrics import Registry
 from cni.agent.reconcile.runner import Reconciler
-from cni.attach.attachment import delete_link
+from cni.kernel.rtnl import delete_link
 from cni.state.store import Store
 from lab.wire import BRIDGE, NIC
 from tests.faults.baseline import processes
@@ -27,7 +27,7 @@ from tests.runner import config
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cni.agent.wire import Asked
+    from cni.attach.call import Request
     from cni.plugin import Response
     from lab.wire import Netns
     from tests.faults.baseline import Baseline, Leaser
@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
 def _reconcile(plugin: Plugin, delegate_seconds: float = 60) -> None:
     """One run of the agent's reconciler on the node."""
 
-    def unasked(_: Asked) -> Response:
+    def unasked(_: Request) -> Response:
         raise AssertionError("nothing was pending")
 
     def run() -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ import pytest
 from cni import __main__ as executable
 from cni import plugin as product
 from cni import spec
+from cni.attach.call import Node, Request
+from cni.config.policy import load as load_policy
 from lab.wire import BRIDGE, NIC
 from tests.faults.baseline import processes
 from tests.faults.inject import Point, points
@@ -228,10 +231,10 @@ def test_an_empty_setting_is_none(monkeypatch: pytest.MonkeyPatch, given: str | 
         if given is not None:
             monkeypatch.setenv(name, given)
     monkeypatch.setenv("CNI_COMMAND", "VERSION")
-    seen: list[product.Request] = []
+    seen: list[Node] = []
 
-    def handle(request: product.Request) -> product.Response:
-        seen.append(request)
+    def handle(_: Request, node: Node) -> product.Response:
+        seen.append(node)
         return product.Response(b"", 0)
 
     monkeypatch.setattr(product, "handle", handle)
@@ -242,9 +245,10 @@ def test_an_empty_setting_is_none(monkeypatch: pytest.MonkeyPatch, given: str | 
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert [(request.state, request.policy) for request in seen] == [
-        ("/run/vmtap", "/etc/vmtap/interfaces.yaml")
-    ]
+    (node,) = seen
+    assert node.store.folder == "/run/vmtap"
+    assert isinstance(node.policy, partial)
+    assert (node.policy.func, node.policy.args) == (load_policy, ("/etc/vmtap/interfaces.yaml",))
 
 
 def test_two_adds_of_one_key(plugin: Plugin, leaser: Leaser, pod: Netns, baseline: Baseline) -> None:

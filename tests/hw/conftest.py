@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from _pytest.runner import runtestprotocol
 
-from cni.plugin import Request, handle
+from cni.attach.call import Request
+from cni.plugin import handle
 from lab import assets, hardware, hw
 from lab.wire import Netns
 from tests.hw import nic
@@ -122,7 +123,7 @@ class Resident(Plugin):
     """The plugin in this process, as the agent has it: to start it takes seconds on an emulated CPU."""
 
     def execute(self, variables: dict[str, str], stdin: bytes) -> Answer:
-        done = handle(Request(variables, stdin, variables["VMTAP_POLICY"], variables["VMTAP_STATE"]))
+        done = handle(Request(variables, stdin), self.given())
         return Answer(done.status, done.stdout, "")
 
 

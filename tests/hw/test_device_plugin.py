@@ -86,7 +86,7 @@ def test_what_a_kubelet_allocates_is_the_function_that_the_pod_gets(
         assert claim.response.devices[0].container_path == f"/dev/tap{index}"
         (record,) = [each for each in Store(agent.run).records() if each.container_id == container]
         assert record.vf
-        assert (record.source, record.vf["number"], record.device_id) == (pf, 0, id)
+        assert (record.source, record.vf.number, record.device_id) == (pf, 0, id)
     assert (PF0.count(), PF1.count()) == (2, 2)
     kubelet.wait_devices(FAST, health(True, True, True, True))
     refused = shim("ADD", config(deviceID="fastMvp4"), netns=pods(), container="c3").error(7)

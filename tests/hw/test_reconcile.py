@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from cni.agent.metrics import Registry
 from cni.agent.reconcile.runner import Reconciler
-from cni.attach import attachment
 from cni.config import policy
+from cni.kernel.rtnl import delete_link
 from cni.state.store import Store
 from lab.wire import run
 from tests.runner import config
@@ -35,7 +35,7 @@ def _reconcile(plugin: Plugin) -> None:
         Registry(),
         seconds=3600.0,
         delegate_seconds=30.0,
-        delete_link=attachment.delete_link,
+        delete_link=delete_link,
     )
     reconciler.start()
     reconciler.stop(60.0)
@@ -57,7 +57,7 @@ def test_an_attachment_without_a_record_is_adopted_with_its_function(
     (record,) = store.records()
     assert (record.interface, record.source, record.mode) == ("fast", "pf0", "bridge")
     assert record.vf
-    assert (record.vf["number"], record.vf["pci"]) == (0, bare.pci(0))
+    assert (record.vf.number, record.vf.pci) == (0, bare.pci(0))
     assert dict(store.functions_held()) == {bare.pci(0): record.id}
     plugin("DEL", config(), netns=pod).ok()
     assert plugin.leftovers() == []

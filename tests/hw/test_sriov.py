@@ -190,7 +190,9 @@ def test_what_the_nic_cannot_do_is_refused_and_nothing_is_left(
 
 def test_the_device_plugins_choice_counts(two: Nic, plugin: Plugin, pods: Callable[[], Netns]) -> None:
     plugin("ADD", _config(deviceID="fastMvp1"), netns=pods()).ok()
-    assert (_record(plugin).vf or {})["number"] == 1
+    function = _record(plugin).vf
+    assert function is not None
+    assert function.number == 1
     plugin("ADD", _config(), netns=pods(), container="c2").ok()
     answer = plugin("ADD", _config(deviceID="fastMvp0"), netns=pods(), container="c3").error(11)
     assert answer["msg"] == "VF 0 of 'pf0', which was allocated, is attached"
@@ -231,7 +233,7 @@ def test_adds_at_once_have_a_function_each(two: Nic, plugin: Plugin, pods: Calla
         )
     assert sorted(each.status for each in answers) == [0, 0, 1]
     records = list(Store(plugin.state).records())
-    assert {(each.vf or {})["number"] for each in records} == {0, 1}
+    assert {each.vf.number for each in records if each.vf} == {0, 1}
 
 
 def test_a_function_that_is_pulled_away_under_a_pod_is_let_go(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cni import plugin as plugins
+from cni.attach.call import Request
 from cni.state import deviceid
 from tests.runner import config
 
@@ -97,8 +98,8 @@ def test_cdi(lab: Lab, plugin: Plugin, tmp_path: Path) -> None:
     def handle(command: str) -> plugins.Response:
         env = plugin.environment(command, pod)
         stdin = json.dumps(config(deviceID="wireMvp1", owner=5)).encode()
-        request = plugins.Request(env, stdin, str(plugin.policy), str(plugin.state), cdi=str(folder))
-        return plugin.node.call(lambda: plugins.handle(request))
+        given = plugin.given(cdi=str(folder))
+        return plugin.node.call(lambda: plugins.handle(Request(env, stdin), given))
 
     assert handle("ADD").status == 0
     (path,) = folder.iterdir()

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from cni.kernel.rtnl import ARPHRD_ETHER, IFF_LOOPBACK, IFF_LOWER_UP, IFF_RUNNING, IFF_UP
-from cni.lower import sriov
+from cni.lower import vf_discovery
 from cni.state import deviceid
 
 TYPE_CHECKING = False
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from cni.config.policy import Interface
     from cni.kernel.rtnl import Link
-    from cni.lower.sriov import Function
+    from cni.lower.vf_discovery import Function
 
     Links = Mapping[str, Link]
 
@@ -91,7 +91,7 @@ def devices(offer: Offer, links: Links, sysfs: str, held: Held) -> tuple[Device,
         return (state(offer.sources[0], links, sysfs),) * offer.capacity
     pfs = {name: _pf(name, offer, links, sysfs) for name in offer.sources}
     found = []
-    places = sriov.places(offer.sources, offer.vfs, sysfs)
+    places = vf_discovery.places(offer.sources, offer.vfs, sysfs)
     for number, (name, function) in enumerate(places[: offer.capacity]):
         device = pfs[name]
         if function and function.numa >= 0:
@@ -102,7 +102,9 @@ def devices(offer: Offer, links: Links, sysfs: str, held: Held) -> tuple[Device,
                 device = _attached(function, device, holder, mine=holder == held.indexes.get(wanted))
             else:
                 device = _free(function, device, links, sysfs)
-        elif not function and not device.fault and (most := sriov.most(name, sysfs)) < (offer.vfs or 0):
+        elif (
+            not function and not device.fault and (most := vf_discovery.most(name, sysfs)) < (offer.vfs or 0)
+        ):
             device = replace(
                 device,
                 fault=f"{name} can have {most} VFs, and vfs says {offer.vfs}",

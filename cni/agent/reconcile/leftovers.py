@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from functools import partial
 from logging import INFO
 
 from cni.agent.log import log
 from cni.agent.reconcile.links import id_of
-from cni.attach import attachment
+from cni.kernel import bridge_port
 from cni.kernel.rtnl import Rtnl
-from cni.lower import vlan
+from cni.lower import unrecorded as lower
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cni.agent.metrics import Registry
     from cni.agent.reconcile.workers import Workers
-    from cni.kernel.rtnl import Link
+    from cni.kernel.rtnl import DeleteLink, Link
     from cni.state.store import Store
-
-_PORT = re.compile(r"vth([0-9a-f]{8})")
 
 
 class Leftovers:
     """What kills and lost records left on the host."""
 
-    def __init__(
-        self, store: Store, delete_link: attachment.DeleteLink, workers: Workers, registry: Registry
-    ) -> None:
+    def __init__(self, store: Store, delete_link: DeleteLink, workers: Workers, registry: Registry) -> None:
         self._store = store
         self._delete_link = delete_link
         self._workers = workers
@@ -47,13 +42,11 @@ class Leftovers:
             for id in numbers.keys() - kept:
                 self._workers.hand_on(id, partial(self._forget, id, numbers[id]))
             for link in links:
-                port, id = _PORT.fullmatch(link.name), id_of(link.alias) or ""
-                if port and id and id not in kept and link.kind == "veth":
-                    self._workers.hand_on(id, partial(self._remove_port, id, link))
-            if shared := {link.name for link in links if vlan.is_marked(link)}:
-                used = {each.vlan["device"] for each in self._store.records() if each.vlan}
-                for name in shared - used:
-                    self._workers.hand_on(name, partial(self._remove_vlan, name))
+                tap, id = bridge_port.tap_of(link.name), id_of(link.alias) or ""
+                if tap is not None and id and id not in kept and link.kind == "veth":
+                    self._workers.hand_on(id, partial(self._remove_port, id, tap, link))
+            for name in lower.leftovers(links, self._store.records()):
+                self._workers.hand_on(name, partial(self._remove_device, name))
         for number in self._store.sweep_nodes(keep=unrecorded.values()):
             self._removed.inc("node")
             log(INFO, "leftover removed", kind="node", ifindex=number)
@@ -66,22 +59,21 @@ class Leftovers:
         self._removed.inc("state")
         log(INFO, "leftover removed", kind="state", id=id)
 
-    def _remove_port(self, id: str, seen: Link) -> None:
-        number = int(seen.name[3:], 16)
+    def _remove_port(self, id: str, tap: int, seen: Link) -> None:
         with self._store.locked(id, wait=False), Rtnl() as host:
             if self._store.load(id):
                 return
             if seen.lower_nsid is not None:
                 with suppress(OSError):  # EINVAL: the namespace died, and the pair with it
-                    if host.link(index=number, nsid=seen.lower_nsid):
+                    if host.link(index=tap, nsid=seen.lower_nsid):
                         return
-            attachment.remove_port(host, number, seen.alias, self._delete_link)
+            bridge_port.remove(host, tap, seen.alias, self._delete_link)
         self._removed.inc("port")
         log(INFO, "leftover removed", kind="port", link=seen.name, alias=seen.alias)
 
-    def _remove_vlan(self, name: str) -> None:
+    def _remove_device(self, name: str) -> None:
         with Rtnl() as host:
-            removed = vlan.release(host, self._store, name, "", self._delete_link, wait=False)
+            removed = lower.remove(host, self._store, name, self._delete_link)
         if removed:  # else a macvtap is on it still
             self._removed.inc("vlan")
             log(INFO, "leftover removed", kind="vlan", link=name)

@@ -13,7 +13,7 @@ from cni.agent.log import log
 from cni.errors import CniError
 from cni.kernel import macvtap, netns
 from cni.kernel.rtnl import Rtnl
-from cni.lower import sriov, vlan
+from cni.lower import unrecorded
 from cni.state.record import Record, boot_id, identifier, parse_alias
 from cni.state.store import IFINDEX_BASE
 
@@ -85,8 +85,6 @@ class Links:
                 return
             record = self._record_of(host, nsid, link)
             adopted = record is not None and self._store.adopt(record)
-            if adopted and record and record.vf:
-                self._store.hold_function(record.vf["pci"], record.id)
         fields = {"alias": link.alias, "ifindex": link.index}
         if adopted:
             self._adopted.inc()
@@ -108,21 +106,18 @@ class Links:
             or link.lower_nsid != _own_nsid(host)
         ):
             return None
-        lower = host.link(index=link.lower or 0)
-        if lower is None:
+        below = host.link(index=link.lower or 0)
+        if below is None:
             return None
-        function = sriov.adopt(host, lower) if mode == "passthru" else None
-        if function:
-            lower, mode, _ = function
-        shared = vlan.adopt(lower)
-        if shared:
-            lower = host.link(index=lower.lower or 0) or lower
+        lower = unrecorded.adopt(host, below, mode)
         network, container_id, ifname = names
         try:
             known = self._policy()
         except CniError:
             known = None
-        entries = [each.name for each in known.interfaces if lower.name in each.sources] if known else []
+        entries = (
+            [each.name for each in known.interfaces if lower.source.name in each.sources] if known else []
+        )
         node = self._store.node(link.index)
         return Record(
             network=network,
@@ -138,11 +133,11 @@ class Links:
             queues=1,
             boot_id=boot_id(),
             interface=entries[0] if len(entries) == 1 else None,
-            source=lower.name,
-            mode=mode,
+            source=lower.source.name,
+            mode=lower.mode,
             node=node if os.path.exists(node) else None,
-            vlan=shared,
-            vf=function[2] if function else None,
+            vlan=lower.vlan,
+            vf=lower.vf,
         )
 
 

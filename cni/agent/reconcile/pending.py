@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from cni.agent.metrics import Registry
     from cni.agent.reconcile.workers import Workers
-    from cni.agent.wire import Asked
+    from cni.attach.call import Request
     from cni.plugin import Response
     from cni.state.store import Store
 
@@ -34,7 +34,7 @@ class Pending:
     """The folder pending/. answer: carries out a request as the CNI socket does."""
 
     def __init__(
-        self, store: Store, answer: Callable[[Asked], Response], workers: Workers, registry: Registry
+        self, store: Store, answer: Callable[[Request], Response], workers: Workers, registry: Registry
     ) -> None:
         self._store = store
         self._answer = answer
@@ -67,33 +67,33 @@ class Pending:
     def _carry_out(self, path: str) -> None:
         try:
             data, status = _read(path)
-            asked = wire.parse(data)
-            if asked.env.get("CNI_COMMAND") != "DEL":
+            request = wire.parse(data)
+            if request.env.get("CNI_COMMAND") != "DEL":
                 raise wire.WireError("it is no DEL")
         except FileNotFoundError:
             return
         except wire.WireError as error:
             self._set_aside(path, str(error))
             return
-        if self._added_since(asked, status.st_mtime_ns):
+        if self._added_since(request, status.st_mtime_ns):
             self._remove(path)
-            log(INFO, "pending DEL dropped: it was added again since", **_asked(asked))
+            log(INFO, "pending DEL dropped: it was added again since", **_asked(request))
             return
-        response = self._answer(asked)
+        response = self._answer(request)
         if response.error is None:
             self._remove(path)
             self._done.inc()
-            log(INFO, "pending DEL carried out", **_asked(asked))
+            log(INFO, "pending DEL carried out", **_asked(request))
         elif time.time() - status.st_mtime > _PENDING_SECONDS:
             self._set_aside(path, str(response.error))
         else:
-            self._workers.failed("pending DEL", str(response.error), **_asked(asked))
+            self._workers.failed("pending DEL", str(response.error), **_asked(request))
 
-    def _added_since(self, asked: Asked, since_ns: int) -> bool:
+    def _added_since(self, request: Request, since_ns: int) -> bool:
         """Whether the attachment is of a later ADD than the DEL: a container that was restarted keeps its id."""
         try:
-            network = json.loads(asked.stdin)["name"]
-            id = identifier(network, asked.env["CNI_CONTAINERID"], asked.env["CNI_IFNAME"])
+            network = json.loads(request.stdin)["name"]
+            id = identifier(network, request.env["CNI_CONTAINERID"], request.env["CNI_IFNAME"])
         except (ValueError, KeyError, TypeError, RecursionError):
             return False
         written = self._store.written_ns(id)
@@ -123,5 +123,5 @@ def _read(path: str) -> tuple[bytes, os.stat_result]:
         return file.read(wire.ENV_LIMIT + wire.STDIN_LIMIT + struct.calcsize("=IIII")), status
 
 
-def _asked(asked: Asked) -> dict[str, object]:
-    return {"container": asked.env.get("CNI_CONTAINERID"), "ifname": asked.env.get("CNI_IFNAME")}
+def _asked(request: Request) -> dict[str, object]:
+    return {"container": request.env.get("CNI_CONTAINERID"), "ifname": request.env.get("CNI_IFNAME")}

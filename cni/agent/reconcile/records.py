@@ -8,7 +8,7 @@ from functools import partial
 from logging import INFO
 
 from cni.agent.log import log
-from cni.attach import attachment
+from cni.attach.delete import delegate_of, end
 from cni.errors import CniError
 from cni.kernel import netns
 from cni.kernel.rtnl import Rtnl
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from cni.agent.metrics import Registry
     from cni.agent.reconcile.workers import Workers
+    from cni.kernel.rtnl import DeleteLink
     from cni.state.record import Record
     from cni.state.store import Store
 
@@ -30,7 +31,7 @@ class Records:
         self,
         store: Store,
         delegate_seconds: float,
-        delete_link: attachment.DeleteLink,
+        delete_link: DeleteLink,
         workers: Workers,
         registry: Registry,
     ) -> None:
@@ -92,8 +93,8 @@ class Records:
             if record is None or why in (None, "lost"):
                 return
             env = {"PATH": os.environ.get("PATH", os.defpath)}
-            delegate = attachment.delegate_of(record, env, self._delegate_seconds)
-            failed = attachment.end(host, self._store, record, delegate, self._delete_link)
+            delegate = delegate_of(record, env, self._delegate_seconds)
+            failed = end(host, self._store, record, delegate, self._delete_link)
         if failed:
             self._workers.failed("attachment", "; ".join(map(str, failed)), **_names(record))
         else:

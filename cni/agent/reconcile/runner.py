@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cni.agent.metrics import Registry
-    from cni.agent.wire import Asked
-    from cni.attach.attachment import DeleteLink
+    from cni.attach.call import Request
     from cni.config.policy import Policy
+    from cni.kernel.rtnl import DeleteLink
     from cni.plugin import Response
     from cni.state.store import Store
 
@@ -51,7 +51,7 @@ class Reconciler:
     def __init__(
         self,
         store: Store,
-        answer: Callable[[Asked], Response],
+        answer: Callable[[Request], Response],
         policy: Callable[[], Policy | None],
         registry: Registry,
         *,

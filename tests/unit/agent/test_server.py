@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cni.agent.server import Reply
-    from cni.agent.wire import Asked
+    from cni.attach.call import Request
 
 TAIL = struct.calcsize("=iII")
 
@@ -41,7 +41,7 @@ def test_who_has_connected_when_it_stops_is_served(tmp_path: Path, waits: bool) 
     path = tmp_path / "cni.sock"
     begun, go = threading.Event(), threading.Event()
 
-    def answer(_: Asked, reply: Reply, leave: Callable[[], None]) -> None:
+    def answer(_: Request, reply: Reply, leave: Callable[[], None]) -> None:
         begun.set()
         assert go.wait(20)
         if waits:

@@ -14,6 +14,7 @@ from cni import spec
 from cni.config import netconf, nodefile, policy
 from cni.config.policy import Functions, Grant, Interface, Policy
 from cni.errors import CniError
+from cni.kernel.vf_settings import VfSettings
 from cni.state import deviceid
 
 if TYPE_CHECKING:
@@ -458,9 +459,11 @@ def test_an_entry_of_virtual_functions() -> None:
     )
     assert made.dev == "eth1"
     assert made.functions == policy.Functions(
-        ("eth1", "eth2"), 8, {"spoofchk": 1, "trust": 0, "rate": [10, 100], "link_state": 1}
+        ("eth1", "eth2"), 8, VfSettings(spoofchk=1, trust=0, rate=(10, 100), link_state=1)
     )
-    assert _of("source: {dev: eth1}, type: sr-iov").functions == policy.Functions(("eth1",), None, {})
+    assert _of("source: {dev: eth1}, type: sr-iov").functions == policy.Functions(
+        ("eth1",), None, VfSettings()
+    )
 
 
 @pytest.mark.parametrize(
@@ -500,7 +503,7 @@ def test_a_vlan_that_the_entry_does_not_allow_is_refused() -> None:
 
 
 def pool(capacity: int | None = None) -> Policy:
-    functions = Functions(("pf0", "pf1"), None, {})
+    functions = Functions(("pf0", "pf1"), None, VfSettings())
     return Policy((Interface("fast", "pf0", "sr-iov", None, capacity, functions),), allow_unlisted=False)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cni.kernel import iproute, netns, tap
+from cni.kernel import bridge_port, iproute, netns, tap
+from cni.kernel.rtnl import Rtnl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,9 +39,12 @@ def test_a_tap_becomes_a_port(lab: Lab, pod: tuple[Netns, int], isolated: bool) 
             iproute.join_bridge(
                 fd, tap=TAP, mtu=1400, bridge=bridge["ifindex"], isolated=isolated, alias="vmtap/x"
             )
-            assert iproute.bridge_port("vth10000007") == (bridge["ifindex"], isolated)
-            assert iproute.bridge_port("nosuch") == (None, False)
-            assert iproute.bridge_port("eth1") == (None, False)
+            with Rtnl() as host:
+                assert bridge_port.state(host, TAP) == (bridge["ifindex"], isolated)
+                assert bridge_port.state(host, TAP + 1) == (None, False)
+                lab.node.ip("link set vth10000007 nomaster")
+                assert bridge_port.state(host, TAP) == (None, False)
+                lab.node.ip("link set vth10000007 master br0")
     finally:
         os.close(node)
     lab.node.wait_until_up("vth10000007")  # the kernel notes the carrier a moment later

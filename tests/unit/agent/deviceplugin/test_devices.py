@@ -22,6 +22,7 @@ from cni.agent.deviceplugin.devices import (
 )
 from cni.config.policy import Functions, Interface
 from cni.kernel.rtnl import IFF_LOOPBACK, IFF_LOWER_UP, IFF_RUNNING, IFF_UP, Link
+from cni.kernel.vf_settings import VfSettings
 from cni.state import deviceid
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def test_vmdq_is_offered_as_ethernet_is() -> None:
 
 @pytest.mark.parametrize(("capacity", "most"), [(None, deviceid.MOST), (5, 5)])
 def test_virtual_functions_are_offered_of_a_pool(capacity: int | None, most: int) -> None:
-    entry = Interface("fast", "pf0", "sr-iov", None, capacity, Functions(("pf0", "pf1"), 4, {}))
+    entry = Interface("fast", "pf0", "sr-iov", None, capacity, Functions(("pf0", "pf1"), 4, VfSettings()))
     assert offers([entry]) == ([Offer("fast", ("pf0", "pf1"), most, virtual=True, vfs=4)], {})
 
 

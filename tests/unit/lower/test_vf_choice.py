@@ -1,7 +1,4 @@
-"""sriov.py where no emulated NIC can follow: an embedded switch with modes, faked at kernel/vf.py.
-
-tests/hw has the rest.
-"""
+"""vf_choice.py on an embedded switch with modes: no emulated NIC has one, so kernel/vf.py is faked (see tests/hw)."""
 
 from __future__ import annotations
 
@@ -14,8 +11,9 @@ import pytest
 from cni.errors import CniError
 from cni.kernel import vf
 from cni.kernel.rtnl import Link, Rtnl
-from cni.lower import sriov
-from cni.state.record import Record, boot_id
+from cni.kernel.vf_settings import VfSettings
+from cni.lower import vf_choice
+from cni.state.record import Record, VfLink, VirtualFunction, boot_id
 from cni.state.store import Store
 
 if TYPE_CHECKING:
@@ -37,7 +35,14 @@ RECORD = Record(
     boot_id=boot_id(),
     source="pf0",
     mode="bridge",
-    vf={"pci": "0000:01:10.0"},
+    vf=VirtualFunction(
+        pci="0000:01:10.0",
+        number=0,
+        driver="igbvf",
+        before=VfSettings(),
+        made=VfSettings(),
+        link=VfLink("02:00:00:00:00:03", 1500, 0, "", ipv6=True, pinned=False),
+    ),
 )
 
 
@@ -67,7 +72,7 @@ def store(tmp_path: Path) -> Store:
 
 def _check(store: Store, mode: str) -> None:
     with Rtnl() as host:
-        sriov._check_switch(host, store, PF, mode)
+        vf_choice.check_switch(host, store, PF, mode)
 
 
 @pytest.mark.parametrize("mode", ["bridge", "vepa"])
@@ -91,6 +96,6 @@ def test_another_mode_than_the_others_need_is_refused(store: Store, monkeypatch:
 def test_a_switch_without_modes_is_a_bridge(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     Switch(monkeypatch, None, OSError(errno.EOPNOTSUPP, "Operation not supported"))
     _check(store, "bridge")
-    with pytest.raises(CniError, match="cannot be put into it") as refused:
+    with pytest.raises(CniError, match="cannot put its embedded switch into it") as refused:
         _check(store, "vepa")
     assert refused.value.code == 7

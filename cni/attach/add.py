@@ -1,0 +1,159 @@
+"""ADD as a transaction that undoes itself.
+
+Its order makes a kill at any moment harmless: the lock, the record, the delegate's lease, the link. The record lists
+what is left of an ADD that was killed, and DEL, GC, the reconciler or the next ADD end it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cni import lower
+from cni.attach import kernel_errors, link, result
+from cni.attach import plan as plans
+from cni.attach.delete import attempt, end_for, raise_all
+from cni.errors import CniError
+from cni.kernel import bridge_port, netns
+from cni.spec import NAME_IN_USE, VERSIONS
+from cni.state import cdi
+from cni.state.record import Record, boot_id
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cni.attach.call import Call
+    from cni.attach.plan import Plan
+    from cni.config.policy import Grant
+
+
+def add(call: Call, grant: Grant) -> dict[str, Any]:
+    """Make the attachment and return the CNI result. Raises CniError, and then nothing of the attachment is left."""
+    assert call.netns is not None  # noqa: S101 - plugin.py opens it for every command but DEL
+    store = call.node.store
+    delegate = call.delegate()
+    if delegate:
+        delegate.find()  # before there is anything to undo: without the executable its DEL could not be run either
+    # One message for both: each answer of the kernel's costs as much as the look-up.
+    source, nsid = call.host.look(grant.source, call.netns)
+    if source is None and len(grant.sources) > 1:
+        source = call.source(grant)
+    plan = plans.decide(source, call.conf, grant, call.container_id, call.ifname, arguments=call.arguments)
+    store.prepare()
+    with store.locked(call.id, yield_turn=call.yield_turn):
+        stale = store.load(call.id)
+        # Without these the kernel itself refuses a name that is taken (EEXIST), and there is nothing to undo.
+        look_first = stale or delegate or plan.device == "tap"
+        if look_first and call.host.link(name=call.ifname, nsid=nsid):
+            raise CniError(NAME_IN_USE, kernel_errors.name_in_use(call.ifname))
+        # A record without a link is left of an ADD that was killed. Its addresses go back before new ones are leased.
+        if stale:
+            raise_all(end_for(call, stale))
+        record = None
+        delegated = False
+        try:
+            record = _record(call, grant, plan, nsid)
+            store.save(record)
+            if plan.lower and plan.source:
+                record = lower.take(
+                    call.host, store, record, plan.source, plan.lower, yield_turn=call.yield_turn
+                )
+            leased = result.Result()
+            if delegate:
+                delegated = True
+                leased = result.parse(
+                    delegate.run("ADD") or {},
+                    call.conf.cni_version,
+                    where=f"the result of ipam.type {delegate.type!r}",
+                )
+                rendered = result.render(leased, VERSIONS[-1])
+                record = replace(
+                    record,
+                    ips=tuple(rendered.get("ips", ())),
+                    routes=tuple(rendered.get("routes", ())),
+                    dns=rendered.get("dns"),
+                )
+                store.save(record)
+            answer = _answer(
+                call, record, leased
+            )  # before the link: prevResult or the delegate's result may be wrong
+            link.make(call, plan, record)
+            store.seal(record)
+        except BaseException as error:
+            if record:
+                undone = end_for(call, _latest(call, record), delegated=delegated)
+            else:
+                undone = attempt(store.forget_id, call.id, call.conf.device_index)
+            if undone and isinstance(error, CniError):
+                left = "; ".join(map(str, undone))
+                raise CniError(
+                    error.code, error.msg, f"{error.details} (undoing it: {left})".strip()
+                ) from error
+            raise
+        if call.node.added:
+            call.node.added(record)
+        return answer
+
+
+def _latest(call: Call, record: Record) -> Record:
+    """The record as it was last saved: setting up a lower device may have added to it."""
+    try:
+        return call.node.store.load(record.id) or record
+    except CniError:
+        return record
+
+
+def _record(call: Call, grant: Grant, plan: Plan, nsid: int) -> Record:
+    assert call.netns is not None  # noqa: S101 - as in add
+    conf, store = call.conf, call.node.store
+    boot = boot_id()
+    device_id = conf.device_id if conf.device_index else None
+    wants_node = plan.device == "macvtap" and (
+        device_id is not None or conf.owner is not None or conf.group is not None
+    )
+    ifindex = store.reserve_ifindex(
+        call.id, device_id
+    )  # last: the caller cannot undo a reservation without a record
+    return Record(
+        network=conf.name,
+        container_id=call.container_id,
+        ifname=call.ifname,
+        netns=call.netns_path,
+        netns_id=netns.identity(call.netns),
+        nsid=nsid,
+        device=plan.device,
+        ifindex=ifindex,
+        mac=plan.mac,
+        mtu=plan.mtu,
+        queues=conf.queues,
+        boot_id=boot,
+        interface=grant.interface,
+        source=plan.source.name if plan.source else None,
+        mode=plan.mode,
+        node=store.node(ifindex) if wants_node else None,
+        config=dict(conf.raw) if conf.ipam else None,
+        args=call.request.env.get("CNI_ARGS", ""),
+        cni_path=call.request.env.get("CNI_PATH", "") if conf.ipam else "",
+        device_id=device_id,
+        cdi=cdi.path(call.node.cdi, device_id) if call.node.cdi and device_id else None,
+    )
+
+
+def _answer(call: Call, record: Record, leased: result.Result) -> dict[str, Any]:
+    """The CNI result: prevResult, and this attachment's interfaces and addresses after it (SPEC section 5)."""
+    interfaces = [
+        result.Interface(name=record.ifname, mac=record.mac, mtu=record.mtu, sandbox=call.netns_path)
+    ]
+    if record.device == "tap" and record.source:
+        # Not the pair's end in the pod: Multus reports every interface with a sandbox as a network of its own.
+        name, _ = bridge_port.veth_names(record.ifindex)
+        interfaces.append(
+            result.Interface(name=name, mac=bridge_port.host_mac(record.ifindex), mtu=record.mtu)
+        )
+    own = result.Result(
+        interfaces=tuple(interfaces),
+        ips=tuple(replace(each, interface=0) for each in leased.ips),
+        routes=leased.routes,
+        dns=result.parse_dns(call.conf.dns) if call.conf.dns else leased.dns,
+    )
+    return result.extend(call.conf.prev_result, own, call.conf.cni_version)

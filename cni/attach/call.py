@@ -1,0 +1,107 @@
+"""What arrives (Request), what this node gives to every request (Node), and the two put together (Call)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cni.attach.ipam import Delegate
+from cni.kernel.rtnl import delete_link
+from cni.state.lock import keep_turn
+from cni.state.record import identifier
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from cni.config.netconf import NetConf
+    from cni.config.policy import Grant, Policy
+    from cni.kernel.rtnl import DeleteLink, Host, Link, Rtnl
+    from cni.state.record import Record
+    from cni.state.store import Store
+
+
+@dataclass(frozen=True)
+class Request:
+    """One execution of the plugin: what the one-shot reads, and what the shim sends to the agent."""
+
+    env: Mapping[str, str]
+    """The whole environment; a delegate gets it."""
+    stdin: bytes
+    """The network config."""
+    called_as: str = "vmtap"
+    """The executable's name: "vmtap" or "macvtap"."""
+    netns: int | None = None
+    """An fd of CNI_NETNS where the caller has opened it; one of O_PATH will do."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What this node gives to every request."""
+
+    store: Store
+    policy: Callable[[], Policy | None]
+    """The policy in force; None if there is none. Raises CniError 7."""
+    delegate_seconds: float = 60.0
+    """How long a delegate may take."""
+    delete_link: DeleteLink = delete_link
+    cdi: str | None = None
+    """The folder of CDI specs, if the runtime gives devices to containers by CDI."""
+    added: Callable[[Record], None] | None = None
+    """Called after each ADD that has succeeded."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A validated request on this node, for one attachment."""
+
+    request: Request
+    node: Node
+    conf: NetConf
+    arguments: Mapping[str, str]
+    """CNI_ARGS."""
+    host: Host
+    netns: int | None
+    """An open fd of the pod's network namespace; None if DEL could not open it, and for GC and STATUS."""
+    yield_turn: Callable[[], None] = keep_turn
+    """Called before a wait, so that the agent serves other requests meanwhile."""
+
+    @property
+    def container_id(self) -> str:
+        """CNI_CONTAINERID; "" for GC and STATUS."""
+        return self.request.env.get("CNI_CONTAINERID", "")
+
+    @property
+    def ifname(self) -> str:
+        """CNI_IFNAME; "" for GC and STATUS."""
+        return self.request.env.get("CNI_IFNAME", "")
+
+    @property
+    def netns_path(self) -> str:
+        """CNI_NETNS; "" if it is not set."""
+        return self.request.env.get("CNI_NETNS", "")
+
+    @property
+    def id(self) -> str:
+        """The attachment's name in the store."""
+        return identifier(self.conf.name, self.container_id, self.ifname)
+
+    def delegate(self) -> Delegate | None:
+        """The IPAM plugin that the config names; None if it names none."""
+        if self.conf.ipam is None:
+            return None
+        return Delegate(
+            str(self.conf.ipam["type"]),
+            self.request.stdin,
+            self.request.env,
+            self.node.delegate_seconds,
+            self.yield_turn,
+        )
+
+    def source(self, grant: Grant) -> Link | None:
+        """The first of the granted devices that is there; None if none is, or none was granted. Raises OSError."""
+        return next(filter(None, (self.host.link(name=name) for name in grant.sources)), None)
+
+    def delete_link(self, host: Rtnl, index: int, nsid: int | None) -> None:
+        """Delete the link of that index, in host's namespace or in the namespace nsid. Raises OSError."""
+        self.yield_turn()
+        self.node.delete_link(host, index, nsid)

@@ -1,0 +1,164 @@
+"""DEL, and the end of an attachment for whoever ends it: DEL, GC, an ADD that fails, the reconciler.
+
+Goes on past errors, so that one failing step keeps no other thing alive.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import ExitStack
+
+from cni import lower
+from cni.attach.ipam import Delegate
+from cni.errors import CniError, refused
+from cni.kernel import bridge_port
+from cni.state import cdi
+from cni.state.lock import keep_turn
+from cni.state.record import alias
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Any
+
+    from cni.attach.call import Call
+    from cni.kernel.rtnl import DeleteLink, Rtnl
+    from cni.state.record import Record
+    from cni.state.store import Store
+
+
+def delete(call: Call) -> None:
+    """End the attachment, whatever there is of it; nothing at all is success (SPEC section 4 "DEL").
+
+    Raises CniError after every step has been tried.
+    """
+    store = call.node.store
+    failed: list[CniError] = []
+    with ExitStack() as stack:
+        try:
+            store.prepare()
+            stack.enter_context(store.locked(call.id, yield_turn=call.yield_turn))
+        except (CniError, OSError):  # a full or read-only file system must not keep a link alive
+            pass
+        record = None
+        try:
+            record = store.load(call.id)
+        except CniError as error:
+            failed.append(error)
+        if record:
+            failed += end_for(call, record)
+        else:
+            failed += attempt(_remove_unrecorded, call)
+            if delegate := call.delegate():
+                failed += attempt(delegate.run, "DEL")
+            failed += attempt(store.forget_id, call.id, call.conf.device_index)
+    raise_all(failed)
+
+
+def end(
+    host: Rtnl, store: Store, record: Record, delegate: Delegate | None, delete_link: DeleteLink
+) -> list[CniError]:
+    """Undo everything that record lists: the record last, and only if nothing else is left. Returns the errors.
+
+    The caller holds the attachment's lock. delegate: the IPAM plugin to run with DEL, if any.
+    """
+    failed = attempt(_remove_links, host, record, delete_link)
+    if not failed:
+        failed += attempt(lower.release, host, store, record, delete_link)
+    if record.cdi:
+        failed += attempt(cdi.remove, record.cdi)
+    if record.node:
+        failed += attempt(store.remove_node, record.ifindex)
+    if delegate:
+        failed += attempt(delegate.run, "DEL")
+    if not failed:
+        failed += attempt(store.forget, record)
+    return failed
+
+
+def end_for(call: Call, record: Record, *, delegated: bool = True) -> list[CniError]:
+    """end() as part of a call. delegated: whether a delegate may have leased addresses. Returns the errors.
+
+    The delegate is the call's own, if record is of its attachment; else the one that record was added with.
+    """
+    delegate = None
+    if delegated:
+        delegate = call.delegate() if record.id == call.id else None
+        delegate = delegate or delegate_of(
+            record, call.request.env, call.node.delegate_seconds, call.yield_turn
+        )
+    return end(call.host, call.node.store, record, delegate, call.delete_link)
+
+
+def delegate_of(
+    record: Record, env: Mapping[str, str], seconds: float, yield_turn: Callable[[], None] = keep_turn
+) -> Delegate | None:
+    """The delegate that record was added with, or None. env: what it gets besides the attachment's own variables."""
+    if not record.config:
+        return None
+    import json  # noqa: PLC0415 - nothing else here needs it
+
+    env = {
+        **env,
+        "CNI_CONTAINERID": record.container_id,
+        "CNI_IFNAME": record.ifname,
+        "CNI_NETNS": record.netns if os.path.exists(record.netns) else "",
+        "CNI_ARGS": record.args,
+        "CNI_PATH": env.get("CNI_PATH") or record.cni_path,
+    }
+    return Delegate(
+        str(record.config["ipam"]["type"]), json.dumps(record.config).encode(), env, seconds, yield_turn
+    )
+
+
+def attempt(step: Any, *args: object) -> list[CniError]:
+    """Run one step of a clean-up that must go on. Returns the error, if there is one."""
+    try:
+        step(*args)
+    except CniError as error:
+        return [error]
+    except OSError as error:
+        return [refused(error, "clean-up is not complete; DEL may be repeated")]
+    return []
+
+
+def raise_all(failed: Iterable[CniError]) -> None:
+    """Raise the first error, with the others in its details; do nothing if there is none."""
+    errors = list(failed)
+    if errors:
+        first, *rest = errors
+        raise CniError(first.code, first.msg, "; ".join([first.details, *map(str, rest)]).strip("; "))
+
+
+def _remove_links(host: Rtnl, record: Record, delete_link: DeleteLink) -> None:
+    """Delete the record's link if it is there and provably the attachment's. Raises OSError."""
+    try:
+        link = host.link(index=record.ifindex, nsid=record.nsid)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # EINVAL: the namespace has ended, and the link with it
+            raise
+        link = None
+    # It has the alias, whatever its name is now; or it has none yet, because its ADD was killed before.
+    if link and (link.alias == record.alias or (not link.alias and link.name == record.ifname)):
+        delete_link(host, link.index, record.nsid)
+    if record.device == "tap" and record.source:
+        bridge_port.remove(host, record.ifindex, record.alias, delete_link)
+
+
+def _remove_unrecorded(call: Call) -> None:
+    """Delete the attachment's link, which no record speaks of, if its alias proves it. Raises CniError, OSError."""
+    if call.netns is None:
+        return
+    host = call.host
+    nsid = host.nsid(call.netns)
+    link = host.link(name=call.ifname, nsid=nsid)
+    if link is None or link.alias != alias(call.conf.name, call.container_id, call.ifname):
+        return
+    call.delete_link(host, link.index, nsid)
+    if link.kind == "tun":
+        bridge_port.remove(host, link.index, link.alias, call.delete_link)
+    else:
+        from cni.lower import unrecorded  # noqa: PLC0415 - a DEL without a record is rare
+
+        unrecorded.release(host, link)

@@ -1,0 +1,126 @@
+"""Make the link of a record: macvtap or tap, its lower device, its device node, its addresses.
+
+A failure leaves what was made so far: add.py undoes it, by the record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cni import lower
+from cni.attach import kernel_errors
+from cni.config import mac as mac_rules
+from cni.kernel import ipv6, macvtap, netns, tap, tapdev
+from cni.kernel.rtnl import IFLA_ADDRESS, IFLA_MTU, RTM_SETLINK, Rtnl, attr, link_message, mac_bytes, u32
+from cni.state import cdi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.attach.call import Call
+    from cni.attach.plan import Plan
+    from cni.state.record import Record
+
+_KUBEVIRT_UID = 107
+"""User and group qemu of KubeVirt's launcher image."""
+
+
+def make(call: Call, plan: Plan, record: Record) -> None:
+    """Make it and set it up. Raises CniError that explains the kernel's refusal (kernel_errors.py)."""
+    assert call.netns is not None  # noqa: S101 - plugin.py opens it for every command but DEL
+    conf, store = call.conf, call.node.store
+    # The other end of a plain tap is the pod's kernel.
+    speaks = conf.addressing == "link" or plan.source is None
+    try:
+        if found := lower.ready(call.host, store, record, allmulti=conf.allmulti):
+            plan = replace(plan, source=found.link, mode=found.mode or plan.mode)
+        if plan.device == "macvtap":
+            assert plan.source is not None and plan.mode is not None  # noqa: S101 - plan.decide
+            macvtap.create(
+                call.host,
+                netns=call.netns,
+                lower=plan.source,
+                ifname=record.ifname,
+                ifindex=record.ifindex,
+                mode=plan.mode,
+                mac=record.mac,
+                mtu=record.mtu,
+                bcqueuelen=conf.bcqueuelen,
+                promisc=conf.promisc,
+                allmulti=conf.allmulti,
+            )
+        else:
+            tap.create(
+                call.netns,
+                ifname=record.ifname,
+                ifindex=record.ifindex,
+                queues=record.queues,
+                owner=conf.owner,
+                group=conf.group,
+            )
+        with netns.entered(call.netns, call.host.fd):
+            ipv6.keep_out(record.ifname, speaks=speaks)
+            pod = Rtnl()
+        with pod:
+            if plan.device == "tap":
+                _connect(pod, call, plan, record)
+            macvtap.bring_up(
+                pod, record.ifindex, record.alias, promisc=conf.promisc, allmulti=conf.allmulti, speaks=speaks
+            )
+        if record.node:
+            _make_node(call, record, record.node)
+        if conf.addressing == "link" and record.ips:
+            _put_addresses(call, record)
+    except OSError as error:
+        raise kernel_errors.explain(error, plan, record, store) from error
+
+
+def _connect(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
+    """Give a tap its address and MTU, and make it a port of its bridge."""
+    assert call.netns is not None  # noqa: S101 - as in make
+    # On a bridge the tap may have the guest's own address: the redirect takes each frame before the pod's stack does.
+    address = record.mac if plan.source else mac_rules.of_plain_tap(record.mac)
+    pod.do(
+        link_message(
+            RTM_SETLINK,
+            attr(IFLA_ADDRESS, mac_bytes(address)),
+            u32(IFLA_MTU, record.mtu),
+            index=record.ifindex,
+        )
+    )
+    if plan.source:
+        call.yield_turn()  # the import takes long, the first time
+        from cni.kernel import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
+
+        iproute.join_bridge(
+            call.netns,
+            tap=record.ifindex,
+            mtu=record.mtu,
+            bridge=plan.source.index,
+            isolated=plan.mode == "pepa",
+            alias=record.alias,
+        )
+
+
+def _make_node(call: Call, record: Record, path: str) -> None:
+    """Make the device node of a macvtap at path, and its CDI spec where the record has one."""
+    assert call.netns is not None  # noqa: S101 - as in make
+    _, major, minor = tapdev.number(call.netns, record.ifname)
+    # The kubelet's devices are for KubeVirt's QEMU, unless the config names another owner.
+    default = _KUBEVIRT_UID if record.device_id else 0
+    owner = default if call.conf.owner is None else call.conf.owner
+    group = default if call.conf.group is None else call.conf.group
+    tapdev.make_node(path, (major, minor), owner, group)
+    if record.cdi:
+        cdi.write(record, (major, minor), owner, group)
+
+
+def _put_addresses(call: Call, record: Record) -> None:
+    """Put the record's addresses and routes on the link."""
+    assert call.netns is not None  # noqa: S101 - as in make
+    call.yield_turn()  # the import takes long, the first time
+    from cni.kernel import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
+
+    gateways = {6 if ":" in ip["gateway"] else 4: ip["gateway"] for ip in record.ips if ip.get("gateway")}
+    iproute.put_addresses(
+        call.netns, record.ifindex, [ip["address"] for ip in record.ips], list(record.routes), gateways
+    )

@@ -1,0 +1,31 @@
+"""STATUS: would an ADD of this config fail now for want of something on the node?"""
+
+from __future__ import annotations
+
+from cni import lower
+from cni.attach import plan as plans
+from cni.errors import CniError
+from cni.spec import PLUGIN_NOT_AVAILABLE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from cni.attach.call import Call
+    from cni.config.policy import Grant
+
+
+def status(call: Call, grant: Grant) -> None:
+    """Raises CniError 50 if an ADD would fail now."""
+    delegate = call.delegate()
+    try:
+        if delegate:
+            delegate.find()
+        plan = plans.decide(
+            call.source(grant), call.conf, grant, call.container_id, call.ifname, arguments=call.arguments
+        )
+        if plan.lower:
+            lower.available(str(grant.source), plan.lower)
+        call.node.store.prepare()
+    except CniError as error:
+        raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
+    if delegate:
+        delegate.run("STATUS")
