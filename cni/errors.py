@@ -1,4 +1,4 @@
-"""The one error type. Raised anywhere, rendered only by plugin.py (as CNI JSON) and the launcher (as one line)."""
+"""The one error type. Any module raises it; plugin.py renders it as CNI JSON, the launcher as one line."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import errno
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 
 SHORTAGE = (errno.ENOBUFS, errno.EAGAIN, errno.ENOMEM)
-"""What the kernel says when it has no room now, and may have later."""
+"""Errors of a kernel that has no memory or buffer now, and may have one later."""
 
 
 class CniError(Exception):
     """An operation that failed, in the shape of SPEC section 5 "Error".
 
-    code: one of spec.py; msg: one line that names the field or object and says what to do;
-    details: what the kernel or a delegate said, for the person who has to find out why ("" if nothing).
+    code: one of spec.py; msg: one line that names the field or object and the next step;
+    details: the message of the kernel or of a delegate, for the person who looks for the cause; "" if there is none.
     """
 
     def __init__(self, code: int, msg: str, details: str = "") -> None:
@@ -28,6 +28,6 @@ class CniError(Exception):
 
 
 def refused(error: OSError, msg: str) -> CniError:
-    """The error for what a system call said: 11 if it may succeed later, else 5."""
+    """The CniError for a system call that failed: 11 if it may succeed later, else 5."""
     code = TRY_AGAIN_LATER if error.errno in SHORTAGE else IO_FAILURE
     return CniError(code, msg, str(error))

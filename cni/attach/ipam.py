@@ -1,6 +1,6 @@
-"""IPAM by delegation: run another CNI plugin and believe it only as far as the spec does (SPEC section 4).
+"""IPAM by delegation: run another CNI plugin (SPEC section 4).
 
-Must not know what an address is for; result.py understands what the delegate printed.
+Must not know what an address is for; result.py checks what the delegate has printed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SIGKILL = 9
 
 @dataclass(frozen=True)
 class Delegate:
-    """A plugin to run: its type, the whole network config as bytes, the environment, and its deadline in seconds.
+    """A plugin to run. config: the whole network config; deadline: in seconds.
 
     yield_turn is called before each wait for it.
     """
@@ -46,23 +46,23 @@ class Delegate:
     yield_turn: Callable[[], None] = keep_turn
 
     def find(self) -> str:
-        """The executable. Raises CniError 4 or 7 if there is none, and then nothing of it can have run."""
+        """The path of the executable. Raises CniError 4 or 7 if there is none."""
         return _find(self.type, self.env.get("CNI_PATH", ""))
 
     def run(self, command: str, **changed: str) -> dict[str, Any] | None:
-        """Run it with CNI_COMMAND=command; what it printed, for ADD.
+        """Run it with CNI_COMMAND=command. Returns the document that it prints for ADD, else None.
 
-        Its stderr is ours. Past the deadline it is killed with whatever it started. Raises CniError: the
-        delegate's own code and message, or 109 if its code is 3, it hung, died without a word or printed junk.
+        Its stderr is this process's. Past the deadline it is killed with its process group. Raises CniError: the
+        delegate's own code and message, or 109 if its code is 3, if it does not end, or ends without a CNI error.
         """
-        import signal  # noqa: PLC0415 - 20 ms that only a delegate costs
+        import signal  # noqa: PLC0415 - these take 20 ms, and only a delegate needs them
         import subprocess  # noqa: PLC0415
         import threading  # noqa: PLC0415
 
         program = self.find()
         self.yield_turn()
-        # A fork that runs Python is safe only where there is no other thread: in the one-shot. An agent that is killed
-        # takes its delegates with it as a container's or a systemd unit's main process.
+        # preexec_fn is safe only in a process of one thread, as the one-shot is. An agent needs none: it is the main
+        # process of a container or systemd unit, so its delegates are killed with it.
         alone = threading.active_count() == 1
         try:
             process = subprocess.Popen(
@@ -80,7 +80,7 @@ class Delegate:
         try:
             out, _ = process.communicate(self.config, timeout=self.deadline)
         except BaseException as error:
-            with suppress(ProcessLookupError):  # not reaped yet, so the group's number is still its own
+            with suppress(ProcessLookupError):  # it is not reaped yet, so the number is still its group's
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if isinstance(error, subprocess.TimeoutExpired):
@@ -106,7 +106,9 @@ class Delegate:
             said = document if isinstance(document, dict) else {}
             code, msg = said.get("code"), said.get("msg")
             if isinstance(code, int) and code > 0 and isinstance(msg, str):
-                if code == UNKNOWN_CONTAINER:  # from us, the runtime would take it for leave not to DEL
+                if (
+                    code == UNKNOWN_CONTAINER
+                ):  # by this code a plugin tells the runtime that DEL is not needed
                     code = DELEGATE_FAILED
                 raise CniError(code, f"ipam.type {self.type!r}: {msg}", str(said.get("details") or ""))
             raise CniError(
@@ -126,14 +128,14 @@ class Delegate:
 
 
 def _die_with(parent: int) -> None:
-    """In the child: a delegate whose plugin was killed must not lease after the DEL has come and gone."""
+    """Kill this child when its parent is killed: the delegate must not lease an address after the runtime's DEL."""
     netns.libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before it could be told
+    if os.getppid() != parent:  # the parent has been killed before prctl
         os._exit(1)
 
 
 def _find(type: str, path: str) -> str:
-    """The executable, in CNI_PATH's folders only (CVE-2021-20206: a type is a name, never a path)."""
+    """The executable, from the folders of CNI_PATH only (CVE-2021-20206: a type is a name, never a path)."""
     if not type or "/" in type or "\0" in type or type in (".", ".."):
         raise CniError(
             INVALID_NETWORK_CONFIG, f"ipam.type {type!r} must be the name of a plugin, without a path"

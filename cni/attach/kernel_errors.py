@@ -1,6 +1,6 @@
-"""What the kernel's no means: an error of its own for each cause, with the culprit named.
+"""The kernel's refusals of an ADD: an error for each cause, which names the link or attachment in the way.
 
-Only here may links be listed: nobody waits for an error.
+Only here, where no fast answer is needed, an ADD may list links.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def explain(error: OSError, plan: Plan, record: Record, store: Store) -> CniError:
-    """The CniError for what the kernel said while it made record."""
+    """The CniError for a refusal of the kernel's while the record's link was made."""
     said = os.strerror(error.errno or 0)
     details = said if str(error.strerror) == said else f"{said}: {error.strerror}"
     code, msg = _cause(error.errno, plan, record, store)
@@ -31,7 +31,7 @@ def explain(error: OSError, plan: Plan, record: Record, store: Store) -> CniErro
 
 
 def name_in_use(ifname: str) -> str:
-    """What to say of a link that was there before."""
+    """The message for a link that had the name before."""
     return f"CNI_IFNAME {ifname!r}: the pod already has a link of this name; it was left alone"
 
 
@@ -57,9 +57,11 @@ def _cause(number: int | None, plan: Plan, record: Record, store: Store) -> tupl
             SOURCE_BUSY,
             f"source device {source!r} is a port of {name!r}: name {name!r} as the source instead",
         )
-    if number == errno.EINVAL and plan.source and _is_gone(plan.source):  # what a bridge's port is told
+    if (
+        number == errno.EINVAL and plan.source and _is_gone(plan.source)
+    ):  # EINVAL: the bridge of a port is gone
         number = errno.ENODEV
-    if number in (errno.EINVAL, errno.EBUSY) and plan.source and _is_passthru_taken(plan.source, store):
+    if number in (errno.EINVAL, errno.EBUSY) and plan.source and _is_passthru_taken(plan.source):
         return (
             SOURCE_BUSY,
             f"source device {source!r} has a passthru macvlan or macvtap, which allows no other",
@@ -82,10 +84,8 @@ def _is_gone(source: Link) -> bool:
         return host.link(index=source.index) is None
 
 
-def _is_passthru_taken(source: Link, store: Store) -> bool:
-    """Whether the lower device has a passthru child: one of ours in a pod, or anybody's in this namespace."""
-    if any(record.source == source.name and record.mode == "passthru" for record in store.records()):
-        return True
+def _is_passthru_taken(source: Link) -> bool:
+    """Whether the lower device has a passthru macvlan or macvtap in the host's network namespace."""
     with Rtnl() as host, suppress(OSError):
         return any(
             link.lower == source.index and link.mode == macvtap.MODES["passthru"] for link in host.links()

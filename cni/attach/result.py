@@ -1,8 +1,7 @@
-"""CNI results: one shape in here, that of 1.1.0, converted from and to every version (SPEC section 5).
+"""CNI results: dataclasses of version 1.1.0, converted from and to every version (SPEC section 5).
 
-0.3.x and 0.4.0 know no mtu, socketPath and pciID of an interface and say of each address if it is IPv4 or
-IPv6. 0.1.0 and 0.2.0 know no interfaces, one address of each family, and no result without an address. Must
-not decide what is in a result.
+0.3.x and 0.4.0 have no mtu, socketPath and pciID of an interface, and name the family of each address. 0.1.0 and 0.2.0
+have no interfaces, at most one address of each family, and at least one address. Must not decide what is in a result.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 FIRST = ("0.1.0", "0.2.0")
 """Versions whose results are ip4 and ip6."""
 RICH = ("1.0.0", "1.1.0")
-"""Versions whose results say all of it. (1.0.0's text leaves out some of it; the reference types have it.)"""
+"""Versions whose results have every field. (1.0.0's text leaves out some; the reference implementation has them.)"""
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,14 @@ class Result:
 
 
 def needs_ip(version: str) -> bool:
-    """Whether a result of this version cannot be without an address: to be known before anything is made."""
+    """Whether each result of this version must have an address."""
     return version in FIRST
 
 
 def parse(raw: Mapping[str, Any], version: str, *, where: str = "prevResult") -> Result:
-    """The result in a document, whose own cniVersion goes before `version`.
+    """The result in a document. version: of a document without a cniVersion; where: the document's name in errors.
 
-    `where` names the document in errors, which are CniError 6.
+    Raises CniError 6.
     """
     version = _version(raw, version, where)
     if version in FIRST:
@@ -116,9 +115,9 @@ def parse_dns(raw: object, *, where: str = "dns") -> DNS:
 
 
 def render(result: Result, version: str) -> dict[str, Any]:
-    """The document that says so in this version; what the version has no words for is left out.
+    """The result as a document of this version. Fields that the version does not have are left out.
 
-    CniError 1 if the version cannot express a result without an address and there is none (see `needs_ip`).
+    Raises CniError 1 if the version needs an address and the result has none.
     """
     document: dict[str, Any] = {"cniVersion": version}
     rich = version in RICH
@@ -139,10 +138,9 @@ def render(result: Result, version: str) -> dict[str, Any]:
 
 
 def extend(previous: Mapping[str, Any] | None, own: Result, version: str) -> dict[str, Any]:
-    """The answer of a plugin in a chain: all that prevResult says, as it says it, followed by what is ours.
+    """The result of a plugin in a chain: prevResult, with the own interfaces, addresses and routes after its own.
 
-    Keys that we do not know stay, too. Our resolver settings go before the previous ones, which are kept if
-    we have none.
+    Unknown keys of prevResult are kept. Own resolver settings replace those of prevResult.
     """
     if previous is None:
         return render(own, version)
@@ -253,11 +251,11 @@ def _route(raw: dict[str, Any], at: str) -> Route:
 
 
 def _render_route(each: Route) -> dict[str, Any]:
-    # Versions before 1.1.0 name dst and gw only, but a route without its table would be another route.
+    # Versions before 1.1.0 have dst and gw only, but a route without its table would be a different route.
     document = {"dst": each.dst} | _filled(
         gw=each.gw, mtu=each.mtu, advmss=each.advmss, priority=each.priority
     )
-    # 0 is a table and a scope.
+    # 0 is a valid table and a valid scope.
     return document | {
         key: value for key, value in (("table", each.table), ("scope", each.scope)) if value is not None
     }
@@ -268,7 +266,7 @@ def _filled(**values: Any) -> dict[str, Any]:
 
 
 def _objects(raw: Mapping[str, Any], key: str, where: str) -> list[tuple[dict[str, Any], str]]:
-    """The members of a list of objects, each with its path. A Go program writes null for an empty list."""
+    """The members of a list of objects, each with its path in the document. null, as Go writes it, is an empty list."""
     values = raw.get(key)
     if values is None:
         return []
@@ -328,10 +326,10 @@ def _family(address: str) -> str:
 
 
 def _parsed(text: str) -> IPv4Interface | IPv6Interface | None:
-    from ipaddress import ip_interface  # noqa: PLC0415 - 4 ms; most results of ours have no address
+    from ipaddress import ip_interface  # noqa: PLC0415 - 4 ms, and most results have no address
 
     _, slash, length = text.partition("/")
-    # ip_interface would also take a netmask, no prefix at all, or an IPv6 zone.
+    # ip_interface would also accept a netmask, a missing prefix length, or an IPv6 zone.
     if not slash or not (length.isascii() and length.isdecimal()) or "%" in text:
         return None
     try:

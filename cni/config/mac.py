@@ -1,4 +1,4 @@
-"""Which MAC address a guest has when nobody gives it one. Pure."""
+"""The MAC address of a guest to which nobody gives one. Pure."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Bytes on standard input and CNI_ARGS → one frozen NetConf, or a CniError that says what is wrong with them.
+"""The bytes on standard input and CNI_ARGS → one frozen NetConf, or a CniError that explains what is wrong.
 
-Everything that can be known to be wrong without looking at the node is found here, before anything is
-touched. Fields, defaults and limits are schema/netconf.json's; this adds what a schema cannot say: decoding,
-the version gate, which of several sources of a value counts. Must not read the environment, the policy or the
-network.
+It finds every fault that shows without a look at the node. schema/netconf.json has the fields, their defaults and
+limits. Here is what a schema cannot express: decoding, the version gate, and which source of a value counts.
+Must not read the environment, the policy or the network.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ MAX_DEPTH = 64
 
 _KEPT = 256
 _KEPT_BYTES = 4096
-"""What a long-lived process remembers of configs: so many, of so many bytes at most."""
+"""How many parsed configs a long-lived process keeps, and the largest one that it keeps."""
 
 VALID_ATTACHMENTS = "cni.dev/valid-attachments"
 
@@ -40,15 +39,15 @@ KNOWN_ARGS = (
     "K8S_POD_NAME",
     "K8S_POD_INFRA_CONTAINER_ID",
     "K8S_POD_UID",
-    "IP",  # this and GATEWAY are for the IPAM delegates host-local and static
+    "IP",  # IP and GATEWAY are for the IPAM delegates host-local and static
     "GATEWAY",
 )
 
 _CLEANING = {"DEL": ("name",), "GC": ("name", VALID_ATTACHMENTS)}
-"""Commands that must work whatever has become of the configuration → the keys that they cannot do without."""
+"""Commands that accept an invalid configuration, each with the keys that must be valid all the same."""
 
 _UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
-"""What JSON can escape and no system call, and no UTF-8, can carry."""
+"""Characters that JSON can escape, but that neither a system call nor UTF-8 can carry."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Vlan:
 
     @property
     def ethertype(self) -> int:
-        """Of the tag."""
+        """The tag's ethertype."""
         return 0x88A8 if self.protocol == "802.1ad" else 0x8100
 
 
@@ -80,7 +79,7 @@ class NetConf:
     mac: str | None
     """From runtimeConfig, CNI_ARGS or the configuration, lower case, unicast. None on DEL and GC."""
     mac_is_final: bool
-    """Whether CNI_ARGS have no say in it."""
+    """Whether mac goes before the MAC of CNI_ARGS."""
     mtu: int | None
     queues: int
     promisc: bool
@@ -91,38 +90,37 @@ class NetConf:
     addressing: str
     vlan: Vlan | None
     ipam: Mapping[str, Any] | None
-    """None also when it has no type, so nothing is to be delegated."""
+    """None also if it has no type: then there is no delegate."""
     dns: Mapping[str, Any] | None
     prev_result: Mapping[str, Any] | None
-    """As it came; result.parse has not seen it."""
+    """As it came, not yet checked by result.parse."""
     device_id: str | None
     valid_attachments: tuple[tuple[str, str], ...] | None
     """(container id, ifname) of each. None (key absent or null) is not the same as none being valid."""
     raw: Mapping[str, Any]
-    """The decoded document, as it came: what an IPAM delegate gets."""
+    """The decoded document as it came. An IPAM delegate gets it."""
 
     @property
     def device_index(self) -> int:
-        """The ifindex that device_id stands for; 0 if there is none, or it is no id of ours."""
+        """The interface index that device_id stands for; 0 without a device_id of vmtap's form."""
         return deviceid.index_of(self.device_id)
 
 
 def parse(stdin: bytes, *, command: str = "ADD", called_as: str = "vmtap") -> NetConf:
-    """The configuration of one request; called_as is the name of the executable.
+    """The configuration of one request. called_as: the name of the executable.
 
-    Codes: 1 version, 2 a key that we do not have, 6 not a JSON object that can be decoded, 7 a value that is not
-    allowed. DEL and GC come after an ADD that has accepted the configuration, perhaps by another version of this
-    program, and must not fail because of it: there, what is wrong counts as absent, except for the network's name and
-    the list that GC goes by.
+    Raises CniError 1 (version), 2 (an unknown key), 6 (no JSON object that can be decoded) or 7 (a value that is not
+    allowed). DEL and GC follow an ADD that has accepted the configuration, perhaps of another version of vmtap, and
+    must not fail because of it: there an invalid field counts as absent, except the network's name and GC's list.
     """
     read = _read_again if command == "ADD" and len(stdin) <= _KEPT_BYTES else _read
     return read(stdin, command, called_as)
 
 
 def arguments(text: str, *, command: str = "ADD") -> dict[str, str]:
-    """CNI_ARGS, K=V;K=V. Multus repeats keys; the last one counts, as in the reference implementation.
+    """CNI_ARGS of the form K=V;K=V. Of a key that is repeated, as Multus does, the last one counts (as in libcni).
 
-    Code 4 if it is of another form, or has keys that nobody knows; on DEL and GC what can be read of it counts.
+    Raises CniError 4 if it has another form or unknown keys. For DEL and GC, what cannot be read is left out.
     """
     strict = command not in _CLEANING
     if strict and _UNSPEAKABLE.search(text):
@@ -153,7 +151,7 @@ def arguments(text: str, *, command: str = "ADD") -> dict[str, str]:
 
 
 def with_arguments(conf: NetConf, arguments: Mapping[str, str]) -> NetConf:
-    """conf with the MAC of CNI_ARGS, where that counts: more than mac, less than runtimeConfig.mac. Code 4."""
+    """conf with the MAC of CNI_ARGS, which goes before mac and after runtimeConfig.mac. Raises CniError 4."""
     mac = arguments.get("MAC")
     if not mac or conf.mac_is_final:
         return conf
@@ -173,7 +171,7 @@ def _read(stdin: bytes, command: str, called_as: str) -> NetConf:
             if key in _CLEANING[command] or (key in known and schema.accepts(known[key], value))
         }
     if not schema.accepts(rules, fields):
-        # SPEC section 5 has a code of its own for a field that the plugin does not support: 2.
+        # SPEC section 5: code 2 is for a field that the plugin does not support.
         schema.explain(rules, fields, unknown=spec.UNSUPPORTED_FIELD)
     fields = schema.defaults(rules) | fields
     runtime = _declared(fields)
@@ -213,11 +211,11 @@ def _read(stdin: bytes, command: str, called_as: str) -> NetConf:
 
 
 _read_again = lru_cache(maxsize=_KEPT)(_read)
-"""A node has few network configs and thousands of ADDs: the same bytes mean the same again."""
+"""A node has few network configs and thousands of ADDs, so the parsed form of the same bytes is kept."""
 
 
 def peek_version(stdin: bytes) -> str | None:
-    """The cniVersion that an answer echoes, whether or not we know it; None if there is none to be had."""
+    """The cniVersion of the config, which an answer echoes, known to vmtap or not; None if it cannot be read."""
     try:
         version = _decode(stdin).get("cniVersion")
     except CniError:
@@ -226,7 +224,7 @@ def peek_version(stdin: bytes) -> str | None:
 
 
 def canonical(mode: str) -> str:
-    """pepa is the proposal's name for the mode that the kernel calls private."""
+    """The mode's name in vmtap: pepa for the kernel's private."""
     return "pepa" if mode == "private" else mode
 
 
@@ -242,7 +240,7 @@ def _decode(stdin: bytes) -> dict[str, Any]:
     if len(stdin) > MAX_BYTES:
         raise CniError(spec.DECODING_FAILURE, f"the network configuration is larger than {MAX_BYTES} bytes")
     try:
-        # Decoded here: json.loads would guess UTF-16 and UTF-32, which no other reader of it would.
+        # json.loads would also accept bytes of UTF-16 and UTF-32, which no other reader of a config does.
         document = json.loads(
             stdin.decode(), object_pairs_hook=_object, parse_float=_float, parse_constant=_refuse_constant
         )
@@ -266,7 +264,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _float(text: str) -> float | int:
-    """A number with a fraction or exponent. To JSON Schema 1500.0 is the integer 1500, so it is to us."""
+    """A number with a fraction or exponent. As in JSON Schema, 1500.0 is the integer 1500."""
     number = float(text)
     if number in (float("inf"), float("-inf")):
         raise ValueError(f"the number {text[:40]} is too large")
@@ -295,9 +293,9 @@ def _inspect(value: Any, depth: int) -> None:
 def _version(document: dict[str, Any]) -> str:
     version = document.get("cniVersion")
     if version in (None, ""):
-        return "0.1.0"  # SPEC: what has no version is of the first
+        return "0.1.0"  # SPEC: a config without cniVersion is of the first version
     if not isinstance(version, str):
-        # SPEC section 5 names "failed to decode version info" as a case of 6.
+        # SPEC section 5: code 6 includes "failed to decode version info".
         raise CniError(
             spec.DECODING_FAILURE, f"cniVersion: {schema.show(version)} is not allowed; give a string"
         )
@@ -311,11 +309,10 @@ def _version(document: dict[str, Any]) -> str:
 
 
 def _declared(fields: dict[str, Any]) -> dict[str, Any]:
-    """What counts of runtimeConfig.
+    """The fields of runtimeConfig that count.
 
-    SPEC section 3 wants the runtime to filter runtimeConfig by capabilities and to leave capabilities out;
-    libcni filters and leaves it in. So with capabilities we filter (again), without it everything has been
-    declared.
+    By SPEC section 3 a runtime filters runtimeConfig by capabilities and leaves out capabilities. libcni filters and
+    keeps capabilities. So a config with capabilities is filtered here again; in one without, every field counts.
     """
     runtime: dict[str, Any] = fields.get("runtimeConfig") or {}
     capabilities = fields.get("capabilities")
@@ -325,7 +322,7 @@ def _declared(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vlan(fields: dict[str, Any]) -> Vlan | None:
-    """None on DEL and GC, too, where what belongs to it was wrong and counts as absent."""
+    """The VLAN; None without one, also for DEL and GC if a part of it is invalid."""
     if "vlan" in fields:
         return Vlan(fields["vlan"], fields["vlanPriority"], fields["vlanProtocol"])
     return None

@@ -1,6 +1,6 @@
-"""Files that a node's administrator writes, in YAML: read only if nobody else could have written them.
+"""Files that a node's administrator writes, in YAML. A file that others could have written is refused.
 
-Fails closed: what could mean two things is refused. Must not know what the file is about: its schema does.
+Fails closed: YAML that two readers could understand differently is refused, too. Must not know what a file is about.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ MAX_DEPTH = 16
 
 
 def read(path: str, rules: dict[str, Any]) -> dict[str, Any] | None:
-    """The document in the file, valid by rules; {} if it is empty, None if there is no file.
+    """The document in the file; {} if it is empty, None if there is no file. rules: its JSON Schema.
 
-    CniError 7 if it is wrong, or somebody else than root could have written it.
+    Raises CniError 7 if it is invalid, or users other than root and the caller could have written it.
     """
     text = _read(path)
     return None if text is None else parse(path, text, rules)
 
 
 def parse(path: str, text: bytes, rules: dict[str, Any]) -> dict[str, Any]:
-    """The document in the text, which path is to be blamed for. CniError 7 if it is wrong."""
+    """The document in the text. path: what errors name. rules: its JSON Schema. Raises CniError 7 if it is invalid."""
     document = _decode(path, text)
     document = {} if document is None else document
     try:
@@ -46,7 +46,7 @@ def parse(path: str, text: bytes, rules: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: str) -> bytes | None:
     try:
-        # O_NONBLOCK: a FIFO in its place must not make us wait.
+        # O_NONBLOCK: opening a FIFO must not block.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError as error:
         if os.path.islink(path):
@@ -73,15 +73,15 @@ def _read(path: str) -> bytes | None:
 
 
 def _placed(path: str, file: int) -> None:
-    """Refuse a file that lies elsewhere, or where others can remove it: without it nothing is restricted."""
+    """Refuse a file outside its folder, or in a folder where others can remove it: no file means no restriction."""
     folder = os.path.realpath(os.path.dirname(path) or ".")
-    # Where the fd is, and not what the path says: a ConfigMap's symlinks are exchanged at any moment.
+    # Where the open file is: the symlinks of a ConfigMap's path may be exchanged at any moment.
     place = os.path.dirname(os.readlink(f"/proc/self/fd/{file}"))
     if os.path.commonpath((folder, place)) != folder:
         raise _distrusted(path, "it is a symlink out of its folder", "put the file itself there")
     for parent in dict.fromkeys((folder, place)):
-        # A read-only mount, as a pod has its ConfigMap, is writable to nobody, whatever its mode (0777) says;
-        # in a folder with the sticky bit nobody may remove or rename what is not his.
+        # Nobody can write to a read-only mount, whatever its mode: a pod's ConfigMap is one, of mode 0777. In a folder
+        # with the sticky bit nobody can remove or rename another user's file.
         if not os.statvfs(parent).f_flag & os.ST_RDONLY:
             status = os.stat(parent)
             _owned(path, parent, status, sticky=bool(status.st_mode & stat.S_ISVTX))
@@ -103,7 +103,7 @@ def _unreadable(path: str, error: OSError) -> CniError:
 
 
 def _decode(path: str, content: bytes) -> Any:
-    """YAML without what has no use here: aliases, tags, repeated keys, keys that are not strings."""
+    """Decode YAML without aliases, tags, repeated keys and keys that are not strings. Raises CniError 7 for them."""
     import yaml  # noqa: PLC0415 - 30 ms, and a host without such a file does not need it
 
     loader: type[yaml.SafeLoader | yaml.CSafeLoader]

@@ -1,8 +1,7 @@
 """The node's policy file → Policy; what a network configuration asks for, under a policy → Grant.
 
-The administrator of a node writes which of its devices VMs may use, and how. What a pod's author writes picks
-an entry and never widens it, so everything here fails closed. Must not look at the network: whether a device
-exists, and what kind it is, is for the caller to find out.
+A node's administrator writes which devices VMs may use, and how. A pod's author picks an entry, and can never widen it:
+everything here fails closed. Must not look at the network: the caller finds out whether a device exists.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ if TYPE_CHECKING:
     from cni.config.netconf import NetConf
 
 MODES = ("bridge", "vepa", "pepa")
-"""What an entry without modes allows; the first is the default, because it works with any switch."""
+"""The modes that an entry without modes allows. The first is the default: it works with any switch."""
 
 IMPOSSIBLE = {
     ("sr-iov", "pepa"): "no NIC's embedded switch can keep its virtual functions apart",
     ("tap", "vepa"): "a tap is a port of a bridge, and bridges deliver between their ports themselves",
 }
-"""(type or device, mode) → why it cannot be."""
+"""(type or device, mode) → why it is impossible."""
 
 LINK_STATES = ("auto", "enable", "disable")
-"""By the kernel's numbers, IFLA_VF_LINK_STATE_*."""
+"""In the order of the kernel's numbers, IFLA_VF_LINK_STATE_*."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Functions:
     pool: tuple[str, ...]
     """The PFs, in the order to try."""
     vfs: int | None
-    """How many to make where there are none."""
+    """How many to make of a PF that has none."""
     settings: VfSettings
     """What each VF is to be set to; None: it stays as it is."""
 
@@ -54,23 +53,23 @@ class Interface:
 
     name: str
     dev: str
-    """The first one, where there are several."""
+    """The source; of several, the first."""
     type: str
     modes: tuple[str, ...] | None
     """None: no restriction."""
     capacity: int | None
     functions: Functions | None = None
     vlans: tuple[int, ...] | None = None
-    """None: no restriction, and no VLAN where none is asked for."""
+    """None: any VLAN, and none by default."""
 
     @property
     def devices(self) -> int:
-        """How many the device plugin offers. Of type sr-iov at most: it is the VFs that are there."""
+        """How many devices the device plugin offers; for type sr-iov at most, as it offers the VFs that are there."""
         return self.capacity or (deviceid.MOST if self.functions else deviceid.DEFAULT_CAPACITY)
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The devices that the name stands for."""
+        """The devices that may be the source."""
         return self.functions.pool if self.functions else (self.dev,)
 
 
@@ -84,8 +83,8 @@ class Policy:
 class Grant:
     """What a network configuration may have.
 
-    source is None for a plain tap only, and so is mode. device is None when the caller is to decide.
-    interface names the entry whose capacity counts.
+    source and mode are None for a plain tap only. device is None if it follows from the source. interface is the name
+    of the policy entry; None if no entry names the source.
     """
 
     interface: str | None
@@ -98,12 +97,12 @@ class Grant:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The devices to choose from."""
+        """The devices that may be the source; () for a plain tap."""
         return self.functions.pool if self.functions else tuple(filter(None, (self.source,)))
 
 
 def authorize(policy: Policy | None, conf: NetConf) -> Grant:
-    """Raise CniError 7, with the list of what is allowed, for what the policy does not allow."""
+    """What the policy grants to the config. Raises CniError 7, with a list of what is allowed, if it grants nothing."""
     entries = policy.interfaces if policy else ()
     name = _selected(conf)
     if name is not None:
@@ -126,7 +125,7 @@ def authorize(policy: Policy | None, conf: NetConf) -> Grant:
             raise _refusal(
                 "mode", conf.mode, "a plain tap has no wire; give an interface or a source as well"
             )
-        # It reaches no wire, so the policy has nothing to say about it.
+        # A plain tap reaches no wire, so the policy does not concern it.
         return Grant(None, None, "tap", None, "ethernet")
     wanted = "give interface, source, a deviceID of the form NAMEMvpN, or device tap for a plain tap"
     if conf.device_id is not None:
@@ -135,7 +134,7 @@ def authorize(policy: Policy | None, conf: NetConf) -> Grant:
 
 
 def _selected(conf: NetConf) -> str | None:
-    """The entry that interface names, or else the device that the kubelet allocated: its id is NAMEMvpN."""
+    """The name of the entry: from interface, or from the id of the kubelet's device, which has the form NAMEMvpN."""
     device = deviceid.parse(conf.device_id or "")
     if conf.interface is None or device is None:
         return conf.interface or (device and device[0])
@@ -165,7 +164,7 @@ def _first_that_allows(entries: list[Interface], conf: NetConf) -> Interface:
 
 
 def _grant(entry: Interface, conf: NetConf) -> Grant:
-    """What the entry gives. An entry without a name stands for a device that no policy speaks about."""
+    """What the entry grants. An entry without a name is for a device that the policy does not list."""
     device = deviceid.parse(conf.device_id or "")
     if device and device[1] >= entry.devices:
         raise _refusal(
@@ -184,10 +183,10 @@ def _grant(entry: Interface, conf: NetConf) -> Grant:
         raise _refusal("mode", mode, reason)
     functions, dev = entry.functions, entry.dev
     if functions and conf.source:
-        if device and len(functions.pool) > 1:  # whose number is counted through the pool
+        if device and len(functions.pool) > 1:  # the device's number is counted through the pool
             raise _refusal("source", conf.source, f"deviceID {conf.device_id} says which; leave it out")
         functions, dev = replace(functions, pool=(conf.source,)), conf.source
-    # What a kubelet allocates is a device node, which a tap has not got.
+    # The kubelet allocates a device node, and a tap has none.
     made = conf.device or ("macvtap" if device else None)
     return Grant(entry.name or None, dev, made, mode, entry.type, functions, _vlan(entry, conf))
 
@@ -218,17 +217,14 @@ def _refusal(key: str, value: str | None, reason: str) -> CniError:
 
 
 def load(path: str | os.PathLike[str]) -> Policy | None:
-    """The policy in the file, None if there is no file.
-
-    CniError 7 if it is wrong, or somebody else than root could have written it.
-    """
+    """The policy in the file; None if there is no file. Raises CniError 7 as nodefile.read() does."""
     path = os.fspath(path)
     document = nodefile.read(path, schema.load("policy"))
     return None if document is None else of(path, document)
 
 
 def of(path: str, document: dict[str, Any]) -> Policy:
-    """The policy that a document, valid by the schema, says; path is to be blamed. CniError 7 if it is wrong."""
+    """The policy of a document that is valid by the schema. path: what errors name. Raises CniError 7."""
     rules = schema.load("policy")
     entry_defaults = schema.defaults(rules["properties"]["interfaces"]["items"])
     interfaces: list[Interface] = []
@@ -258,7 +254,7 @@ def of(path: str, document: dict[str, Any]) -> Policy:
 
 
 def _functions(path: str, number: int, entry: dict[str, Any], pool: tuple[str, ...]) -> Functions | None:
-    """What the entry says of VFs. CniError 7 if it is of another type and says something."""
+    """The entry's fields for VFs; None for other types. Raises CniError 7 if another type has such a field."""
     where = f"{path}: interfaces[{number}]"
     if entry["type"] != "sr-iov":
         for key in ("vfs", "spoofchk", "trust", "minTxRate", "maxTxRate", "linkState"):

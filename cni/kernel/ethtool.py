@@ -1,4 +1,4 @@
-"""A NIC's offload features by ioctl (linux/ethtool.h): ETHTOOL_GSSET_INFO, GSTRINGS, GFEATURES, SFEATURES."""
+"""A NIC's offload features, by ioctl: ETHTOOL_GSSET_INFO, GSTRINGS, GFEATURES, SFEATURES (linux/ethtool.h)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _NAME = 32  # ETH_GSTRING_LEN
 
 
 def features(ifname: str) -> dict[str, bool]:
-    """Name → whether it is active, of a device of the calling thread's namespace. Raises OSError."""
+    """Each feature's name, and whether it is active, of a device of the calling thread's namespace. Raises OSError."""
     return {name: active for name, (_, active) in _all(ifname).items()}
 
 
 def can(ifname: str, feature: str) -> bool:
-    """Whether it is on, or could be switched on. Raises OSError."""
+    """Whether the feature is active, or could be switched on. Raises OSError."""
     available, active = _all(ifname).get(feature, (False, False))
     return available or active
 
 
 def switch(ifname: str, feature: str, on: bool) -> None:
-    """Raises OSError: EOPNOTSUPP where the driver has not got it, or does something else."""
+    """Switch the feature on or off. Raises OSError: EOPNOTSUPP if the driver has not got it, or does not switch it."""
     names = list(_all(ifname))
     if feature not in names:
         raise OSError(errno.EOPNOTSUPP, f"this kernel knows no {feature}")
@@ -41,7 +41,7 @@ def switch(ifname: str, feature: str, on: bool) -> None:
 
 
 def _all(ifname: str) -> dict[str, tuple[bool, bool]]:
-    """Name → (can be changed, is active), in the kernel's order."""
+    """Each feature's name → (can be changed, is active), in the kernel's order."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
         info = _ask(asker, ifname, struct.pack("=IIQI", _GSSET_INFO, 0, 1 << _ETH_SS_FEATURES, 0))
         (count,) = struct.unpack_from("=I", info, 16)

@@ -27,7 +27,7 @@ _IFA_F_NODAD = 0x02
 
 
 def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bool, alias: str) -> None:
-    """Make the tap (its ifindex) a port of the host's bridge (its ifindex). Raises OSError."""
+    """Make a tap a port of a bridge on the host. tap, bridge: interface indexes; alias: the pair's. Raises OSError."""
     host_end, pod_end = bridge_port.veth_names(tap)
     with _sockets(pod_netns) as (host, pod):
         host.link(
@@ -67,8 +67,11 @@ def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bo
 def put_addresses(
     pod_netns: int, ifindex: int, addresses: list[str], routes: list[dict[str, Any]], gateways: dict[int, str]
 ) -> None:
-    """Addresses ("10.1.0.5/24") and routes of a CNI result onto the link. gateways: for routes that name none,
-    by IP version. No duplicate address detection: the address was leased. Raises OSError."""
+    """Put addresses ("10.1.0.5/24") and routes of a CNI result on the link of that index.
+
+    gateways: of routes that name none, by IP version (4 or 6). Without duplicate address detection, as the addresses
+    were leased. Raises OSError.
+    """
     with _socket(pod_netns) as pod:
         for address in addresses:
             local, _, length = address.partition("/")
@@ -87,7 +90,7 @@ def put_addresses(
 
 
 def addresses(pod_netns: int, ifindex: int) -> set[str]:
-    """The addresses on the link, "10.1.0.5/24"."""
+    """The addresses on the link of that index, each as "10.1.0.5/24". Raises OSError."""
     with _socket(pod_netns) as pod:
         return {
             f"{found.get_attr('IFA_ADDRESS')}/{found['prefixlen']}" for found in pod.get_addr(index=ifindex)
@@ -96,7 +99,7 @@ def addresses(pod_netns: int, ifindex: int) -> set[str]:
 
 @contextmanager
 def _socket(pod_netns: int | None = None) -> Iterator[IPRoute]:
-    """A socket of that namespace, or of the host's. A refusal comes out as OSError with the kernel's sentence."""
+    """A socket of that network namespace, or of the host's. Turns pyroute2's errors into OSError."""
     if pod_netns is None:
         opened = IPRoute(ext_ack=True)
     else:

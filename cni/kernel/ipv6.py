@@ -1,9 +1,9 @@
-"""Keeps the pod's own kernel out of the guest's wire (net/ipv6/addrconf.c, ndisc.c).
+"""Switches the kernel's own IPv6 off on a guest's link (net/ipv6/addrconf.c, ndisc.c).
 
-A link that comes up makes the kernel send MLD, DAD and router solicitations with the guest's MAC. And while no
-QEMU has the device open, frames go up the pod's stack: a router advertisement on the wire would give the pod a
-default route and an address (CVE-2020-10749 is of this kind). addrgenmode none stops the first only; both are
-stopped by disable_ipv6, set before the link is up.
+When a link comes up, the kernel sends MLD, DAD and router solicitations with the guest's MAC. While no QEMU has the
+device open, frames go up the pod's stack: a router advertisement on the wire would give the pod a default route and an
+address (as in CVE-2020-10749). addrgenmode none prevents the first only. disable_ipv6, set before the link is up,
+prevents both.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _PATH = "sys/net/ipv6/conf/{ifname}/{key}"
 
 
 def keep_out(ifname: str, *, speaks: bool) -> None:
-    """No IPv6 of the kernel's on that link; if it speaks (addresses are put on it), no router's advertisement.
+    """Switch the kernel's IPv6 off on the link; if speaks, only its acceptance of router advertisements.
 
-    The link is in the calling thread's namespace: /proc/sys/net is that of the thread that opens it. No such file
-    means no IPv6 there. Raises OSError.
+    speaks: whether the link is to have addresses of the kernel's. The link is in the calling thread's network
+    namespace, the one that /proc/sys/net shows. Without such a file the kernel has no IPv6. Raises OSError.
     """
     _write(ifname, "accept_ra" if speaks else "disable_ipv6", "0" if speaks else "1")
 
 
 def let_in(ifname: str) -> None:
-    """Undo keep_out() on a link that does not speak."""
+    """Undo keep_out(speaks=False). Raises OSError."""
     _write(ifname, "disable_ipv6", "0")
 
 

@@ -1,8 +1,7 @@
-"""Make a macvtap: one message creates it in the pod, a second says whose it is and sets it up.
+"""Make a macvtap: one message creates it in the pod's network namespace, a second gives it its alias and sets it up.
 
-Two sends, because the second message of one send would be carried out though the first was refused, and fall
-upon the link that was there before; and because the pod's IPv6 has to be off in between (ipv6.py). Must not
-decide what to make.
+The messages are sent one by one. In one send the kernel would carry out the second although it refuses the first, on a
+link that was there before. And the pod's IPv6 is switched off between the two (ipv6.py). Must not decide what to make.
 
 Sources: drivers/net/macvlan.c, macvtap.c; net/core/rtnetlink.c.
 """
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from cni.kernel.rtnl import Link, Rtnl
 
 MODES = {"pepa": 1, "vepa": 2, "bridge": 4, "passthru": 8}
-"""enum macvlan_mode (linux/if_link.h); the seed's pepa is the kernel's private."""
+"""enum macvlan_mode (linux/if_link.h). pepa is the kernel's private."""
 
 
 def create(
@@ -64,18 +63,16 @@ def create(
     promisc: bool = False,
     allmulti: bool = False,
 ) -> None:
-    """Make the link in the namespace of fd netns, still down. promisc and allmulti count for passthru only.
+    """Make the link in the network namespace of fd netns, down. promisc and allmulti count for passthru only.
 
-    There allmulti is set while the link is down, or the kernel would set it on the lower device too, and never take
-    it back (macvlan_stop).
-
-    host is a socket of the lower device's namespace: asked from the pod's, with the host's as IFLA_LINK_NETNSID,
-    kernels before 6.15 would make it in the host's and move it. Raises OSError: EEXIST, EBUSY, EINVAL, ENODEV (see
-    attach/kernel_errors.py).
+    allmulti of a passthru link is set while the link is down: set later, the kernel would set it on the lower device as
+    well, and never reset it (macvlan_stop). host is a socket of the lower device's namespace: sent by the pod's, with
+    the host's as IFLA_LINK_NETNSID, kernels before 6.15 would make the link in the host's namespace and move it. Raises
+    OSError: EEXIST, EBUSY, EINVAL, ENODEV (attach/kernel_errors.py explains them).
     """
     data = [u32(IFLA_MACVLAN_MODE, MODES[mode])]
     if mode == "passthru" and not promisc:
-        # By itself it would make its lower device promiscuous, and a trusted VF could hear all the others.
+        # Otherwise the kernel makes the lower device promiscuous, and a trusted VF receives the other VFs' frames.
         data.append(attr(IFLA_MACVLAN_FLAGS, struct.pack("=H", MACVLAN_FLAG_NOPROMISC)))
     if bcqueuelen is not None:
         data.append(u32(IFLA_MACVLAN_BC_QUEUE_LEN, bcqueuelen))
@@ -98,15 +95,15 @@ def create(
 
 
 def bring_up(pod: Rtnl, ifindex: int, alias: str, *, promisc: bool, allmulti: bool, speaks: bool) -> None:
-    """Mark the link ours and set it up.
+    """Give the link its alias and set it up. speaks: whether the pod's kernel may use the link.
 
-    Unless it speaks, IFF_NOARP: while no QEMU has the device open, the pod's kernel would answer ARP requests
-    for its other addresses with the guest's MAC. Raises OSError (EADDRINUSE: another link on the lower device
-    has the MAC).
+    A link that the kernel may not use gets IFF_NOARP: while no QEMU has the device open, the kernel would answer ARP
+    requests for the pod's other addresses with the guest's MAC. Raises OSError; EADDRINUSE: another link on the lower
+    device has the MAC.
     """
     flags = IFF_UP | (IFF_PROMISC if promisc else 0) | (IFF_ALLMULTI if allmulti else 0)
     flags |= 0 if speaks else IFF_NOARP
-    pod.do(  # the kernel takes the alias before the flags (do_setlink)
+    pod.do(  # the kernel sets the alias before the flags (do_setlink)
         link_message(
             RTM_SETLINK,
             text(IFLA_IFALIAS, alias),

@@ -1,7 +1,7 @@
-"""File systems of our own that no path leads to (fsopen(2), Linux 5.2): they end with their fd.
+"""Detached mounts: file systems that no path leads to, and that end with their fd (fsopen(2), Linux 5.2).
 
-Nothing is left behind, whatever is killed when, and what the container's own mounts hide or forbid does not
-matter. A sysfs or proc shows the namespaces of the thread that mounts it.
+A process that is killed leaves none behind, and it does not matter what the container's own mounts hide or forbid. A
+sysfs or proc shows the namespaces of the thread that mounts it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cni.errors import CniError
 from cni.kernel import netns
 from cni.spec import IO_FAILURE
 
-# Numbers of system calls that are one on every architecture (asm-generic/unistd.h).
+# System calls whose numbers are the same on every architecture (asm-generic/unistd.h).
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
@@ -23,7 +23,7 @@ _FSMOUNT_CLOEXEC = 1
 
 
 def detached(kind: bytes) -> int:
-    """A new file system of that kind, as a directory fd. The caller closes it. Raises CniError 5."""
+    """Mount a new file system of that type (b"sysfs"). Returns a directory fd that the caller closes. CniError 5."""
     context = _syscall(_SYS_FSOPEN, kind, _FSOPEN_CLOEXEC)
     try:
         _syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)

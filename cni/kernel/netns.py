@@ -1,4 +1,4 @@
-"""Network namespaces by fd: open, compare, enter for a moment. Never creates one, never stays in one."""
+"""Network namespaces by fd: open, compare, enter for the length of a block. Must not create one, nor stay in one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def open_path(
     own_allowed: bool = False,
     own: tuple[int, int] | None = None,
 ) -> int:
-    """An fd of the network namespace at path. The caller closes it. name: what to call path in errors.
+    """An fd of the network namespace at path. The caller closes it. name: what errors call the path.
 
-    The path is looked at with O_PATH before it is opened, so that a FIFO cannot block us and a device
-    cannot act. Raises CniError 8 if it is missing, anything but a network namespace, or the caller's own.
+    The path is opened with O_PATH first, and only a network namespace is then opened for real: opening a FIFO would
+    block, and opening a device may act on it. Raises CniError 8 if the path is missing, is no network namespace, or is
+    the caller's own one and own_allowed is false. own: identity() of the caller's, if it knows it.
     """
     try:
         seen = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -48,13 +49,13 @@ def reopen(
     own_allowed: bool = False,
     own: tuple[int, int] | None = None,
 ) -> int:
-    """The same from an fd that somebody has opened already; that itself, if it is not an O_PATH one.
+    """An fd of the network namespace that the fd seen is of: seen itself, unless it was opened with O_PATH.
 
-    own: the caller's identity, if it knows it.
+    Parameters and errors are those of open_path(), of which this is the second half.
     """
     own = own or own_identity()
     that = identity(seen)
-    if that[0] != own[0]:  # there is one nsfs in the kernel
+    if that[0] != own[0]:  # the kernel has one nsfs, so all namespaces have one st_dev
         raise CniError(INVALID_NETNS, f"{name} {path!r} is not a namespace")
     if that == own and not own_allowed:
         raise CniError(
@@ -66,7 +67,7 @@ def reopen(
         try:
             kind = ioctl(seen, NS_GET_NSTYPE)
         except OSError as error:
-            if error.errno != errno.EBADF:  # that: O_PATH
+            if error.errno != errno.EBADF:  # EBADF: seen is of O_PATH
                 raise
             fd = os.open(f"/proc/self/fd/{seen}", os.O_RDONLY | os.O_CLOEXEC)
             kind = ioctl(fd, NS_GET_NSTYPE)
@@ -80,22 +81,22 @@ def reopen(
 
 
 def identity(fd: int) -> tuple[int, int]:
-    """(st_dev, st_ino): equal for two fds exactly when they are one namespace."""
+    """(st_dev, st_ino) of an fd of a namespace. Two fds have the same exactly if they are of one namespace."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
 
 
 def own_identity() -> tuple[int, int]:
-    """identity() of the calling thread's namespace."""
+    """identity() of the calling thread's network namespace."""
     status = os.stat(OWN)
     return status.st_dev, status.st_ino
 
 
 class entered:  # noqa: N801 - used as a statement
-    """The calling thread is in the namespace of fd inside the block, and back in its own after it.
+    """Inside the block the calling thread is in the network namespace of fd; after it, in its own.
 
-    home: an fd of its own, if the caller has one. For opening what belongs to a namespace (a netlink socket, a tap, a
-    sysfs), not for work. Raises CniError 8 if the namespace cannot be entered.
+    home: an fd of its own namespace, if the caller has one. The block should only open what belongs to the namespace (a
+    netlink socket, a tap, a sysfs). Raises CniError 8 if the namespace cannot be entered.
     """
 
     def __init__(self, fd: int, home: int | None = None) -> None:

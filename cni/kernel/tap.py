@@ -1,6 +1,6 @@
-"""Make a persistent tap in the pod's namespace (drivers/net/tun.c). rtnetlink cannot make one: ioctls do.
+"""Make a persistent tap in the pod's network namespace, by ioctl: rtnetlink cannot make one (drivers/net/tun.c).
 
-Must not decide anything; joining a tap to a Linux bridge is iproute.py's.
+Must not decide anything. iproute.py makes a tap a port of a Linux bridge.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ IFF_TUN_EXCL = 0x8000
 def create(
     pod_netns: int, *, ifname: str, ifindex: int, queues: int, owner: int | None, group: int | None
 ) -> None:
-    """Make the tap, down, owned by owner and group (numeric; None: anybody with CAP_NET_ADMIN).
+    """Make the tap, down. owner, group: numeric ids that may open it; None: whoever has CAP_NET_ADMIN.
 
-    With more than one queue it is IFF_MULTI_QUEUE, which every later open must ask for too. Raises OSError
-    (EEXIST: a link of that name is there).
+    With more than one queue it gets IFF_MULTI_QUEUE, which each later open must ask for, too. Raises OSError; EEXIST: a
+    link has the name.
     """
     fd = tapdev.open_node(tapdev.TUN, pod_netns)
     try:
@@ -35,7 +35,7 @@ def create(
         try:
             ioctl(fd, tapdev.TUNSETIFF, tapdev.ifreq(ifname, flags))
         except OSError as error:
-            if error.errno == errno.EBUSY:  # IFF_TUN_EXCL's word for EEXIST
+            if error.errno == errno.EBUSY:  # with IFF_TUN_EXCL this means EEXIST
                 raise OSError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
             raise
         if owner is not None:

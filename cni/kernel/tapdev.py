@@ -1,17 +1,15 @@
 """From a link to its verified character device and open fds (drivers/net/tap.c, macvtap.c, tun.c).
 
-/dev/tapN is never opened by its name: the name is the ifindex of one namespace, the folder is the host's, and
-two pods whose links share an index share the name. What is opened here is proven to be the link's:
+/dev/tapN is never opened by its name. N is the link's index in its own network namespace, and the host has one /dev:
+two pods whose links have one index share the name. What is opened here is proven to be the link's:
 
-1. the link's index is read, in a sysfs of its own namespace, and must be the attachment's;
-2. so is major:minor of its character device; a node of that number is made on a file system of our own that no
-   path leads to, and opened;
-3. the sysfs is read again: the link still has that index and number while we hold the device open;
-4. TUNGETIFF answers for the fd, so the link behind the fd is alive now, as it was since 2. At 3 no two live
-   links have one number: it is ours. Name and MAC are compared all the same.
+1. the link's index is read from a sysfs of its network namespace, and must be the attachment's;
+2. major:minor of its character device are read there; a node of that number is made on a detached tmpfs, and opened;
+3. the sysfs is read again: the link still has that index and number while the fd is open;
+4. TUNGETIFF succeeds on the fd, so the fd's link is alive now, and was at 3. No two live links have one number, so it
+   is the attachment's link. Its name and MAC are compared as well.
 
-Must not leave a node, mount or queue behind, whatever is killed when: the file systems are detached mounts,
-which end with their fd.
+A process that is killed leaves no node, mount or queue behind: the mounts end with their fd.
 """
 
 from __future__ import annotations
@@ -48,10 +46,10 @@ IFF_VNET_HDR = 0x4000
 
 
 def open_queues(pod_netns: int, record: Record, queues: int) -> list[int]:
-    """That many fds, each one queue of the attachment, O_RDWR | O_CLOEXEC | O_NONBLOCK. The caller closes them.
+    """Open queues of the attachment. Returns fds, O_RDWR | O_CLOEXEC | O_NONBLOCK; the caller closes them.
 
-    Every open adds a queue that takes its share of the frames: open as many as will be read, once. Raises
-    CniError NO_ATTACHMENT (the link is gone), DEVICE_BUSY (other queues are open), WRONG_DEVICE.
+    Each open of a macvtap adds a queue that receives a share of the frames, so open only what will be read. Raises
+    CniError 105 (the link is gone), 106 (other queues are open) or 107 (the link is not the one that ADD made).
     """
     opener = _open_macvtap if record.device == "macvtap" else _open_tap
     with ExitStack() as fds:
@@ -67,9 +65,8 @@ def open_queues(pod_netns: int, record: Record, queues: int) -> list[int]:
 def tuned(pod_netns: int, record: Record) -> Record:
     """The record with the MTU, and for a macvtap the MAC, that the link has now.
 
-    A later plugin of the chain (tuning) may have changed them, and a macvtap hands on what is sent to its own
-    MAC: the guest has to have it. A tap's own MAC is not the guest's. Of a link that is gone the record stays as
-    it is: open_queues says so.
+    A later plugin of the chain (tuning) may have changed them. A macvtap receives the frames for its own MAC, so the
+    guest must have that one; a tap's own MAC is not the guest's. If the link is gone, the record is returned as it is.
     """
     base = f"class/net/{record.ifname}"
     with _sysfs(pod_netns) as sysfs, suppress(FileNotFoundError):
@@ -80,16 +77,16 @@ def tuned(pod_netns: int, record: Record) -> Record:
 
 
 def number(pod_netns: int, ifname: str) -> tuple[int, int, int]:
-    """(ifindex, major, minor) of the macvtap of that name in that namespace.
-
-    Raises CniError NO_ATTACHMENT if there is no such link, or it has no character device.
-    """
+    """(ifindex, major, minor) of the macvtap of that name in the network namespace. Raises CniError 105 without it."""
     with _sysfs(pod_netns) as sysfs:
         return _number(sysfs, ifname)
 
 
 def open_node(device: tuple[int, int], pod_netns: int | None = None) -> int:
-    """An fd of the character device major:minor, opened in pod_netns if given, by a node that nobody else can see."""
+    """Open the character device (major, minor) by a node of its own. Returns an fd; the caller closes it.
+
+    pod_netns: an fd of the network namespace to open it in, or None. Raises OSError, CniError 5.
+    """
     with ExitStack() as stack:
         folder = mount.detached(b"tmpfs")
         stack.callback(os.close, folder)
@@ -100,7 +97,10 @@ def open_node(device: tuple[int, int], pod_netns: int | None = None) -> int:
 
 
 def make_node(path: str, device: tuple[int, int], owner: int, group: int) -> None:
-    """A device node for a launcher that opens by path (libvirt in a pod): mode 0660, complete when it appears."""
+    """Make a device node for a launcher that opens by path, as libvirt in a pod does. Raises CniError 5.
+
+    device: (major, minor). The node appears with its owner, group and mode 0660.
+    """
     made = f"{path}.new"
     try:
         with suppress(FileNotFoundError):
@@ -116,7 +116,7 @@ def make_node(path: str, device: tuple[int, int], owner: int, group: int) -> Non
 
 
 def flags(queues: int) -> int:
-    """What a tap is opened with; QEMU expects the vnet header and no packet information."""
+    """The flags to open a tap with: QEMU expects a virtio header and no packet information."""
     return IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if queues > 1 else 0)
 
 
@@ -162,7 +162,7 @@ def _open_tap(sysfs: int, pod_netns: int, record: Record) -> int:
                 WRONG_DEVICE, f"{record.ifname} is not the tap that ADD made", str(error)
             ) from error
         _, attached = struct.unpack("16sH22x", ioctl(fd, TUNGETIFF, bytes(40)))
-        if not attached & IFF_PERSIST:  # TUNSETIFF made a new one: it ends with the fd
+        if not attached & IFF_PERSIST:  # TUNSETIFF has made a new tap, which ends with the fd
             raise _gone(record, "no persistent tap has this name")
         index = int(_read(sysfs, f"class/net/{record.ifname}/ifindex"))
         if index != record.ifindex:
@@ -177,7 +177,7 @@ def _verify(fd: int, record: Record) -> None:
     try:
         name = ioctl(fd, TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode()
         found = ioctl(fd, SIOCGIFHWADDR, bytes(40))[18:24].hex(":")
-    except OSError as error:  # ENOLINK: the link behind the fd is no more
+    except OSError as error:  # ENOLINK: the fd's link is deleted
         raise _gone(record, str(error)) from error
     if (name, found) != (record.ifname, record.mac):
         raise CniError(
@@ -197,7 +197,7 @@ def _gone(record: Record, why: str) -> CniError:
 
 @contextmanager
 def _sysfs(pod_netns: int) -> Iterator[int]:
-    """A sysfs that shows the network of the pod: it is that of the namespace it is mounted from."""
+    """A detached sysfs that shows the links of that network namespace, as a directory fd."""
     with netns.entered(pod_netns):
         sysfs = mount.detached(b"sysfs")
     try:

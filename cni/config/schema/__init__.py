@@ -1,9 +1,8 @@
-"""The JSON Schemas of what people write, and the two ways to apply them.
+"""The JSON Schemas of what people write, and two ways to apply them.
 
-netconf.json and policy.json are the only place where a field, its default and the sentence that documents it
-are written down; docs/configuration.md is generated from them. `accepts` is quick and sound: what it accepts
-is valid. What it does not accept is put before jsonschema, the authority, by `explain`; importing that takes
-90 ms, so only a configuration that is wrong pays for it. Must not know what the fields mean.
+The .json files alone have each field, its default and its description; docs/configuration.md is generated from them.
+accepts() is quick and sound: a value that it accepts is valid. explain() asks jsonschema about the others. Importing
+jsonschema takes 90 ms, and only an invalid configuration pays for it. Must not know what the fields mean.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ if TYPE_CHECKING:
     from typing import Any
 
 ANNOTATIONS = frozenset({"$schema", "$defs", "title", "description", "default", "examples", "readOnly"})
-"""Keywords that say something to a reader and decide nothing."""
+"""Keywords for readers: they do not decide whether a value is valid."""
 
 _PYTHON = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None)}
 
 
 @cache
 def load(name: str) -> dict[str, Any]:
-    """The schema "netconf" or "policy". Everybody gets the same object: do not change it."""
+    """The schema of that name, such as "netconf". All callers get one object: do not change it."""
     with open(os.path.join(os.path.dirname(__file__), f"{name}.json"), encoding="utf-8") as file:
         schema: dict[str, Any] = json.load(file)
     return schema
 
 
 def defaults(schema: dict[str, Any]) -> dict[str, Any]:
-    """What the properties of an object are when they are absent."""
+    """The defaults of an object's properties, by name."""
     return {key: rule["default"] for key, rule in schema["properties"].items() if "default" in rule}
 
 
@@ -81,11 +80,11 @@ CHECKS: dict[str, Callable[[Any, Any, dict[str, Any]], bool]] = {
     "maxLength": lambda most, value, _: type(value) is not str or len(value) <= most,
     "pattern": lambda pattern, value, _: type(value) is not str or re.search(pattern, value) is not None,
 }
-"""Keyword → does (what it asks for, value, the schema it stands in) hold."""
+"""Keyword → a function of (the keyword's value, the instance, the schema): whether the instance is valid."""
 
 
 def accepts(schema: dict[str, Any] | bool, value: Any) -> bool:
-    """True: the value is valid. False: ask `explain`."""
+    """Whether the value is valid for certain. If not, explain() finds out."""
     if isinstance(schema, bool):
         return schema
     for keyword, wanted in schema.items():
@@ -95,7 +94,7 @@ def accepts(schema: dict[str, Any] | bool, value: Any) -> bool:
 
 
 def unnamed(schema: dict[str, Any], keys: Iterable[str]) -> Iterator[str]:
-    """Those of the keys that additionalProperties speaks about."""
+    """The keys to which additionalProperties applies."""
     for key in keys:
         patterns = schema.get("patternProperties", ())
         if key not in schema.get("properties", ()) and not any(re.search(each, key) for each in patterns):
@@ -103,9 +102,9 @@ def unnamed(schema: dict[str, Any], keys: Iterable[str]) -> Iterator[str]:
 
 
 def explain(schema: dict[str, Any], value: Any, *, unknown: int = spec.INVALID_NETWORK_CONFIG) -> None:
-    """Raise CniError with the path, the value and what is allowed; return if nothing is wrong.
+    """Raise CniError with the path, the value and what is allowed, if the value is invalid.
 
-    The code is 7, and `unknown` for a key that the schema does not know. `details` has the further faults.
+    The code is 7, or `unknown` for a key that the schema does not have. The error's details list the other faults.
     """
     from jsonschema import Draft202012Validator  # noqa: PLC0415
 
@@ -115,7 +114,7 @@ def explain(schema: dict[str, Any], value: Any, *, unknown: int = spec.INVALID_N
         for text in _strangers(error) if strangers else _faults(error):
             faults[text] = unknown if strangers else spec.INVALID_NETWORK_CONFIG
     if faults:
-        # An unknown key goes first: when it is a misspelling, what else is wrong follows from it.
+        # An unknown key goes first: if it is a misspelling, the other faults may follow from it.
         first, *others = sorted(faults, key=lambda text: faults[text] != unknown)
         raise CniError(faults[first], first, "; ".join(others))
 
@@ -139,7 +138,7 @@ def _faults(error: Any) -> Iterator[str]:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """What to say to somebody who wrote a word that is not among the known ones."""
+    """The hint for a word that is not among the known ones: the closest of them, or their list."""
     from difflib import get_close_matches  # noqa: PLC0415
 
     by_lower = {name.lower(): name for name in known}
@@ -158,19 +157,19 @@ def path(parts: Iterable[str | int]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value on one line of bounded length, as JSON."""
+    """The value as JSON, on one line of bounded length."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
 
 
 def allowed(schema: dict[str, Any]) -> str:
-    """What a value may be, in words: for error messages and for the docs."""
+    """What a value may be, as a phrase for error messages and the docs."""
     if "enum" in schema:
         return f"one of {', '.join(map(show, schema['enum']))}"
     if "title" in schema:
         return f"{schema['title']}, such as {show(schema['examples'][0])}"
     names = schema.get("type", ["anything"])
-    # null is tolerated where a program may write it for "nothing"; nobody is told to.
+    # null is accepted where programs write it for "not given", but it is not recommended.
     return " or ".join(
         _kind(name, schema) for name in ([names] if isinstance(names, str) else names) if name != "null"
     )
