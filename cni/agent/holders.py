@@ -19,7 +19,7 @@ from cni.agent.log import log
 from cni.agent.peer import Process, ended
 from cni.errors import CniError, refused
 from cni.spec import DEVICE_BUSY
-from cni.state import lock
+from cni.state import files, lock
 from cni.state.record import boot_id
 from cni.state.store import Store
 
@@ -147,6 +147,4 @@ class Holders:
             with suppress(FileNotFoundError):
                 os.unlink(path)
             return
-        with open(f"{path}.new", "w", encoding="ascii") as file:
-            json.dump([boot_id(), entries], file)
-        os.rename(f"{path}.new", path)
+        files.replace(path, json.dumps([boot_id(), entries]).encode())

@@ -7,7 +7,6 @@ number blocks, and the request waits for the broadcast. Must not be used by a pr
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import socket
@@ -15,20 +14,20 @@ import struct
 import threading
 from queue import SimpleQueue
 
-from cni.kernel.rtnl import NETLINK_ROUTE, RTM_DELLINK, SOL_NETLINK, Rtnl, delete_link
+from cni.kernel import bpf
+from cni.kernel.rtnl import (
+    NETLINK_LISTEN_ALL_NSID,
+    NETLINK_ROUTE,
+    RTM_DELLINK,
+    RTMGRP_LINK,
+    SOL_NETLINK,
+    Rtnl,
+    delete_link,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Self
-
-NETLINK_LISTEN_ALL_NSID = 8
-RTMGRP_LINK = 1
-SO_ATTACH_FILTER = 26
-
-BPF_LD_H_ABS = 0x28
-BPF_LD_W_ABS = 0x20
-BPF_JEQ_K = 0x15
-BPF_RET_K = 0x06
 
 _SPARE = 8
 """Threads that stay when all is quiet."""
@@ -108,27 +107,10 @@ class _Work:
 def _watch(index: int) -> socket.socket:
     """A socket that becomes readable when a link of that index is gone, in whichever namespace.
 
-    The filter is the kernel's (classic BPF, big-endian loads), so that a hundred DELs at once do not each read all
-    the others' messages.
+    The kernel drops every other message, so that of a hundred DELs at once none reads the others' messages.
     """
     watch = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
-    wanted_type = int.from_bytes(struct.pack("=H", RTM_DELLINK))
-    wanted_index = int.from_bytes(struct.pack("=i", index))
-    program = b"".join(
-        struct.pack("=HBBI", *instruction)
-        for instruction in (
-            (BPF_LD_H_ABS, 0, 0, _AT_TYPE),
-            (BPF_JEQ_K, 0, 3, wanted_type),
-            (BPF_LD_W_ABS, 0, 0, _AT_IFINDEX),
-            (BPF_JEQ_K, 0, 1, wanted_index),
-            (BPF_RET_K, 0, 0, 0xFFFFFFFF),
-            (BPF_RET_K, 0, 0, 0),
-        )
-    )
-    held = ctypes.create_string_buffer(program, len(program))
-    watch.setsockopt(
-        socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(program) // 8, ctypes.addressof(held))
-    )
+    bpf.keep_only(watch, (_AT_TYPE, struct.pack("=H", RTM_DELLINK)), (_AT_IFINDEX, struct.pack("=i", index)))
     watch.setsockopt(SOL_NETLINK, NETLINK_LISTEN_ALL_NSID, 1)
     watch.bind((0, RTMGRP_LINK))
     return watch

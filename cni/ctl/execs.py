@@ -6,19 +6,18 @@ a process has executed a program. The kernel tells it in the first network names
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import struct
 
 from cni.ctl import open_devices
+from cni.kernel import bpf
 
 _NETLINK_CONNECTOR = 11
 _CN_IDX_PROC = _CN_VAL_PROC = 1
 _PROC_CN_MCAST_LISTEN = 1
 _PROC_EVENT_EXEC = 2
 _NLMSG_DONE = 3
-_SO_ATTACH_FILTER = 26
 _WHAT = 16 + 20  # nlmsghdr, cn_msg; then struct proc_event: what, cpu, timestamp_ns, process_pid
 _PID = _WHAT + 16
 _CN_MSG = struct.Struct("=IIIIHHI")
@@ -32,21 +31,8 @@ class Execs:
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETLINK_CONNECTOR
         )
         try:
-            # Forks and exits are told, too: classic BPF, which loads big-endian, keeps them from waking us.
-            wanted = int.from_bytes(struct.pack("=I", _PROC_EVENT_EXEC))
-            program = b"".join(
-                struct.pack("=HBBI", *instruction)
-                for instruction in (
-                    (0x20, 0, 0, _WHAT),
-                    (0x15, 0, 1, wanted),
-                    (0x06, 0, 0, 0xFFFFFFFF),
-                    (0x06, 0, 0, 0),
-                )
-            )
-            held = ctypes.create_string_buffer(program, len(program))
-            self._socket.setsockopt(
-                socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(held))
-            )
+            # The connector reports forks and exits, too: they must not wake this process.
+            bpf.keep_only(self._socket, (_WHAT, struct.pack("=I", _PROC_EVENT_EXEC)))
             self._socket.bind((0, _CN_IDX_PROC))
             body = _CN_MSG.pack(_CN_IDX_PROC, _CN_VAL_PROC, 0, 0, 4, 0, _PROC_CN_MCAST_LISTEN)
             self._socket.send(struct.pack("=IHHII", 16 + len(body), _NLMSG_DONE, 0, 0, os.getpid()) + body)

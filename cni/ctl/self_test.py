@@ -15,7 +15,15 @@ from contextlib import ExitStack
 
 from cni.errors import CniError
 from cni.kernel import macvtap, netns, tap, tapdev
-from cni.kernel.rtnl import IFF_UP, NETLINK_ROUTE, RTM_SETLINK, SOL_NETLINK, Rtnl, link_message
+from cni.kernel.rtnl import (
+    IFF_UP,
+    NETLINK_LISTEN_ALL_NSID,
+    NETLINK_ROUTE,
+    RTM_SETLINK,
+    SOL_NETLINK,
+    Rtnl,
+    link_message,
+)
 from cni.state.record import Record
 from cni.state.store import IFINDEX_BASE
 
@@ -23,7 +31,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NETLINK_LISTEN_ALL_NSID = 8
 STEPS = (
     "a network namespace",
     "a tap in it",

@@ -33,7 +33,7 @@ from rich.text import Text
 from cni.ctl import inventory, render
 from cni.ctl.execs import Execs
 from cni.kernel import netns
-from cni.kernel.rtnl import NETLINK_ROUTE, SOL_NETLINK
+from cni.kernel.rtnl import NETLINK_LISTEN_ALL_NSID, NETLINK_ROUTE, RTMGRP_LINK, SOL_NETLINK
 from cni.state.store import IFINDEX_BASE
 
 TYPE_CHECKING = False
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x80, 0x100, 0x200
 _IN_ONLYDIR = 0x01000000
-_RTMGRP_LINK = 1
-NETLINK_LISTEN_ALL_NSID = 8
 _QUIET, _LONGEST = 0.05, 0.5
 """Seconds: what happens together is looked at once, but no later than that after it began."""
 _LINES = 8
@@ -174,7 +172,7 @@ class _News:
             socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_ROUTE)
         )
         self._links.setsockopt(SOL_NETLINK, NETLINK_LISTEN_ALL_NSID, 1)
-        self._links.bind((0, _RTMGRP_LINK))
+        self._links.bind((0, RTMGRP_LINK))
         woken, waker = socket.socketpair()
         self._woken = self._stack.enter_context(woken)
         self._stack.enter_context(waker)

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from cni.errors import CniError
 from cni.spec import IO_FAILURE
+from cni.state import files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,12 +50,10 @@ def write(record: Record, device: tuple[int, int], owner: int, group: int) -> No
         "kind": KIND,
         "devices": [{"name": record.device_id, "containerEdits": {"deviceNodes": [node]}}],
     }
-    written = f"{record.cdi}.new"  # a runtime reads .json and .yaml
     try:
         os.makedirs(os.path.dirname(record.cdi), exist_ok=True)
-        with open(written, "w", encoding="ascii") as file:
-            json.dump(document, file)
-        os.rename(written, record.cdi)
+        # A runtime reads names that end with .json or .yaml only: never the temporary file.
+        files.replace(record.cdi, json.dumps(document).encode(), mode=0o644)
     except OSError as error:
         remove(record.cdi)
         raise CniError(IO_FAILURE, f"the CDI spec {record.cdi} cannot be written", str(error)) from error

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 
 from cni.errors import refused
-from cni.state import lock
+from cni.state import files, lock
 from cni.state.record import boot_id
 from cni.state.store import Store
 
@@ -52,9 +52,7 @@ def save(run: str, found: Probed) -> None:
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with lock.held(f"{run}/lock", path):  # two at once have one name to write to
-            with open(f"{path}.new", "w", encoding="utf-8") as file:
-                json.dump(vars(found), file)
-            os.rename(f"{path}.new", path)
+            files.replace(path, json.dumps(vars(found)).encode())
     except OSError as error:
         raise refused(error, f"the result cannot be kept in {path}") from error
 

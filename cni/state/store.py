@@ -17,7 +17,6 @@ reconciler finds what is left. DEL also works without a record. Must not touch t
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from _blake2 import blake2s  # as in lock.py
@@ -25,7 +24,7 @@ from contextlib import suppress
 
 from cni.errors import CniError
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
-from cni.state import deviceid, lock
+from cni.state import deviceid, files, lock
 from cni.state.record import Record, boot_id, decode, encode
 
 TYPE_CHECKING = False
@@ -104,24 +103,11 @@ class Store:
 
     def save(self, record: Record, *, sealed: bool = False) -> None:
         """Write it whole or not at all."""
-        path, written = self._path(record.id), self._path(record.id, "new")
+        path = self._path(record.id)
         with _io(path):
-            try:
-                fd = os.open(
-                    written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-                )
-                try:
-                    if sealed:
-                        os.fchmod(fd, _SEALED)
-                    data = encode(record)
-                    if os.write(fd, data) < len(data):  # the rest would have been refused
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                finally:
-                    os.close(fd)
-                os.rename(written, path)
-            except BaseException:
-                _unlink(written)
-                raise
+            files.replace(
+                path, encode(record), temporary=self._path(record.id, "new"), mode=_SEALED if sealed else None
+            )
 
     def seal(self, record: Record) -> None:
         """Note that its ADD came to its end. The mode says so: one system call, and no second writing."""
