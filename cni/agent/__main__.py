@@ -21,7 +21,7 @@ from cni.agent.log import log
 from cni.agent.policies import VARIABLE, Policies
 from cni.agent.reconcile.runner import Reconciler
 from cni.agent.settings import load as load_settings
-from cni.agent.vepa_warning import Relay
+from cni.agent.vepa_warning import VepaWarning
 from cni.attach.call import Node, Request
 from cni.errors import CniError
 from cni.kernel.netns import libc
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from cni.agent.deviceplugin.offering import DevicePlugin
     from cni.agent.server import Reply
-    from cni.agent.settings import Config
+    from cni.agent.settings import Settings
     from cni.plugin import Response
 
 
@@ -56,7 +56,7 @@ def _to_nobody(response: Response, stderr: bytes) -> None:
 class Agent:
     """Everything that a request needs and that outlives it."""
 
-    def __init__(self, settings: Config, store: Store, registry: metrics.Registry) -> None:
+    def __init__(self, settings: Settings, store: Store, registry: metrics.Registry) -> None:
         self.settings = settings
         self.policies = Policies(settings.policy, os.environ.get(VARIABLE))
         self.node = Node(
@@ -65,7 +65,7 @@ class Agent:
             settings.delegate_seconds,
             Unlinker(),
             settings.cdi if settings.device_route == "cdi" else None,
-            Relay(settings.run),
+            VepaWarning(settings.run),
         )
         self._hosts: list[Host] = []
         """Not in use now: a request takes one, or makes one, and puts it back."""
@@ -153,7 +153,7 @@ def main() -> int:
         return 1
 
 
-def _run(settings: Config) -> int:
+def _run(settings: Settings) -> int:
     store = Store(settings.run, _note)
     store.prepare()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -205,7 +205,7 @@ def _run(settings: Config) -> int:
 
 
 def _device_plugin(
-    settings: Config, policies: Policies, store: Store, registry: metrics.Registry
+    settings: Settings, policies: Policies, store: Store, registry: metrics.Registry
 ) -> DevicePlugin | None:
     if not settings.device_plugin:
         if policies.discovers:

@@ -1,16 +1,16 @@
-"""The fd broker: a socket that pods may see, where a launcher gets the open fds of its own pod's attachments.
+"""The fd broker: a unix socket for pods, from which a launcher gets the open fds of its own pod's attachments.
 
-Whoever connects is known by the network namespace of its process and by nothing else (agent/peer.py): no
-name, token or path that it sends is believed, so it can ask for what is its pod's, or for nothing. One line of
-JSON each way and a connection for each request; cni/launcher/broker_client.py is the other end:
+The broker identifies a client by the network namespace of its process (cni/agent/peer.py) and trusts nothing that the
+client sends, so that a client reaches the attachments of its own pod only. One connection a request, one line of JSON a
+message; cni/launcher/broker_client.py is the client:
 
-    agent      {"broker": 1}                   when it knows who it is, and that there is something to get
-    launcher   {"ifnames": ["net1"], "queues": 2, "shared": false, "open": true}       each may be absent
+    agent      {"broker": 1}                   once the client is identified and its pod has attachments
+    launcher   {"ifnames": ["net1"], "queues": 2, "shared": false, "open": true}       each key is optional
     agent      {"attachments": [{"ifname": "net1", …, "opened": 2}]} and the fds in that order; or
-               {"error": {"code": 106, "msg": "…", "details": ""}}, in the place of either line
+               {"error": {"code": 106, "msg": "…", "details": ""}}, instead of either line
 
-Nothing that a launcher does or leaves undone holds up another pod's: it has _SECONDS in all, a thread of its own, and
-PER_POD connections at a time. Must not attach, detach or change a link.
+A launcher cannot delay those of other pods: it has _SECONDS in all, a thread of its own, and its pod has PER_POD
+connections at a time. Must not attach, detach or change a link.
 """
 
 from __future__ import annotations
@@ -52,21 +52,22 @@ if TYPE_CHECKING:
 REQUEST_LIMIT = 64 << 10
 GREETING = b'{"broker":1}\n'
 _SECONDS = 5.0
-"""From accept to the end of the answer. The launcher needs some milliseconds."""
+"""From accept(2) to the end of the answer. A launcher needs milliseconds."""
 PER_POD = 16
 """Connections of one network namespace at a time: more than a pod starts VMs."""
-_ALL = 512
+_MOST = 512
+"""Connections of all pods at a time."""
 _SCM_MAX_FD = 253  # linux/net/scm.h: fds in one message
 _LOGGED = 20
-"""Refusals that are logged in a _WINDOW: a pod must not be able to fill the node's disk."""
-_WINDOW = 10.0
-_DESCRIPTION = ("network", "ifname", "device", "mode", "mac", "mtu", "queues", "ips", "routes", "dns")
-"""What a pod may know of a record. Not the config: it may have secrets, of a delegate for one."""
+"""Refusals logged within _LOG_SECONDS: a pod must not be able to fill the node's disk."""
+_LOG_SECONDS = 10.0
+_VISIBLE = ("network", "ifname", "device", "mode", "mac", "mtu", "queues", "ips", "routes", "dns")
+"""The fields of a record that a pod may read. The config is not among them: it may contain a delegate's secrets."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A launcher's request. No ifnames: all attachments; no queues: as many as each has."""
+class LauncherRequest:
+    """A launcher's request. Without ifnames: all attachments; without queues: as many as each has."""
 
     ifnames: tuple[str, ...] = ()
     queues: int | None = None
@@ -93,7 +94,7 @@ class Broker:
         )
 
     def start(self) -> None:
-        """Raises OSError. The folder is for a pod's mount, so there is nothing in it but the socket."""
+        """Listen and serve. Raises OSError. Pods mount the socket's folder, so nothing else is in it."""
         self._holders.start()
         folder = os.path.dirname(self.path)
         os.makedirs(folder, exist_ok=True)
@@ -103,7 +104,7 @@ class Broker:
         self._acceptor.start()
 
     def stop(self) -> None:
-        """Take no more requests; those in flight end by their deadline. The socket stays."""
+        """Accept no more; wait for the requests in flight, which end by their deadline. The socket file stays."""
         self._stopping.set()
         self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self._acceptor.join()
@@ -121,17 +122,17 @@ class Broker:
             except OSError as error:
                 if self._stopping.is_set():
                     return
-                log(ERROR, "the broker cannot accept", error=str(error))  # no fds, no memory: wait for some
+                log(ERROR, "the broker cannot accept", error=str(error))  # out of fds or memory: retry
                 self._stopping.wait(0.1)
                 continue
             try:
                 self._admit(connection)
-            except Exception as error:  # no launcher may end the broker for the others
+            except Exception as error:  # the broker must go on for other launchers
                 connection.close()
                 log(ERROR, "the broker failed", error=repr(error))
 
     def _admit(self, connection: socket.socket) -> None:
-        """Nothing here waits for the launcher."""
+        """Start a thread for the connection, or refuse it. Does not wait for the launcher."""
         connection.settimeout(_SECONDS)
         try:
             who = peer.identify(connection)
@@ -144,7 +145,7 @@ class Broker:
             undo.enter_context(who)
             with self._lock:
                 here, everywhere = self._busy[who.netns_id], len(self._threads)
-                full = here >= PER_POD or everywhere >= _ALL
+                full = here >= PER_POD or everywhere >= _MOST
                 if not full:
                     thread = threading.Thread(
                         target=self._serve, args=(connection, who), name="broker request", daemon=True
@@ -166,11 +167,13 @@ class Broker:
                     self._exchange(connection, who)
                 except CniError as error:
                     self._refuse(connection, error, who)
-                except OSError as error:  # too slow, or gone
+                except OSError as error:  # the launcher was too slow, or has ended
                     self._refuse(connection, refused(error, "the request was not finished"), who)
                 except Exception as error:
                     log(ERROR, "the broker failed", pid=who.process.pid, error=repr(error))
-                    self._refuse(connection, CniError(INTERNAL, f"a fault of the agent's: {error!r}"), who)
+                    self._refuse(
+                        connection, CniError(INTERNAL, f"internal error in the agent: {error!r}"), who
+                    )
         finally:
             self._leave(threading.current_thread(), who)
 
@@ -188,17 +191,17 @@ class Broker:
             )
         if not (records := self._attachments(who)):
             raise CniError(
-                NO_ATTACHMENT, "no attachment in this network namespace: give the pod a network of vmtap's"
+                NO_ATTACHMENT, "no attachment in this network namespace: attach the pod to a network of vmtap"
             )
         until = time.monotonic() + _SECONDS
-        asked = parse(_question(connection, who, until))
-        chosen = [(tapdev.tuned(who.netns, record), queues) for record, queues in choose(records, asked)]
-        if not asked.open:
+        request = parse(_receive(connection, who, until))
+        chosen = [(tapdev.tuned(who.netns, record), queues) for record, queues in choose(records, request)]
+        if not request.open:
             _send(connection, chosen, [], until)
             return
         with ExitStack() as fds, ExitStack() as undo:
             for record, _ in chosen:
-                if self._holders.add(record.id, record.ifname, who.process, shared=asked.shared):
+                if self._holders.add(record.id, record.ifname, who.process, shared=request.shared):
                     undo.callback(self._holders.remove, record.id, who.process)
             opened = []
             for record, queues in chosen:
@@ -212,15 +215,15 @@ class Broker:
             "fds given to a launcher",
             pid=who.process.pid,
             uid=who.uid,
-            shared=asked.shared,
+            shared=request.shared,
             attachments={record.id: queues for record, queues in chosen},
         )
 
     def _attachments(self, who: Peer) -> list[Record]:
-        """The namespace's, by ifname: of its links, those that a record speaks of.
+        """The attachments of the peer's network namespace, by ifname: its links that have a record.
 
-        From the links to the records and not the other way: it costs as much as the pod has links, however many
-        attachments the node has; and a record whose namespace is dead, and whose number this one has now, has no link.
+        Starts from the links, not from the records: the cost does not grow with the node's attachments; and a record
+        of a dead namespace whose inode number was reused for this one has no link here.
         """
         with netns.entered(who.netns):
             links = socket.if_nameindex()
@@ -233,7 +236,7 @@ class Broker:
         return sorted(found, key=lambda record: record.ifname)
 
     def _refuse(self, connection: socket.socket, error: CniError, who: Peer | None) -> None:
-        """Answer if that needs no waiting, count, and log."""
+        """Send the error if that does not block, count it, and log it (see _LOGGED)."""
         self._refused.inc(str(error.code))
         document = {"error": {"code": error.code, "msg": error.msg, "details": error.details}}
         with suppress(OSError):
@@ -241,7 +244,7 @@ class Broker:
             connection.sendall(_line(document))
         now = time.monotonic()
         with self._lock:
-            if now - self._window > _WINDOW:
+            if now - self._window > _LOG_SECONDS:
                 self._window, unlogged, self._refusals = now, max(0, self._refusals - _LOGGED), 0
             else:
                 unlogged = 0
@@ -254,15 +257,15 @@ class Broker:
         log(WARNING, "launcher refused", code=error.code, error=str(error), **fields)
 
 
-def parse(line: bytes) -> Asked:
-    """Raises CniError 6 if it is not a request."""
+def parse(line: bytes) -> LauncherRequest:
+    """Parse the launcher's line. Raises CniError 6 if it is not a valid request."""
     try:
         document: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CniError(DECODING_FAILURE, "the request is not JSON", str(error)) from None
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
         "ifnames": (_names, "a list of different names"),
-        "queues": (lambda value: type(value) is int and value >= 1, "a whole number from 1 up"),
+        "queues": (lambda value: type(value) is int and value >= 1, "a whole number of at least 1"),
         "shared": (lambda value: type(value) is bool, "true or false"),
         "open": (lambda value: type(value) is bool, "true or false"),
     }
@@ -271,38 +274,38 @@ def parse(line: bytes) -> Asked:
     for key, value in document.items():
         if key not in rules:
             raise CniError(
-                DECODING_FAILURE, f"{key!r} is not a field of a request; there is {', '.join(rules)}"
+                DECODING_FAILURE, f"{key!r} is not a field of a request; the fields are {', '.join(rules)}"
             )
         holds, wanted = rules[key]
         if not holds(value):
             raise CniError(DECODING_FAILURE, f"{key} must be {wanted}")
-    return Asked(**document | {"ifnames": tuple(document.get("ifnames", ()))})
+    return LauncherRequest(**document | {"ifnames": tuple(document.get("ifnames", ()))})
 
 
-def choose(records: list[Record], asked: Asked) -> list[tuple[Record, int]]:
-    """What is asked for, in the order asked for, each with its number of queues. Raises CniError."""
+def choose(records: list[Record], request: LauncherRequest) -> list[tuple[Record, int]]:
+    """The requested records, in the order of the request, each with its number of queues. Raises CniError."""
     there = {record.ifname: record for record in records}
-    if missing := [name for name in asked.ifnames if name not in there]:
+    if missing := [name for name in request.ifnames if name not in there]:
         raise CniError(
             NO_ATTACHMENT,
             f"no attachment {', '.join(missing)} in this network namespace; there is {', '.join(there)}",
         )
     chosen = []
-    for name in asked.ifnames or there:
+    for name in request.ifnames or there:
         record = there[name]
-        if asked.queues is not None and asked.queues > record.queues:
+        if request.queues is not None and request.queues > record.queues:
             raise CniError(
                 INVALID_ENVIRONMENT,
-                f'queues {asked.queues}: {name} has {record.queues}, by "queues" of its network config',
+                f'queues {request.queues}: {name} has {record.queues}, by "queues" of its network config',
             )
-        chosen.append((record, asked.queues or record.queues))
+        chosen.append((record, request.queues or record.queues))
     if sum(queues for _, queues in chosen) > _SCM_MAX_FD:
-        raise CniError(INVALID_ENVIRONMENT, f"more than {_SCM_MAX_FD} queues at once: ask for fewer")
+        raise CniError(INVALID_ENVIRONMENT, f"more than {_SCM_MAX_FD} queues in one request: request fewer")
     return chosen
 
 
-def _question(connection: socket.socket, who: Peer, until: float) -> bytes:
-    """Greet, and read the line that the very same process sends then. Raises CniError, OSError."""
+def _receive(connection: socket.socket, who: Peer, until: float) -> bytes:
+    """Send the greeting; return the line that the peer process sends after it. Raises CniError, OSError."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     connection.setblocking(False)
     try:
@@ -311,24 +314,24 @@ def _question(connection: socket.socket, who: Peer, until: float) -> bytes:
         pass
     else:
         raise CniError(
-            DECODING_FAILURE, "the launcher must wait for the greeting before it speaks, or hung up"
+            DECODING_FAILURE, "the launcher sent data before the greeting, or closed the connection"
         )
     connection.sendall(GREETING)
-    said = b""
-    while not said.endswith(b"\n"):
-        _hurry(connection, until)
-        # No room for fds: the kernel closes what is sent along.
+    line = b""
+    while not line.endswith(b"\n"):
+        _set_timeout(connection, until)
+        # The buffer has no room for fds: the kernel closes any that are sent.
         data, credentials, _, _ = connection.recvmsg(
-            REQUEST_LIMIT + 1 - len(said), socket.CMSG_SPACE(peer.UCRED.size)
+            REQUEST_LIMIT + 1 - len(line), socket.CMSG_SPACE(peer.UCRED.size)
         )
         if not data:
-            raise CniError(DECODING_FAILURE, "the request ended before its line did")
+            raise CniError(DECODING_FAILURE, "the connection ended before the request's line did")
         if not who.proven(credentials):
-            raise CniError(INVALID_NETNS, "the process that connected must ask itself")
-        said += data
-        if len(said) > REQUEST_LIMIT:
+            raise CniError(INVALID_NETNS, "the request must come from the process that connected")
+        line += data
+        if len(line) > REQUEST_LIMIT:
             raise CniError(DECODING_FAILURE, f"the request is longer than {REQUEST_LIMIT} bytes")
-    return said
+    return line
 
 
 def _send(
@@ -338,17 +341,17 @@ def _send(
     until: float,
     given: Callable[[], object] = lambda: None,
 ) -> None:
-    """The answer; given is called when the fds are on their way, from where nothing calls them back."""
+    """Send the answer. Calls given() once the fds are sent, since they cannot be taken back."""
     described = [
-        {key: getattr(record, key) for key in _DESCRIPTION} | {"opened": queues if fds else 0}
+        {key: getattr(record, key) for key in _VISIBLE} | {"opened": queues if fds else 0}
         for record, queues in chosen
     ]
     data = _line({"attachments": described})
-    _hurry(connection, until)
+    _set_timeout(connection, until)
     sent = socket.send_fds(connection, [data], fds)
     given()
     while sent < len(data):
-        _hurry(connection, until)
+        _set_timeout(connection, until)
         sent += connection.send(data[sent:])
 
 
@@ -356,7 +359,7 @@ def _line(document: object) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode() + b"\n"
 
 
-def _hurry(connection: socket.socket, until: float) -> None:
+def _set_timeout(connection: socket.socket, until: float) -> None:
     connection.settimeout(max(0.001, until - time.monotonic()))
 
 

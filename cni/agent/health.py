@@ -1,7 +1,7 @@
-"""/metrics, /healthz and /readyz over HTTP, for whoever may reach the address: it tells numbers and takes nothing.
+"""Serves /metrics, /healthz and /readyz over HTTP to every client that reaches the address; read-only.
 
-Written by hand because http.server costs 7 MB and 60 ms of the agent (it loads email and OpenSSL), and because all that
-is wanted is a GET with a deadline. Must not change anything, or take a body.
+Owned by the project because http.server costs the agent 7 MB and 60 ms (it loads email and OpenSSL), and a GET with a
+deadline is all that is needed. Must not change anything, or read a body.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ if TYPE_CHECKING:
     Check = Callable[[], str | None]
 
 _THREADS = 4
-"""Requests at once; the others wait in the backlog."""
+"""Requests served at once; others wait in the backlog."""
 _SECONDS = 5.0
-"""From the first byte to the last of a request and its answer."""
+"""From accept(2) to the end of the answer."""
 _HEAD_LIMIT = 8192
-_ANSWER_SECONDS = 2.0
+_PROBE_SECONDS = 2.0
+"""How long served() waits for an answer on the CNI socket."""
 JSON = "application/json"
 
 
 class Health:
-    """Serves on address until stop().
+    """Serves on address until stop(). Raises CniError 7 if it cannot listen there.
 
-    live and ready: by name, what says why not, or None; metrics: the text, and its type is content_type.
+    live, ready: name → check, which returns why it fails, or None; metrics: returns the text, of type content_type.
     """
 
     def __init__(
@@ -57,16 +58,16 @@ class Health:
 
     @property
     def port(self) -> int:
-        """The port that it got, where the address said 0."""
+        """The port that it listens on: the kernel's choice if the address has port 0."""
         return int(self._listener.getsockname()[1])
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Take no more requests, and wait for those in hand."""
+        """Accept no more, and wait for the requests in flight."""
         self._listener.shutdown(socket.SHUT_RDWR)  # wakes every accept()
         for thread in self._threads:
             thread.join(_SECONDS)
@@ -79,9 +80,9 @@ class Health:
             except OSError:
                 return  # stop() was called
             with connection, suppress(OSError):
-                self._one(connection)
+                self._handle(connection)
 
-    def _one(self, connection: socket.socket) -> None:
+    def _handle(self, connection: socket.socket) -> None:
         until = time.monotonic() + _SECONDS
         head = bytearray()
         while b"\r\n\r\n" not in head:
@@ -95,10 +96,10 @@ class Health:
                     connection, "", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, {"error": "too long"}
                 )
                 return
-        method, path = _asked(bytes(head))
+        method, path = _request_line(bytes(head))
         connection.settimeout(max(0.001, until - time.monotonic()))
         if not method:
-            self._answer(connection, method, HTTPStatus.BAD_REQUEST, {"error": "this is no HTTP/1 request"})
+            self._answer(connection, method, HTTPStatus.BAD_REQUEST, {"error": "not an HTTP/1 request"})
         elif method not in ("GET", "HEAD"):
             self._answer(connection, method, HTTPStatus.METHOD_NOT_ALLOWED, {"error": "only GET and HEAD"})
         elif path == "/metrics":
@@ -116,10 +117,10 @@ class Health:
             )
 
     def _answer(
-        self, connection: socket.socket, method: str, status: HTTPStatus, what: bytes | dict[str, object]
+        self, connection: socket.socket, method: str, status: HTTPStatus, content: bytes | dict[str, object]
     ) -> None:
-        body = what if isinstance(what, bytes) else json.dumps(what).encode() + b"\n"
-        kind = self._content_type if isinstance(what, bytes) else JSON
+        body = content if isinstance(content, bytes) else json.dumps(content).encode() + b"\n"
+        kind = self._content_type if isinstance(content, bytes) else JSON
         head = (
             f"HTTP/1.1 {status.value} {status.phrase}\r\n"
             f"Content-Type: {kind}\r\n"
@@ -129,18 +130,18 @@ class Health:
             + "Connection: close\r\n\r\n"
         )
         connection.sendall(head.encode() + (b"" if method == "HEAD" else body))
-        # Closed with bytes of a body unread, the kernel would reset the connection and lose the answer.
+        # To close with bytes unread would reset the connection, and the client would lose the answer.
         connection.shutdown(socket.SHUT_WR)
         log(DEBUG, "health", method=method, status=status.value)
 
 
 def served(path: str) -> str | None:
-    """Why the unix socket at path is not served; None if a thread of the agent takes a connection and lets it go."""
+    """Why the unix socket at path is not served; None if a thread of the agent accepts and closes a connection."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(_ANSWER_SECONDS)
+        probe.settimeout(_PROBE_SECONDS)
         try:
             probe.connect(path)
-            probe.shutdown(socket.SHUT_WR)  # a request without a word, which is answered by hanging up
+            probe.shutdown(socket.SHUT_WR)  # the server closes a connection without a request
             probe.recv(1)
         except OSError as error:
             return f"{path}: {error}"
@@ -159,8 +160,8 @@ def _reasons(checks: Mapping[str, Check]) -> dict[str, str]:
     return found
 
 
-def _asked(head: bytes) -> tuple[str, str]:
-    """(method, path without its query); two empty strings if it is no request."""
+def _request_line(head: bytes) -> tuple[str, str]:
+    """(method, path without its query); two empty strings if it is not an HTTP/1 request."""
     words = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
     if len(words) != 3 or not words[0].isalpha() or not words[2].startswith("HTTP/1."):
         return "", ""
@@ -168,7 +169,10 @@ def _asked(head: bytes) -> tuple[str, str]:
 
 
 def _listen(address: str) -> socket.socket:
-    """Raises CniError 7 for an address that cannot be had. An agent that replaces another may share it meanwhile."""
+    """A listening socket for HOST:PORT. SO_REUSEPORT: an agent shares the address with the one that it replaces.
+
+    Raises CniError 7 if the address is invalid or in use.
+    """
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     try:

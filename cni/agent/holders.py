@@ -1,8 +1,8 @@
-"""Which processes hold which attachment's fds, across restarts of the agent.
+"""Records which processes hold the fds of which attachment, across restarts of the agent.
 
-FOLDER/holders/ID is there as long as one of its processes lives, and no longer than the attachment's record
-(state.Store.forget_id removes both). The file is the truth; a pidfd for each process only says when to write it
-anew. A process holds what it was given until it ends: whether it has closed the fds, nobody can know.
+FOLDER/holders/ID exists while one of its processes lives, and no longer than the attachment's record
+(Store.forget_id removes both). The file is authoritative; a pidfd for each process signals when to rewrite it. A
+process counts as a holder until it ends: the agent cannot see whether it has closed the fds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Holders:
-    """Safe for threads, and beside an agent that takes over or is taken over from."""
+    """Safe for threads, and for two agents at once while one replaces the other."""
 
     def __init__(self, store: Store) -> None:
         self._folder = store.holders
@@ -41,13 +41,13 @@ class Holders:
         self._thread = threading.Thread(target=self._watch, name="holders", daemon=True)
 
     def start(self) -> None:
-        """Take over what an agent before us wrote, and watch. Raises OSError."""
+        """Read the files of an earlier agent, and watch their processes. Raises OSError."""
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
         for id in os.listdir(self._folder):
             if id.endswith(".new"):  # an agent was killed while it wrote
                 os.unlink(f"{self._folder}/{id}")
                 continue
-            with self._alone():
+            with self._exclusive():
                 holders = self._read(id)
                 self._write(id, holders)
                 for process in holders:
@@ -66,37 +66,39 @@ class Holders:
         self._woken.close()
 
     def add(self, id: str, ifname: str, process: Process, *, shared: bool) -> bool:
-        """Note that the process holds the attachment; whether that is new.
+        """Record that the process holds the attachment; False if that was recorded before.
 
-        Raises CniError DEVICE_BUSY if a process does already (itself included: more fds would be more queues),
-        unless shared; 5 if it cannot be written down.
+        Raises CniError DEVICE_BUSY if a process holds it already (the same one, too: more fds would be more queues)
+        and shared is False; 5 if the file cannot be written.
         """
-        with self._alone():
+        with self._exclusive():
             holders = self._read(id)
             if holders and not shared:
                 log(INFO, "attachment held", attachment=id, holders=[holder.pid for holder in holders])
                 raise CniError(
                     DEVICE_BUSY,
-                    f"{ifname} is held by a process that lives; end it, or ask for a shared one (--shared): the "
-                    "frames are then shared out between the holders",
+                    f"{ifname} is held by a running process; end it, or use --shared: its frames are then shared out "
+                    "between the holders",
                 )
             if process in holders:
                 return False
             try:
                 self._write(id, [*holders, process])
             except OSError as error:
-                raise refused(error, f"it cannot be noted under {self._folder} who holds {ifname}") from error
+                raise refused(
+                    error, f"the holder of {ifname} cannot be recorded in {self._folder}"
+                ) from error
             self._follow(id, process)
             return True
 
     def remove(self, id: str, process: Process) -> None:
-        """Take add() back."""
-        with self._alone():
+        """Undo add()."""
+        with self._exclusive():
             for fd in [fd for fd, watched in self._watched.items() if watched == (id, process)]:
                 self._forget(fd)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         with self._lock, lock.held(self._file, "holders"):
             yield
 
@@ -105,15 +107,14 @@ class Holders:
             for fd, _ in self._epoll.poll():
                 if fd == self._woken.fileno():
                     return
-                with self._alone():
-                    if fd in self._watched and ended(
-                        fd
-                    ):  # else remove() was quicker, and the number is another's
+                with self._exclusive():
+                    # remove() may have closed it meanwhile, and the number may be another process's now.
+                    if fd in self._watched and ended(fd):
                         self._forget(fd)
 
     def _follow(self, id: str, process: Process) -> None:
         fd = process.pidfd()
-        if fd is None:  # it has ended since
+        if fd is None:  # it has ended meanwhile
             self._write(id, self._read(id))
             return
         self._watched[fd] = (id, process)
@@ -125,11 +126,11 @@ class Holders:
         os.close(fd)
         try:
             self._write(id, [holder for holder in self._read(id) if holder != process])
-        except OSError as error:  # who reads it next sees that the process has ended
-            log(WARNING, "a holder's end cannot be noted", attachment=id, error=str(error))
+        except OSError as error:  # harmless: _read() leaves out processes that have ended
+            log(WARNING, "the end of a holder cannot be recorded", attachment=id, error=str(error))
 
     def _read(self, id: str) -> list[Process]:
-        """Those that live."""
+        """The holders in the file that are alive."""
         try:
             with open(f"{self._folder}/{id}", "rb") as file:
                 boot, entries = json.loads(file.read())
@@ -137,7 +138,9 @@ class Holders:
         except FileNotFoundError:
             return []
         except (ValueError, TypeError) as error:
-            log(WARNING, "what is noted of holders cannot be read", attachment=id, error=str(error))
+            log(
+                WARNING, "the file of an attachment's holders cannot be read", attachment=id, error=str(error)
+            )
             return []
         return [holder for holder in holders if boot == boot_id() and holder.alive()]
 

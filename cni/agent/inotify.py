@@ -1,7 +1,7 @@
-"""inotify(7) on the folders of some files, where a folder itself may not be there yet, or be replaced.
+"""inotify(7) on folders that may not exist yet, or may be replaced.
 
-It says that something has happened there, and not what: who asks looks at the files, and cannot miss what an
-overflowing queue has lost.
+Reports that something has changed, not what: the caller looks at the files, and so misses nothing when the kernel's
+queue overflows.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ _MASK = (
 
 
 class Folders:
-    """Readable (fileno) when something has changed in one of the folders, or it has come, gone or been replaced."""
+    """Readable (fileno) when an entry of a folder has changed, or a folder was created, removed or replaced."""
 
     def __init__(self, folders: Iterable[str]) -> None:
         self._folders = tuple(map(os.path.abspath, folders))
         self._fd = _checked(libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
         self._watches: dict[int, str] = {}
-        self._look()
+        self._watch()
 
     def fileno(self) -> int:
         """For poll()."""
         return self._fd
 
     def close(self) -> None:
-        """End."""
+        """Close the inotify instance."""
         os.close(self._fd)
 
     def take(self) -> None:
-        """Take what was said, and see that the folders that are there now are watched. Look at the files after it."""
+        """Read the events and watch the folders that exist now. Look at the files after this call, not before."""
         with suppress(BlockingIOError):
             while os.read(self._fd, 1 << 16):
                 pass
-        self._look()
+        self._watch()
 
-    def _look(self) -> None:
-        """Watch each folder, or the nearest above it that is there, in which what is missing will appear."""
+    def _watch(self) -> None:
+        """Watch each folder, or its nearest ancestor that exists, where the missing part will appear."""
         watches: dict[int, str] = {}
         for wanted in self._folders:
             folder, watch = wanted, -1
@@ -69,17 +69,17 @@ class Folders:
                         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), folder)
                     folder = os.path.dirname(folder)
                 elif folder != wanted and os.path.isdir(_below(folder, wanted)):
-                    folder, watch = wanted, -1  # it came in between
+                    folder, watch = wanted, -1  # it was created meanwhile
             watches[watch] = folder
         for stale in self._watches.keys() - watches.keys():
-            libc.inotify_rm_watch(self._fd, stale)  # EINVAL: it went with its folder
+            libc.inotify_rm_watch(self._fd, stale)  # EINVAL: the folder was removed, and the watch with it
         self._watches = watches
 
 
 def _below(folder: str, path: str) -> str:
-    """The next step from folder towards path."""
-    step = os.path.relpath(path, folder).split("/", 1)[0]
-    return os.path.join(folder, step)
+    """The child of folder that leads to path."""
+    child = os.path.relpath(path, folder).split("/", 1)[0]
+    return os.path.join(folder, child)
 
 
 def _checked(result: int) -> int:

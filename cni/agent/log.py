@@ -1,4 +1,4 @@
-"""One JSON object a line on stderr: for a person's grep and a collector's parser alike."""
+"""The agent's log: one JSON object a line, on stderr."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class _Json(logging.Formatter):
 
 
 def start(level: str) -> None:
-    """Log from that level up."""
-    # Nobody asks a line for these (the logging HOWTO's "Optimization").
+    """Log messages of that level and above."""
+    # Not collected, since no line shows them (Python's logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json())
-    # gRPC tells of an exception in what we serve to it; it is not loaded for that.
+    # gRPC logs exceptions of its servicers. This does not load gRPC.
     for logger in (LOG, logging.getLogger("grpc")):
         logger.handlers = [handler]
         logger.setLevel(level.upper())
@@ -38,6 +38,6 @@ def start(level: str) -> None:
 
 
 def log(level: int, msg: str, **fields: object) -> None:
-    """msg is a constant; what differs from line to line is a field."""
+    """Log msg, which is constant, with the fields, which vary."""
     if LOG.isEnabledFor(level):
         LOG.log(level, msg, extra={"fields": fields})

@@ -1,7 +1,7 @@
-"""Prometheus metrics in the text format 0.0.4, counted by the parts and written when they are asked for.
+"""Prometheus metrics in the text format 0.0.4.
 
-Owned by the project because the client library costs 11 MB and 180 ms of an agent that has 16 MB and starts in less.
-Each part declares its own metrics on the registry that it is given. Must not know what is counted.
+Owned by the project because the client library would cost the agent, which has 16 MB, another 11 MB and 180 ms.
+Each part of the agent declares its metrics on the registry that it is given. Must not know what is counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Labels = tuple[str, ...]
 
 
 class _Metric:
-    """One family: a name, a sentence, label names; a value for each combination of the labels' values."""
+    """A metric family: name, help text, label names, and one value for each combination of label values."""
 
     kind = "untyped"
 
@@ -33,11 +33,11 @@ class _Metric:
         self._lock = threading.Lock()
 
     def samples(self) -> Iterator[tuple[str, Mapping[str, str], float]]:
-        """(suffix of the name, labels, value) of each line."""
+        """(suffix of the name, labels, value) of each sample."""
         raise NotImplementedError
 
     def lines(self) -> Iterator[str]:
-        """The family as text."""
+        """The lines of the family in the text format."""
         yield f"# HELP {self.name} {self.text}"
         yield f"# TYPE {self.name} {self.kind}"
         for suffix, labels, value in self.samples():
@@ -46,7 +46,7 @@ class _Metric:
 
 
 class Counter(_Metric):
-    """What only grows. One without labels is there from the start, as 0."""
+    """A value that only grows. Without labels it exists from the start, with the value 0."""
 
     kind = "counter"
 
@@ -55,7 +55,7 @@ class Counter(_Metric):
         self._values: dict[Labels, float] = {} if labels else {(): 0}
 
     def inc(self, *values: str, by: float = 1) -> None:
-        """Count one more (or `by` more) under these labels' values."""
+        """Add `by` to the value of these label values."""
         with self._lock:
             self._values[values] = self._values.get(values, 0) + by
 
@@ -67,18 +67,18 @@ class Counter(_Metric):
 
 
 class Gauge(Counter):
-    """What goes up and down."""
+    """A value that goes up and down."""
 
     kind = "gauge"
 
     def set(self, value: float, *values: str) -> None:
-        """It is this now."""
+        """Set the value of these label values."""
         with self._lock:
             self._values[values] = value
 
 
-class Seen(_Metric):
-    """A gauge or counter that is looked up when it is asked for. look: values of the labels → value."""
+class Computed(_Metric):
+    """A gauge or counter whose values are computed at each scrape. look: returns label values → value."""
 
     def __init__(
         self, name: str, text: str, labels: Labels, kind: str, look: Callable[[], Mapping[Labels, float]]
@@ -93,7 +93,7 @@ class Seen(_Metric):
 
 
 class Histogram(_Metric):
-    """How long things took, in seconds."""
+    """A distribution of durations, in seconds."""
 
     kind = "histogram"
 
@@ -102,7 +102,7 @@ class Histogram(_Metric):
         self._values: dict[Labels, tuple[list[int], float]] = {}
 
     def observe(self, seconds: float, *values: str) -> None:
-        """One more of these labels' values took that long."""
+        """Count one duration for these label values."""
         with self._lock:
             counts, total = self._values.get(values, ([0] * (len(SECONDS) + 1), 0.0))
             counts[bisect_left(SECONDS, seconds)] += 1
@@ -139,7 +139,7 @@ class Registry:
         """A new histogram. By convention its name ends with _seconds."""
         return self._add(Histogram(name, text, labels))
 
-    def seen(
+    def computed(
         self,
         name: str,
         text: str,
@@ -147,16 +147,16 @@ class Registry:
         look: Callable[[], Mapping[Labels, float]],
         kind: str = "gauge",
     ) -> None:
-        """A new metric that look() knows. One whose look() raises is left out of that answer."""
-        self._add(Seen(name, text, labels, kind, look))
+        """A new metric whose values look() returns at each scrape. If look() raises, the metric is left out."""
+        self._add(Computed(name, text, labels, kind, look))
 
     def render(self, failed: Callable[[str, Exception], None]) -> bytes:
-        """Everything as text. failed: hears of a metric that could not be looked up."""
+        """All metrics as text. failed(name, error) is called for each metric that is left out."""
         lines: list[str] = []
         for metric in list(self._metrics.values()):
             try:
                 lines += list(metric.lines())
-            except Exception as error:  # one part's trouble must not hide the others' numbers
+            except Exception as error:  # a failing metric must not hide the others
                 failed(metric.name, error)
         return "\n".join([*lines, ""]).encode()
 
@@ -168,7 +168,7 @@ class Registry:
 
 
 def _escaped(value: str) -> str:
-    """A label's value; what came in as bytes that are no text goes out as marks."""
+    """A label value, escaped. Bytes that were not UTF-8 (surrogates) become "?"."""
     clean = value.encode(errors="replace").decode()
     return clean.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 

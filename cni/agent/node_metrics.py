@@ -1,7 +1,4 @@
-"""What the node's metrics say of attachments, capacity, policy and the agent's own process, looked up at each scrape.
-
-Must not change anything.
-"""
+"""Metrics of attachments, capacity, policy and the agent's process, computed at each scrape. Changes nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ _PAGE = resource.getpagesize()
 def declare(
     registry: Registry, store: Store, policy: Callable[[], Policy | None], valid: Callable[[], bool]
 ) -> None:
-    """Put them on the registry. valid: is the policy file, as it is now, a good one or absent?"""
+    """Declare them on the registry. valid: whether the policy file as it is now is good, or absent."""
 
     def attachments() -> dict[Labels, float]:
         return dict(
@@ -49,39 +46,39 @@ def declare(
             for state, count in _functions(pf, store).items()
         }
 
-    registry.seen(
+    registry.computed(
         "vmtap_attachments",
         "Attachments that the node has a record of.",
         *("interface", "source", "mode", "device"),
         look=attachments,
     )
-    registry.seen(
+    registry.computed(
         "vmtap_interface_capacity",
         "How many attachments the policy allows on an interface, where it says so.",
         "interface",
         look=capacity,
     )
-    registry.seen(
+    registry.computed(
         "vmtap_virtual_functions",
         "Virtual functions of the policy's NICs. other: without a link, so that no attachment gets one.",
         *("source", "state"),
         look=functions,
     )
-    registry.seen(
+    registry.computed(
         "vmtap_policy_valid",
         "1 if the policy file is good or absent, 0 if it is refused (then the last good one stays in force).",
         look=lambda: {(): valid()},
     )
-    registry.seen(
+    registry.computed(
         "process_cpu_seconds_total",
         "CPU time of the agent, its delegates left out.",
         look=lambda: {(): sum(os.times()[:2])},
         kind="counter",
     )
-    registry.seen(
+    registry.computed(
         "process_resident_memory_bytes", "Resident memory of the agent.", look=lambda: {(): _resident()}
     )
-    registry.seen(
+    registry.computed(
         "process_open_fds",
         "Open file descriptors of the agent.",
         look=lambda: {(): len(os.listdir("/proc/self/fd"))},

@@ -1,16 +1,16 @@
-"""Who is at the other end of a unix socket: a process that lives, and its network namespace.
+"""Identifies the process at the other end of a unix socket, and its network namespace.
 
-A pid alone proves nothing: its process can end, and another one, in another pod, can have the number when we look.
-So nothing that is read under the pid counts until two things are known:
+A pid alone proves nothing: its process may have ended, and the pid may belong to a process of another pod by now. So
+what is read from /proc/PID counts only if both of these hold:
 
-1. the process that a pidfd names still lives after the reading, so that the number was its own all the time. The
-   pidfd is SO_PEERPIDFD's where the kernel has it (Linux 6.5); pidfd_open(2)'s elsewhere, which may already be
-   another process than the one that connected.
-2. the peer says something after the pidfd was opened, the kernel says whose pid said it (SCM_CREDENTIALS), and
-   1. still holds then. This closes what pidfd_open leaves open, and keeps a connection with who made it; so it is
-   asked for on every kernel. The caller sends a greeting and hands what comes back to `proven`.
+1. The process of a pidfd is alive after the reading, so the pid was its own meanwhile. The pidfd comes from
+   SO_PEERPIDFD where the kernel has it (Linux 6.5), else from pidfd_open(2), which may already return another process
+   than the one that connected.
+2. The peer sends data after the pidfd was opened, the kernel reports the pid of the sender (SCM_CREDENTIALS), and 1
+   still holds. This covers the gap of pidfd_open, and a socket that was passed to another process; so it is required
+   on every kernel. The caller sends a greeting and gives the ancillary data of the answer to Peer.proven().
 
-Must not know what is asked for.
+Must not know what is requested.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _GONE = "the process that connected has ended"
 
 @dataclass(frozen=True)
 class Process:
-    """One process on this host, until it reboots: a pid can come again, a pid with a start time cannot."""
+    """One process of this boot. A pid may be reused, a pid with a start time is not."""
 
     pid: int
     start: int
     """Ticks since boot (proc_pid_stat(5), field 22)."""
 
     def pidfd(self) -> int | None:
-        """An fd of it that the caller closes; None if it has ended."""
+        """A pidfd that the caller closes; None if the process has ended."""
         try:
             fd = os.pidfd_open(self.pid)
         except OSError:
@@ -60,7 +60,7 @@ class Process:
         return None
 
     def alive(self) -> bool:
-        """Whether it still runs; a zombie does not."""
+        """Whether the process is running. A zombie is not."""
         fd = self.pidfd()
         if fd is not None:
             os.close(fd)
@@ -75,11 +75,11 @@ class Peer:
     uid: int
     pidfd: int
     netns: int
-    """An fd of the network namespace that the process's first thread is in."""
+    """An fd of the network namespace of the process's main thread."""
     netns_id: tuple[int, int]
 
     def proven(self, credentials: list[tuple[int, int, bytes]]) -> bool:
-        """Whether the ancillary data of what was received, after `identify`, is the process's own."""
+        """Whether the ancillary data of a message received after identify() shows this process as the sender."""
         pids = [
             UCRED.unpack(data)[0]
             for level, kind, data in credentials
@@ -96,11 +96,11 @@ class Peer:
 
 
 def identify(connection: socket.socket) -> Peer:
-    """The peer as it is now. Raises CniError 8 if it cannot be known."""
+    """The peer of the connection. Raises CniError 8 if it cannot be identified."""
     pid, uid, _ = UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
     if pid == 0:
         raise CniError(
-            INVALID_NETNS, "the agent does not see the process: it must run in the host's pid namespace"
+            INVALID_NETNS, "the agent cannot see the process: the agent must run in the host's pid namespace"
         )
     pidfd = _pidfd(connection, pid)
     try:
@@ -110,7 +110,8 @@ def identify(connection: socket.socket) -> Peer:
         os.close(pidfd)
         if isinstance(error, PermissionError):
             raise CniError(
-                INVALID_NETNS, "the agent may not see the process's namespace: it needs CAP_SYS_PTRACE"
+                INVALID_NETNS,
+                "the agent may not read the process's namespace: the agent needs CAP_SYS_PTRACE",
             ) from error
         raise CniError(INVALID_NETNS, _GONE, str(error)) from error
     peer = Peer(process, uid, pidfd, namespace, netns.identity(namespace))
@@ -121,23 +122,25 @@ def identify(connection: socket.socket) -> Peer:
 
 
 def ended(pidfd: int) -> bool:
-    """Whether the process is no more, or a zombie."""
+    """Whether the process has ended. A zombie has."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def start_time(pid: int) -> int:
-    """Raises OSError if there is no such process."""
+    """The start time of the process (Process.start). Raises OSError if there is no such process."""
     with open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[19])  # a name may have blanks and brackets
+        return int(
+            file.read().rpartition(b")")[2].split()[19]
+        )  # a command name may contain blanks and brackets
 
 
 def _pidfd(connection: socket.socket, pid: int) -> int:
     try:
         return connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError as error:
-        if error.errno != errno.ENOPROTOOPT:  # the process is gone, and waited for
+        if error.errno != errno.ENOPROTOOPT:  # the process has ended and was reaped
             raise CniError(INVALID_NETNS, _GONE, str(error)) from error
     try:
         return os.pidfd_open(pid)

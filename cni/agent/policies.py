@@ -1,7 +1,7 @@
-"""The node's policy as it is now, of the file and of what stands beside it: kubevirt/macvtap-cni's DP_MACVTAP_CONF.
+"""The node's current policy: the policy file, and DP_MACVTAP_CONF, the variable of kubevirt/macvtap-cni.
 
-The file is read again when it changes; while a new one is bad, the last good one stays. Where a name stands in both,
-the file's entry counts.
+The file is read again when it changes; if the new one is invalid, the last good one stays in force. If both have an
+entry of one name, the file's entry is used.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ VARIABLE = "DP_MACVTAP_CONF"
 
 
 class Policies:
-    """Looks at the file's identity at each request: one stat(2), and never a stale answer.
+    """Returns the current policy when called. Each call costs one stat(2) of the file, so no answer is stale.
 
-    conf: DP_MACVTAP_CONF, if it is set. Raises CniError 7 if it cannot be understood.
+    conf: the value of DP_MACVTAP_CONF, if it is set. Raises CniError 7 if conf is invalid.
     """
 
     def __init__(self, path: str, conf: str | None = None) -> None:
         self.path = path
         self.error: CniError | None = None
-        """What is wrong with the file as it is now; None if nothing is."""
+        """Why the file as it is now is invalid; None if it is valid or absent."""
         self._named = () if conf is None else interfaces(conf)
         self.discovers = conf is not None and not self._named
-        """Whether the variable names nothing, which asks for every suitable link."""
+        """Whether DP_MACVTAP_CONF is an empty list, which means: every suitable link."""
         self._found: tuple[str, ...] = ()
         self._lock = threading.Lock()
         self._seen: object = ()
         self._file: Policy | None = None
         self._good: Policy | None = None
-        self._any_good = False
+        self._ever_valid = False
 
     def __call__(self) -> Policy | None:
         """The policy in force; None if there is none. Raises CniError 7 if no version of the file has been valid."""
@@ -53,12 +53,12 @@ class Policies:
                 if seen != self._seen:
                     self._read()
                     self._seen = seen
-        if self.error and not self._any_good:
+        if self.error and not self._ever_valid:
             raise self.error
         return self._good
 
     def discovered(self, links: Iterable[str]) -> None:
-        """These links are suitable now: each an interface of its own name, unless the file has the name or the link."""
+        """Set the discovered links: each is an interface of its own name, unless the file has that name or source."""
         with self._lock:
             self._found = tuple(links)
             self._good = self._merged()
@@ -72,11 +72,11 @@ class Policies:
                 ERROR, "the policy file is refused; the last good one stays", path=self.path, error=str(error)
             )
         else:
-            self.error, self._any_good = None, True
+            self.error, self._ever_valid = None, True
             names = [entry.name for entry in self._file.interfaces] if self._file else None
             log(INFO, "policy read", path=self.path, interfaces=names)
             if both := {entry.name for entry in self._named} & set(names or ()):
-                log(WARNING, f"the policy file goes before {VARIABLE}", interfaces=sorted(both))
+                log(WARNING, f"the policy file overrides {VARIABLE}", interfaces=sorted(both))
             self._good = self._merged()
 
     def _merged(self) -> Policy | None:
@@ -84,7 +84,7 @@ class Policies:
             return self._file
         listed = self._file.interfaces if self._file else ()
         names, sources = {entry.name for entry in listed}, {dev for entry in listed for dev in entry.sources}
-        # Who restricts a link in the file has not meant it to be had without restriction under another name.
+        # A link that the file restricts must not be available without restrictions under its own name.
         free = [link for link in self._found if link not in names | sources]
         return Policy(
             (
@@ -104,7 +104,7 @@ class Policies:
 
 
 def interfaces(conf: str) -> tuple[Interface, ...]:
-    """What DP_MACVTAP_CONF names. Raises CniError 7 that says where it is wrong."""
+    """The interfaces in the value of DP_MACVTAP_CONF. Raises CniError 7 that names the wrong field."""
     rules = schema.load("macvtap-cni")
     try:
         document = json.loads(conf)

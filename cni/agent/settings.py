@@ -1,4 +1,4 @@
-"""The agent's own settings: a file, and flags that go before it. schema/agent.json is the source of both."""
+"""The agent's settings, from a file and from flags, which override it. cni/config/schema/agent.json defines both."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ DEFAULT_FILE = "/etc/vmtap/agent.yaml"
 
 
 @dataclass(frozen=True)
-class Config:
-    """See schema/agent.json; seconds are whole."""
+class Settings:
+    """The fields of cni/config/schema/agent.json."""
 
     run: str
     policy: str
@@ -37,8 +37,8 @@ class Config:
     log_level: str
 
 
-def load(argv: Sequence[str]) -> Config:
-    """From the file and the flags. Raises CniError 7 that names the field; --help exits."""
+def load(argv: Sequence[str]) -> Settings:
+    """Read the settings from the file and the flags. Raises CniError 7 that names the field; --help exits."""
     rules = schema.load("agent")
     parser = argparse.ArgumentParser(
         prog="vmtapd",
@@ -60,11 +60,11 @@ def load(argv: Sequence[str]) -> Config:
     file = flags.pop("config")
     document = nodefile.read(file or DEFAULT_FILE, rules)
     if document is None and file:
-        raise CniError(INVALID_NETWORK_CONFIG, f"--config {file}: there is no such file")
+        raise CniError(INVALID_NETWORK_CONFIG, f"--config {file}: no such file")
     if not schema.accepts(rules, flags):
         schema.explain(rules, flags)
     fields: dict[str, Any] = schema.defaults(rules) | (document or {}) | flags
-    return Config(**{_snake(name): value for name, value in fields.items()})
+    return Settings(**{_snake(name): value for name, value in fields.items()})
 
 
 def _flag(name: str) -> str:

@@ -1,6 +1,6 @@
-"""Tells once, for each source, that what was attached in vepa mode needs a switch that reflects.
+"""Warns, once for each source, that attachments in mode vepa need a switch with reflective relay.
 
-By what `vmtapctl probe` last found. Must not probe: an ADD is no time for it, and nobody asked.
+Uses the result of the last `vmtapctl probe`. Must not probe: that sends frames, and an administrator has to request it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from cni.state.record import Record
 
 
-class Relay:
-    """Called with each attachment that was made, by any thread."""
+class VepaWarning:
+    """Called with the record of each attachment that an ADD made, from any thread. run: the state folder."""
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self._seen: dict[str, Record] = {}
+        self._first: dict[str, Record] = {}
 
     def __call__(self, record: Record) -> None:
-        """Log, if it is the first in vepa mode on its source, and nobody has seen that switch reflect."""
+        """Log a warning if it is the first in mode vepa on its source, and no probe has seen the switch reflect."""
         if record.mode != "vepa" or record.source is None:
             return
-        if self._seen.setdefault(record.source, record) is not record:  # one step, for two at once
+        if self._first.setdefault(record.source, record) is not record:  # atomic: other threads may be here
             return
         known = probe_results.load(self._run, record.source)
         if not (known and known.reflects):

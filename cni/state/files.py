@@ -26,6 +26,6 @@ def replace(path: str, data: bytes, *, temporary: str | None = None, mode: int |
             os.close(fd)
         os.rename(written, path)
     except BaseException:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(written)
         raise

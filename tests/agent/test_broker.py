@@ -346,7 +346,7 @@ def test_a_stale_record_hides_nothing(agent: Agent, lab: Lab) -> None:
         ({"say": "[" * 60000 + "\n"}, "not JSON"),
         ({"say": "{}\n{}\n"}, "not JSON"),
         ({"say": "x" * 1024, "times": 65}, "longer than 65536"),
-        ({"say": '{"open": fal', "end": True}, "ended before its line did"),
+        ({"say": '{"open": fal', "end": True}, "ended before the request's line did"),
     ],
 )
 def test_refused_what_is_no_request(agent: Agent, lab: Lab, say: dict[str, Any], says: str) -> None:
@@ -370,7 +370,7 @@ def test_refused_what_was_said_before_the_greeting(agent: Agent, lab: Lab) -> No
         finally:
             agent.process.send_signal(signal.SIGCONT)
         error = client.answer()["error"]
-        refused(error, spec.DECODING_FAILURE, "wait for the greeting")
+        refused(error, spec.DECODING_FAILURE, "sent data before the greeting")
 
 
 def test_refused_a_connection_that_another_process_uses(agent: Agent, lab: Lab) -> None:
@@ -391,7 +391,7 @@ os.wait()
 """
     with Client(agent, pod, forked) as client:
         answer = client.ask()["error"]
-        refused(answer, spec.INVALID_NETNS, "must ask itself")
+        refused(answer, spec.INVALID_NETNS, "must come from the process that connected")
     assert not held(agent)
 
 

@@ -85,7 +85,7 @@ def test_one_that_cannot_be_looked_up_hides_no_other() -> None:
     def look() -> dict[tuple[str, ...], float]:
         raise OSError("no")
 
-    registry.seen("s", "Some.", look=look)
+    registry.computed("s", "Some.", look=look)
     registry.counter("c_total", "Some.").inc()
     text = registry.render(lambda name, _: failed.append(name)).decode()
     assert parse(text) == {("c_total", ()): 1}

@@ -1,11 +1,11 @@
-"""The device plugin: offers the node's named interfaces to a kubelet, and answers what it asks of their devices.
+"""The device plugin: offers the policy's interfaces to the kubelet as resources and answers its calls.
 
-The one place that knows gRPC, which costs the agent memory and start-up: imported only where the settings ask for it.
+The only package that imports gRPC, which costs memory and start-up time: loaded only if devicePlugin is set.
 """
 
 import os
 
-# Read when gRPC is loaded. What it says goes to stderr, which is our log's; and its handlers of a fork would hold up
-# each delegate, which is a new program and knows nothing of gRPC.
+# gRPC reads both when it is loaded. It logs to stderr, which the agent's log uses; and its fork handlers would delay
+# each delegate, which executes another program and never uses gRPC.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -1,6 +1,6 @@
-"""What is offered of the node's interfaces, and in what health: plain logic, from policy and links to devices.
+"""Computes the devices to offer, and their health, from the policy and the node's links.
 
-Must not ask the kernel (sysfs is read through a folder that is given) and must not know gRPC.
+Must not use netlink (sysfs is read below a folder that the caller gives) and must not import gRPC.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
     Links = Mapping[str, Link]
 
 _NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")
-"""What may stand behind the slash of a resource's name (a Kubernetes qualified name)."""
-_INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_OVER = ("bond", "team", "vlan")
-"""Kinds of links that are as good as the NICs below them."""
+"""The part of a resource name after the slash (a Kubernetes qualified name)."""
+_DISCOVERED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_STACKED_KINDS = ("bond", "team", "vlan")
+"""Kinds of links that discovery offers although they are no NIC: they sit on NICs."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """One interface as a resource. sources: of VFs the pool of PFs, else the one device."""
+    """One interface of the policy as a resource. sources: the PFs if the devices are VFs, else the one device."""
 
     name: str
     sources: tuple[str, ...]
     capacity: int
-    """How many devices; of VFs at most."""
+    """The number of devices; if they are VFs, the largest number."""
     virtual: bool = False
-    """Whether each device is a virtual function."""
+    """Whether each device is a VF."""
     vfs: int | None = None
-    """How many VFs an ADD makes of a PF that has none."""
+    """The number of VFs that an ADD creates on a PF that has none."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one device is like. fault: "" if it is healthy; node: of NUMA, None if none is known; pf: of a VF."""
+    """The state of one device. fault: "" if it is healthy; node: the NUMA node, if known; pf: the PF of a VF."""
 
     fault: str = ""
     next_step: str = ""
@@ -58,25 +58,28 @@ class Device:
 
 @dataclass(frozen=True)
 class Held:
-    """What attachments have now, each with the attachment's id: VFs by PCI address, devices by interface index."""
+    """What attachments hold now: PCI address → attachment id, and interface index → attachment id."""
 
     functions: Mapping[str, str] = field(default_factory=dict)
     indexes: Mapping[int, str] = field(default_factory=dict)
 
 
 def offers(interfaces: Iterable[Interface]) -> tuple[list[Offer], dict[str, tuple[str, str]]]:
-    """What to offer; and by name, why an interface is not, and what to do about it."""
+    """The offers; and for each interface that cannot be offered, by name: (reason, what to do about it)."""
     found: list[Offer] = []
     left: dict[str, tuple[str, str]] = {}
     indexes: dict[int, str] = {}
     for entry in interfaces:
         if not _NAME.fullmatch(entry.name):
-            left[entry.name] = ("no resource can be named so", "let its name end with a letter or a digit")
+            left[entry.name] = (
+                "its name is not a valid resource name",
+                "let its name end with a letter or a digit",
+            )
             continue
         other = indexes.setdefault(deviceid.ifindex(entry.name, 0), entry.name)
         if other != entry.name:
             left[entry.name] = (
-                f"its devices would have the interface indexes of {other}'s",
+                f"its devices would have the same interface indexes as those of {other}",
                 "give it another name",
             )
             continue
@@ -86,7 +89,7 @@ def offers(interfaces: Iterable[Interface]) -> tuple[list[Offer], dict[str, tupl
 
 
 def devices(offer: Offer, links: Links, sysfs: str, held: Held) -> tuple[Device, ...]:
-    """What there is of the offer, by number. sysfs: where one is mounted that shows these links."""
+    """The devices of the offer, by number. sysfs: the mount point of a sysfs of the links' network namespace."""
     if not offer.virtual:
         return (state(offer.sources[0], links, sysfs),) * offer.capacity
     pfs = {name: _pf(name, offer, links, sysfs) for name in offer.sources}
@@ -121,36 +124,39 @@ def _pf(name: str, offer: Offer, links: Links, sysfs: str) -> Device:
 
 
 def _attached(function: Function, device: Device, holder: str, *, mine: bool) -> Device:
-    """Of a VF that the attachment of that id has; mine: by this device. Its driver may be being bound anew."""
-    if mine:
+    """The state of a VF that an attachment holds. holder: the attachment's id; mine: whether it holds this device."""
+    if mine:  # its driver may be unbound at the moment: that is no fault
         return device
     return replace(
         device,
-        fault=f"{_words(function)} is attached by {holder}, which has not this device",
-        next_step="end that one, or have each of the interface's pods ask for the resource",
+        fault=f"{_label(function)} is held by attachment {holder}, which does not hold this device",
+        next_step="delete that attachment, or let every pod of the interface request the resource",
     )
 
 
 def _free(function: Function, device: Device, links: Links, sysfs: str) -> Device:
-    """Of a VF that no attachment has: whether an ADD could take it, as far as events tell (cni/lower/sriov.py)."""
-    what = _words(function)
+    """The state of a VF that no attachment holds: healthy if an ADD could take it (cni/lower/sriov.py).
+
+    Considers only what the device plugin gets events about.
+    """
+    what = _label(function)
     link = links.get(function.link or "")
     if link is None:
         has = f"has the driver {function.driver}" if function.driver else "has no driver"
         step = f"bind {function.pci} to the driver that makes a link of it"
-        return replace(device, fault=f"{what} {has}, and no link here", next_step=step)
+        return replace(device, fault=f"{what} {has}, and no link on the host", next_step=step)
     if uppers := _uppers(link.name, sysfs):
-        step = f"take it from the host: ip link show {uppers[0]}"
+        step = f"free it: ip link show {uppers[0]}"
         return replace(device, fault=f"{what}, {link.name}, is under {', '.join(uppers)}", next_step=step)
     return device
 
 
-def _words(function: Function) -> str:
+def _label(function: Function) -> str:
     return f"VF {function.number} of {function.pf}"
 
 
 def _uppers(link: str, sysfs: str) -> list[str]:
-    """The bridge, the bond, the VLANs that have the link."""
+    """The devices on top of the link (sysfs upper_*): its bridge, bond, VLANs."""
     with suppress(OSError):
         names = os.listdir(f"{sysfs}/class/net/{link}")
         return sorted(name.removeprefix("upper_") for name in names if name.startswith("upper_"))
@@ -158,7 +164,7 @@ def _uppers(link: str, sysfs: str) -> list[str]:
 
 
 def state(dev: str, links: Links, sysfs: str) -> Device:
-    """What every device on the source dev is like."""
+    """The state of every device on the source device dev."""
     link = links.get(dev)
     if link is None:
         return Device("it is not on this node", "plug it in, or correct the policy")
@@ -173,12 +179,14 @@ def state(dev: str, links: Links, sysfs: str) -> Device:
         )
         return Device("it has no carrier", port, node)
     if not link.flags & IFF_RUNNING:  # dormant, or in a test
-        return Device("it is not running", f"ip -d link show {dev}; 802.1X, if its port asks for it", node)
+        return Device(
+            "it is not running", f"ip -d link show {dev}; 802.1X, if the switch port requires it", node
+        )
     return Device(node=node)
 
 
 def numa_node(link: Link, links: Links, sysfs: str) -> int | None:
-    """Where the NIC is, or the NICs below it if they all are there."""
+    """The NUMA node of the NIC, or of the NICs below the link if all have the same; else None."""
     nodes = {node for nic in _nics(link, links, set()) if (node := _numa_node(nic, sysfs)) is not None}
     return nodes.pop() if len(nodes) == 1 else None
 
@@ -200,24 +208,24 @@ def _numa_node(nic: str, sysfs: str) -> int | None:
     try:
         with open(f"{sysfs}/class/net/{nic}/device/numa_node", encoding="ascii") as file:
             node = int(file.read())
-    except (OSError, ValueError):  # EINVAL of a device that is going, say
+    except (OSError, ValueError):  # EINVAL if the device is being removed
         return None
     return node if node >= 0 else None
 
 
 def suitable(links: Links, sysfs: str) -> list[str]:
-    """The links that discovery offers: NICs, bonds and VLANs that are not in use as a port, by name."""
+    """The names of the links that discovery offers, sorted: NICs, bonds and VLANs that are no port of another."""
     return sorted(link.name for link in links.values() if _suitable(link, links, sysfs))
 
 
 def _suitable(link: Link, links: Links, sysfs: str) -> bool:
-    if link.arphrd != ARPHRD_ETHER or link.flags & IFF_LOOPBACK or not _INTERFACE.fullmatch(link.name):
+    if link.arphrd != ARPHRD_ETHER or link.flags & IFF_LOOPBACK or not _DISCOVERED_NAME.fullmatch(link.name):
         return False
     if link.kind is None:
-        # A virtual function is for a guest of its own.
+        # A VF is not shared: it is given to one guest.
         if os.path.lexists(f"{sysfs}/class/net/{link.name}/device/physfn"):
             return False
-    elif link.kind not in _OVER:
+    elif link.kind not in _STACKED_KINDS:
         return False
     master = next((each for each in links.values() if each.index == link.master), None)
     return link.master is None or (master is not None and master.kind == "vrf")
@@ -226,11 +234,11 @@ def _suitable(link: Link, links: Links, sysfs: str) -> bool:
 def preferred(
     available: Iterable[str], must: Iterable[str], size: int, used: Collection[int], pfs: Sequence[str] = ()
 ) -> list[str]:
-    """Which devices to take, as ids: what must be, then those whose interface index nobody uses, the lowest first.
+    """Ids of `size` devices to allocate: those of must, then those whose interface index is not in used, lowest first.
 
-    A kubelet's own choice may fall on a device whose last pod is not detached yet: an ADD for it would have to wait.
-    pfs: the PF of each number; the one with the fewest VFs taken goes first. Which NUMA nodes may be is the kubelet's
-    to say, by what it makes available.
+    Without this preference a kubelet may choose a device whose last pod is not detached yet, and the ADD would wait.
+    pfs: the PF of each device number; the PF with the fewest VFs taken goes first. The kubelet has restricted available
+    to the NUMA nodes that it accepts.
     """
 
     def index(id: str) -> tuple[bool, int]:

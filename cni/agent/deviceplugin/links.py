@@ -1,4 +1,4 @@
-"""The links of the host's network namespace, kept as they are by the kernel's own events."""
+"""The links of the host's network namespace, kept current by rtnetlink events."""
 
 from __future__ import annotations
 
@@ -24,26 +24,24 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 _BUFFER = 1 << 20
-"""Bytes: a node's pods come and go in crowds, and each has a veth here."""
+"""Bytes: pods start and end many at a time, and each causes events of a veth here."""
 
 
 def _essence(link: Link) -> tuple[object, ...]:
-    """What an offer, a health or a NUMA node may depend on."""
+    """The fields that an offer, a device's health or its NUMA node may depend on."""
     flags = link.flags & (IFF_UP | IFF_RUNNING | IFF_LOWER_UP)
     return link.name, flags, link.kind, link.lower, link.lower_nsid, link.master
 
 
 class Links:
-    """As of the last take(). Readable (fileno) when there is more."""
+    """The links as of the last take(). Readable (fileno) when there are new events."""
 
     def __init__(self) -> None:
         self._by_index: dict[int, Link] = {}
         self._stale = False
         self._events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_ROUTE)
         self._events.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-        self._events.bind(
-            (0, 0)
-        )  # one without an address of its own is taken for the sender, and told nothing
+        self._events.bind((0, 0))  # an unbound socket has port 0, the kernel's own, and receives no multicast
         self._events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_LINK)
         try:
             self._list()
@@ -56,19 +54,18 @@ class Links:
         return self._events.fileno()
 
     def by_name(self) -> dict[str, Link]:
-        """All of them."""
+        """The links, by name."""
         return {link.name: link for link in self._by_index.values()}
 
     def close(self) -> None:
-        """End."""
+        """Close the netlink socket."""
         self._events.close()
 
     def take(self, sources: Collection[str] = ()) -> bool:
-        """All that was said so far; whether any of it may matter.
+        """Apply the events that have arrived; whether an offer may depend on one of them.
 
-        Veths, which every pod has, do only as a source; a link's promiscuity, which every ADD changes, does not.
-
-        Raises OSError if it was too much and the links cannot be listed now.
+        A veth, which every pod has, counts only if it is one of sources; a link's promiscuity, which every ADD changes,
+        does not count. Raises OSError if events were lost and the links cannot be listed now.
         """
         news = self._stale
         while True:
@@ -86,7 +83,7 @@ class Links:
                 names = {link.name, known.name} if known else {link.name}
                 if link.kind != "veth" or not names.isdisjoint(sources):
                     news |= kind != RTM_NEWLINK or known is None or _essence(known) != _essence(link)
-                if kind == RTM_NEWLINK and link.name:  # without: a wireless driver has something to say
+                if kind == RTM_NEWLINK and link.name:  # a wireless driver sends events without a name
                     self._by_index[link.index] = link
                 elif link.name:
                     self._by_index.pop(link.index, None)
@@ -95,7 +92,7 @@ class Links:
         return news
 
     def _list(self) -> None:
-        """From the start; what happens meanwhile is told by the events."""
+        """List all links anew; a change during the listing arrives as an event."""
         with Rtnl() as host:
             self._by_index = {link.index: link for link in host.links()}
         self._stale = False

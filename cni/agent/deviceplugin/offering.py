@@ -1,16 +1,15 @@
-"""Offers what the policy names to the kubelet, for as long as the agent runs.
+"""Offers the policy's interfaces to the kubelet while the agent runs.
 
-One thread looks after everything, by events: of links (rtnetlink), of PCI devices (uevents), of the policy's folder,
-of the kubelet's and of the VFs that attachments have (inotify), and of a registration's answer. After any of them it
-compares what should be with what is:
+One thread waits for events: of links (rtnetlink), of PCI devices (uevents), of the folders of the policy, of the
+kubelet and of the VFs that attachments hold (inotify), and answers to registrations. After each it reconciles:
 
-    policy, links, VFs  → offers → a Resource each, on a socket of its own, shown whatever changes
-    kubelet.sock        → another than it was, or a socket of ours is gone (a new kubelet wipes its folder): serve,
-                          register
-    an answer           → registered, or tried again later: each time later, up to _LATEST seconds
+    policy, links, VFs  → offers → one Resource each, on a socket of its own, kept current
+    kubelet.sock        → if it was replaced, or a plugin socket is gone (a new kubelet empties its folder): serve
+                          and register again
+    an answer           → registered, or retried after a pause that grows to _LATEST seconds
 
-A socket has a name that no other process of ours uses: an agent that replaces another would else take away its
-socket and lose its own to the other's end.
+Socket names are unique to the process: an agent that replaces another must not remove the other's socket, nor lose its
+own when the other ends.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from queue import Empty, SimpleQueue
 
 from cni.agent.deviceplugin.devices import Device, Held, Offer, devices, offers, suitable
 from cni.agent.deviceplugin.links import Links
-from cni.agent.deviceplugin.pci import Changes
+from cni.agent.deviceplugin.pci import PciEvents
 from cni.agent.deviceplugin.registration import Registration
 from cni.agent.deviceplugin.serving import HEALTHY, UNHEALTHY, Answers, Resource
 from cni.agent.inotify import Folders
@@ -41,7 +40,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cni.agent.metrics import Labels, Registry
     from cni.agent.policies import Policies
-    from cni.agent.settings import Config
+    from cni.agent.settings import Settings
     from cni.state.store import Store
 
 _SOONEST = 1.0
@@ -53,42 +52,42 @@ _PREFIX = "vmtap-"
 
 @dataclass
 class _Served:
-    """One resource, and how far its registration is."""
+    """One resource and the state of its registration."""
 
     offer: Offer
     devices: tuple[Device, ...] = ()
     resource: Resource | None = None
-    """None: there is no folder to serve it in, or it cannot be served now."""
+    """None if the kubelet's folder is missing, or the socket cannot be served now."""
     registered: bool = False
-    asked: Registration | None = None
-    """One that is on its way."""
+    pending: Registration | None = None
+    """The registration that the kubelet has not answered yet."""
     due: float = 0.0
-    """When to try again, by time.monotonic()."""
+    """When to try next, by time.monotonic()."""
     failures: int = 0
     error: str = ""
 
     def later(self) -> float:
-        """Seconds until the next attempt, which is put off by them."""
+        """Schedule the next attempt after a failure; the seconds until then."""
         self.failures += 1
         pause = min(_LATEST, _SOONEST * 2.0 ** (self.failures - 1))
         self.due = time.monotonic() + pause
         return pause
 
     def at_once(self) -> None:
-        """Whatever was, is over: serve and register now."""
+        """Forget registration and failures: serve and register now."""
         self.registered, self.due, self.failures, self.error = False, 0.0, 0, ""
-        if self.asked:
-            self.asked.close()
-            self.asked = None
+        if self.pending:
+            self.pending.close()
+            self.pending = None
 
 
 class DevicePlugin:
-    """Made before requests are served, so that ADD knows discovered interfaces; works from start() to stop().
+    """Works from start() to stop(). Created before requests are served, so that ADD knows the discovered interfaces.
 
-    Raises CniError or OSError if the kernel gives no events or no sysfs.
+    Raises CniError or OSError if the event sockets or the sysfs mount cannot be made.
     """
 
-    def __init__(self, settings: Config, policies: Policies, store: Store, registry: Registry) -> None:
+    def __init__(self, settings: Settings, policies: Policies, store: Store, registry: Registry) -> None:
         self._settings = settings
         self._policies = policies
         self._folder = settings.kubelet
@@ -96,8 +95,8 @@ class DevicePlugin:
         self._token = os.urandom(4).hex()
         self._sockets = 0
         self._served: dict[str, _Served] = {}
-        self._left: dict[str, tuple[str, str]] = {}
-        self._kubelet: tuple[int, ...] | None = ()  # not looked for yet
+        self._not_offered: dict[str, tuple[str, str]] = {}
+        self._kubelet: tuple[int, ...] | None = ()  # not looked up yet
         self._answered: SimpleQueue[Registration] = SimpleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="device-plugin", daemon=True)
@@ -117,28 +116,28 @@ class DevicePlugin:
             "Registrations that failed; each is tried again.",
             "resource",
         )
-        registry.seen(
+        registry.computed(
             "vmtap_device_plugin_devices",
             "Devices offered to the kubelet.",
             "resource",
             "health",
             look=self._count,
         )
-        registry.seen(
+        registry.computed(
             "vmtap_device_plugin_registered",
             "1 if the kubelet that is there has taken the resource's registration.",
             "resource",
             look=lambda: {(self._name(name),): each.registered for name, each in list(self._served.items())},
         )
-        registry.seen(
+        registry.computed(
             "vmtap_device_plugin_not_offered",
             "Interfaces of the policy that are not offered; the log says why.",
-            look=lambda: {(): len(self._left)},
+            look=lambda: {(): len(self._not_offered)},
         )
 
         with ExitStack() as stack:
             self._links = stack.enter_context(closing(Links()))
-            self._pci = stack.enter_context(closing(Changes()))
+            self._pci = stack.enter_context(closing(PciEvents()))
             watched = (self._folder, os.path.dirname(policies.path), store.functions)
             self._folders = stack.enter_context(closing(Folders(watched)))
             sysfs = mount.detached(b"sysfs")
@@ -151,17 +150,17 @@ class DevicePlugin:
             self._stack = stack.pop_all()
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End. The kubelet keeps what it knows of the devices for a while, and of pods that have some for good."""
+        """Stop the thread and the sockets. The kubelet keeps devices for a while, those of running pods for good."""
         self._stopping = True
-        self._awake()
+        self._wake()
         self._thread.join(_STOP_SECONDS)
 
-    def _awake(self) -> None:
-        with suppress(OSError):  # full: it will wake; closed: it is over
+    def _wake(self) -> None:
+        with suppress(OSError):  # full: the thread will wake; closed: it has ended
             self._waker.send(b".")
 
     # The loop
@@ -175,7 +174,7 @@ class DevicePlugin:
             while not self._stopping:
                 try:
                     due = self._look()
-                except Exception as error:  # the last wall: pods that run must find their devices again
+                except Exception as error:  # the thread must survive any failure: kubelets come and go
                     log(ERROR, "device plugin: a step failed; it is tried again", error=repr(error))
                     due = time.monotonic() + _LATEST
                 self._wait(poll, due)
@@ -185,30 +184,30 @@ class DevicePlugin:
                     served.resource.close()
 
     def _wait(self, poll: select.poll, due: float | None) -> None:
-        """Until something has happened that may matter, or that time has come."""
+        """Return at an event that may change an offer, or at the time due."""
         sources = {dev for served in self._served.values() for dev in served.offer.sources}
         quiet = {self._links.fileno(): lambda: self._links.take(sources), self._pci.fileno(): self._pci.take}
         while True:
             ready = poll.poll(None if due is None else max(0.0, due - time.monotonic()) * 1000 + 1)
             with suppress(BlockingIOError):
                 self._woken.recv(1 << 10)
-            with suppress(OSError):  # it is tried again in _look, and said there
+            with suppress(OSError):  # _look() retries, and reports
                 if ready and all(fd in quiet and not quiet[fd]() for fd, _ in ready):
                     continue
             return
 
     def _look(self) -> float | None:
-        """Make what is be what should be. When to look again without an event, by time.monotonic()."""
+        """Reconcile once. Returns when to do so without an event, by time.monotonic(); None for never."""
         self._folders.take()
         self._links.take()
         self._pci.take()
-        self._hear()
+        self._take_answers()
         self._discover()
         self._offer()
         kubelet = _identity(self._socket)
         if kubelet != self._kubelet:
             if kubelet is None:
-                log(INFO, "there is no kubelet: its socket is waited for", socket=self._socket)
+                log(INFO, "no kubelet socket yet: waiting for it", socket=self._socket)
             self._kubelet = kubelet
             for served in self._served.values():
                 served.at_once()
@@ -224,14 +223,14 @@ class DevicePlugin:
             self._policies.discovered(suitable(self._links.by_name(), self._sysfs))
 
     def _offer(self) -> None:
-        """Serve what the policy names now, and nothing else."""
+        """Compute the offers of the current policy; withdraw those that it no longer has."""
         try:
             policy = self._policies()
-        except CniError:  # it is logged, and never was a good one
+        except CniError:  # no valid policy so far: logged where it was read
             policy = None
-        offered, left = offers(policy.interfaces if policy else ())
-        for name, (why, next_step) in left.items():
-            if self._left.get(name) != (why, next_step):
+        offered, not_offered = offers(policy.interfaces if policy else ())
+        for name, (why, next_step) in not_offered.items():
+            if self._not_offered.get(name) != (why, next_step):
                 log(
                     WARNING,
                     "interface is not offered to the kubelet",
@@ -239,7 +238,7 @@ class DevicePlugin:
                     why=why,
                     next=next_step,
                 )
-        self._left = left
+        self._not_offered = not_offered
         for name in self._served.keys() - {offer.name for offer in offered}:
             self._withdraw(name)
         links = self._links.by_name()
@@ -251,9 +250,9 @@ class DevicePlugin:
                 served = self._served[offer.name] = _Served(offer)
                 log(INFO, "interface is offered", **self._fields(_Served(offer, now)))
             elif served.offer != offer or len(served.devices) != len(now):
-                log(INFO, "interface is offered otherwise", **self._fields(_Served(offer, now)))
+                log(INFO, "offer of an interface changed", **self._fields(_Served(offer, now)))
             before, served.offer, served.devices = served.devices, offer, now
-            _tell(before, now, self._fields(served))
+            _log_health(before, now, self._fields(served))
             if served.resource:
                 served.resource.show(now)
 
@@ -268,7 +267,7 @@ class DevicePlugin:
 
     def _serve(self, name: str, served: _Served) -> None:
         if served.resource and not os.path.exists(served.resource.path):
-            log(INFO, "our socket was removed: serving anew", **self._fields(served))
+            log(INFO, "the plugin's socket was removed: serving a new one", **self._fields(served))
             served.resource.close()
             served.resource = None
             served.at_once()
@@ -282,22 +281,22 @@ class DevicePlugin:
             self._failed(served, f"{path} cannot be served: {error}")
 
     def _waits(self, served: _Served) -> bool:
-        """Whether there is something to be done at the time that is due."""
-        if served.registered or served.asked:
+        """Whether the resource is to be served or registered at the time due."""
+        if served.registered or served.pending:
             return False
         return self._kubelet is not None if served.resource else os.path.isdir(self._folder)
 
     def _register(self, name: str, served: _Served) -> None:
         if served.resource and self._waits(served) and served.due <= time.monotonic():
-            served.asked = Registration(self._socket, name, served.resource, self._answer)
+            served.pending = Registration(self._socket, name, served.resource, self._answer)
 
     def _answer(self, registration: Registration) -> None:
-        """In a thread of gRPC's."""
+        """Called in a gRPC thread."""
         self._answered.put(registration)
-        self._awake()
+        self._wake()
 
-    def _hear(self) -> None:
-        """Take the kubelet's answers."""
+    def _take_answers(self) -> None:
+        """Apply the kubelet's answers to registrations."""
         while True:
             try:
                 registration = self._answered.get_nowait()
@@ -305,9 +304,9 @@ class DevicePlugin:
                 return
             registration.close()
             served = self._served.get(registration.interface)
-            if served is None or served.asked is not registration:
-                continue  # another kubelet is there meanwhile, or nothing is offered any more
-            served.asked = None
+            if served is None or served.pending is not registration:
+                continue  # the kubelet was replaced meanwhile, or the offer withdrawn
+            served.pending = None
             if registration.error:
                 self._failed(served, registration.error)
                 continue
@@ -315,7 +314,7 @@ class DevicePlugin:
             self._registrations.inc(self._name(registration.interface))
             log(INFO, "registered with the kubelet", **self._fields(served))
             if all(each.registered for each in self._served.values()):
-                gc.collect()  # an old server of gRPC's ends in cycles, and the agent looks for these rarely
+                gc.collect()  # a closed gRPC server leaves reference cycles, which the agent collects rarely
 
     def _failed(self, served: _Served, error: str) -> None:
         self._failures.inc(self._name(served.offer.name))
@@ -332,7 +331,7 @@ class DevicePlugin:
                 if name.startswith(_PREFIX) and stat.S_ISSOCK(os.lstat(path).st_mode) and _dead(path):
                     os.unlink(path)
 
-    # What is said of it
+    # Names and numbers for logs and metrics
 
     def _name(self, interface: str) -> str:
         return f"{self._settings.resource_namespace}/{interface}"
@@ -354,8 +353,8 @@ class DevicePlugin:
         return found
 
 
-def _tell(before: tuple[Device, ...], now: tuple[Device, ...], fields: dict[str, object]) -> None:
-    """Log whose health has changed, those with one fault in one line."""
+def _log_health(before: tuple[Device, ...], now: tuple[Device, ...], fields: dict[str, object]) -> None:
+    """Log the devices whose health has changed: one line for each fault."""
     was = [each.fault for each in before] + [""] * len(now)
     changed: dict[tuple[str, str], list[int]] = {}
     for number, each in enumerate(now):
@@ -370,7 +369,7 @@ def _tell(before: tuple[Device, ...], now: tuple[Device, ...], fields: dict[str,
 
 
 def _identity(path: str) -> tuple[int, ...] | None:
-    """What tells a socket from one that takes its place."""
+    """What distinguishes a socket from one that replaces it; None if there is none."""
     try:
         status = os.stat(path)
     except OSError:

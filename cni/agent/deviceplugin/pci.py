@@ -1,6 +1,6 @@
-"""The kernel's word that PCI devices have changed: VFs that come and go, and which driver they have.
+"""Kernel events (uevents) of PCI devices: VFs appear and disappear, and drivers are bound and unbound.
 
-Not every change of a VF shows by a link: one that has no driver, or vfio's, makes none.
+Link events do not cover this: a VF without a driver, or with vfio-pci, has no link.
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ import errno
 import socket
 
 _NETLINK_KOBJECT_UEVENT = 15
-_KERNEL = 1
-"""The group of the kernel's own words; udev's are in another."""
+_KERNEL_GROUP = 1
+"""The multicast group of the kernel's own uevents; udev sends to another."""
 _BUFFER = 1 << 20
 
 
-class Changes:
-    """Readable (fileno) when a device of any kind has changed; take() says whether one was PCI's."""
+class PciEvents:
+    """Readable (fileno) when a device of any kind has changed; take() returns whether a PCI device was among them."""
 
     def __init__(self) -> None:
         self._events = socket.socket(
             socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, _NETLINK_KOBJECT_UEVENT
         )
         self._events.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-        self._events.bind((0, _KERNEL))
+        self._events.bind((0, _KERNEL_GROUP))
 
     def fileno(self) -> int:
         """For poll()."""
         return self._events.fileno()
 
     def close(self) -> None:
-        """End."""
+        """Close the netlink socket."""
         self._events.close()
 
     def take(self) -> bool:
-        """Take what was said so far; whether it was of PCI devices, or more than could be kept. Raises OSError."""
+        """Read the events that have arrived; whether one was of a PCI device, or some were lost. Raises OSError."""
         news = False
         while True:
             try:
@@ -45,5 +45,5 @@ class Changes:
                     raise
                 news = True
                 continue
-            # ACTION@PATH, then KEY=VALUE, each ended by NUL; anybody in the namespace may send to the group.
+            # ACTION@PATH, then KEY=VALUE, each ended by NUL. Port 0 is the kernel; processes may send, too.
             news |= port == 0 and b"SUBSYSTEM=pci" in data.split(b"\0")

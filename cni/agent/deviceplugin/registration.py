@@ -1,4 +1,4 @@
-"""One attempt to register a resource with the kubelet. Must not wait: the answer comes in a thread of gRPC's."""
+"""One attempt to register a resource with the kubelet. Must not block: the answer arrives in a gRPC thread."""
 
 from __future__ import annotations
 
@@ -17,37 +17,38 @@ if TYPE_CHECKING:
     from cni.agent.deviceplugin.serving import Resource
 
 _SECONDS = 15.0
-"""The kubelet connects to our socket before it answers."""
-_CHANNEL = (("grpc.enable_http_proxy", 0), ("grpc.default_authority", "localhost"))
-"""A proxy is no way to a unix socket, and a path no authority that every kubelet's HTTP/2 takes."""
+"""The kubelet connects to the resource's socket before it answers."""
+_CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.default_authority", "localhost"))
+"""No proxy, since the kubelet listens on a unix socket; and not the socket's path as authority: some kubelets reject
+that as HTTP/2."""
 
 
 class Registration:
-    """Begun when it is made; answered(self) is called when error says how it ended, and close() ends it in any case."""
+    """Created, it sends; once error is set it calls answered(self). close() ends it in any case."""
 
     def __init__(
         self, kubelet: str, interface: str, resource: Resource, answered: Callable[[Registration], None]
     ) -> None:
         self.interface = interface
         self.error = ""
-        """Why not, in one line; "" if the kubelet has taken it."""
+        """Why the registration failed, in one line; "" if the kubelet accepted it."""
         self._answered = answered
-        self._channel = grpc.insecure_channel(f"unix:{kubelet}", options=_CHANNEL)
+        self._channel = grpc.insecure_channel(f"unix:{kubelet}", options=_CHANNEL_OPTIONS)
         request = api.RegisterRequest(
             version="v1beta1",
             endpoint=os.path.basename(resource.path),
             resource_name=resource.name,
             options=OPTIONS,
         )
-        asked = services.RegistrationStub(self._channel).Register.future(request, timeout=_SECONDS)
-        asked.add_done_callback(self._done)
+        call = services.RegistrationStub(self._channel).Register.future(request, timeout=_SECONDS)
+        call.add_done_callback(self._done)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._channel.close()
 
     def _done(self, answer: grpc.Call) -> None:
         code = answer.code()
         if code is not grpc.StatusCode.OK:
-            self.error = f"the kubelet says {code.name}: {answer.details()}"
+            self.error = f"the kubelet answered {code.name}: {answer.details()}"
         self._answered(self)

@@ -1,7 +1,7 @@
-"""One resource's devices, served to the kubelet on a socket of their own.
+"""Serves the devices of one resource to the kubelet, on a socket of its own.
 
-Allocate makes nothing and remembers nothing: what it answers follows from the device's id (deviceid.py), so the same
-question has the same answer after any restart, and ADD makes what was answered.
+Allocate creates nothing and stores nothing: its answer follows from the device id (cni/state/deviceid.py), so it is the
+same after a restart. ADD creates the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from cni.agent.metrics import Counter
-    from cni.agent.settings import Config
+    from cni.agent.settings import Settings
     from cni.state.store import Store
 
     Context = grpc.ServicerContext
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
 HEALTHY = "Healthy"
 UNHEALTHY = "Unhealthy"
 _THREADS = 4
-"""A kubelet has one stream and asks one thing at a time; an old one's stream may not have ended yet."""
+"""A kubelet has one ListAndWatch stream and one call at a time; the stream of an earlier kubelet may not have ended."""
 _GOODBYE_SECONDS = 5.0
-"""The longest: a kubelet that has not heard that the devices are gone goes on counting them."""
+"""How long close() waits for the last message: a kubelet that misses it goes on counting the devices."""
 OPTIONS = api.DevicePluginOptions(get_preferred_allocation_available=True)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What is the same for every resource."""
+    """Answers that do not depend on the resource."""
 
-    settings: Config
+    settings: Settings
     store: Store
     allocated: Counter
 
     def container(self, ids: Collection[str]) -> api.ContainerAllocateResponse:
-        """What a container gets for these devices, each id a good one."""
+        """The devices and mounts of a container that was allocated these device ids, each valid."""
         answer = api.ContainerAllocateResponse()
         for id in ids:
             if self.settings.device_route == "cdi":
@@ -62,17 +62,18 @@ class Answers:
         return answer
 
     def held(self) -> Held:
-        """What attachments have now. Raises CniError 5."""
+        """What attachments hold now. Raises CniError 5."""
         first, indexes = dict(self.store.functions_held()), dict(self.store.reserved())
-        # Looked at again: who has a VF has an index for as long, so that each of these has one in the list.
+        # An attachment reserves its index before its VF and releases it after: a VF that is held before and after the
+        # indexes are listed has its index in the list.
         functions = {pci: id for pci, id in first.items() if self.store.function_held_by(pci) == id}
         return Held(functions, indexes)
 
 
 class Resource(services.DevicePluginServicer):
-    """Serves one interface's devices until close(). path: of its socket, which is there when this returns.
+    """Serves the devices of one interface until close(). path: of the socket, which exists once this returns.
 
-    Raises RuntimeError if it cannot be.
+    Raises RuntimeError if the socket cannot be made.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Resource(services.DevicePluginServicer):
         self._server.start()
 
     def show(self, devices: tuple[Device, ...]) -> None:
-        """They are so from now on: told at once to who watches."""
+        """Set the devices, and send them to the kubelets that watch if they have changed."""
         with self._changed:
             if devices != self._devices:
                 self._devices = devices
@@ -101,7 +102,7 @@ class Resource(services.DevicePluginServicer):
                 self._changed.notify_all()
 
     def close(self, *, withdraw: bool = False) -> None:
-        """End. withdraw: say first that there are no devices any more; else a kubelet waits for them to come back."""
+        """Stop to serve. withdraw: first report an empty list; without it the kubelet expects the devices to return."""
         with self._changed:
             if withdraw:
                 self._devices = ()
@@ -122,16 +123,16 @@ class Resource(services.DevicePluginServicer):
         return answer
 
     def _foreign(self, id: str) -> str | None:
-        """Why that is no device of this resource; None if it is one."""
+        """Why id is not a device of this resource; None if it is one."""
         parsed, count = deviceid.parse(id), len(self._devices)
         if parsed is None or parsed[0] != self._interface:
             first = deviceid.format(self._interface, 0)
-            return f"{id!r} is no device of {self.name}: they are {first} and so on"
+            return f"{id!r} is not a device of {self.name}; the first one is {first}"
         if parsed[1] >= count:
             return f"{id!r} is beyond the capacity of {self.name}, which is {count}"
         return None
 
-    # What a kubelet calls; the names are the API's
+    # The calls of the kubelet; the names are those of the API
 
     def GetDevicePluginOptions(self, request: api.Empty, context: Context) -> api.DevicePluginOptions:  # noqa: N802
         return OPTIONS

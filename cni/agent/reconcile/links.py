@@ -43,7 +43,7 @@ class Links:
         self._adopted = registry.counter(
             "vmtap_reconcile_adopted_total", "Links without a record for which one was made."
         )
-        registry.seen(
+        registry.computed(
             "vmtap_reconcile_unrecorded",
             "Links of ours without a record, of which none can be made.",
             look=lambda: {(): len(self._told)},

@@ -44,7 +44,7 @@ class Pending:
             "vmtap_reconcile_pending_done_total", "DELs carried out that came while the agent was away."
         )
         # Looked at when asked for: one that is counted up and down would be wrong whenever a worker is the quicker.
-        registry.seen(
+        registry.computed(
             "vmtap_reconcile_pending",
             "DELs that wait in the folder pending/.",
             look=lambda: {(): sum(not name.endswith((".new", ".bad")) for name in self._waiting())},

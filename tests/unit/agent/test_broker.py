@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cni.agent.broker import Asked, choose, parse
+from cni.agent.broker import LauncherRequest, choose, parse
 from cni.errors import CniError
 from cni.spec import DECODING_FAILURE, INVALID_ENVIRONMENT, NO_ATTACHMENT
 from tests.unit.launcher.attached import record
@@ -17,15 +17,15 @@ RECORDS = [record(ifname="net1", queues=2), record(ifname="net2", queues=4)]
 @pytest.mark.parametrize(
     ("line", "asked"),
     [
-        (b"{}\n", Asked()),
+        (b"{}\n", LauncherRequest()),
         (
             b'{"ifnames":["net2"],"queues":3,"shared":true,"open":false}\n',
-            Asked(("net2",), 3, True, False),
+            LauncherRequest(("net2",), 3, True, False),
         ),
-        (b'{"ifnames": []}\n', Asked()),
+        (b'{"ifnames": []}\n', LauncherRequest()),
     ],
 )
-def test_requests(line: bytes, asked: Asked) -> None:
+def test_requests(line: bytes, asked: LauncherRequest) -> None:
     assert parse(line) == asked
 
 
@@ -40,23 +40,23 @@ def test_anything_else_is_refused_in_one_way(line: bytes) -> None:
 @pytest.mark.parametrize(
     ("asked", "chosen"),
     [
-        (Asked(), [("net1", 2), ("net2", 4)]),
-        (Asked(queues=1), [("net1", 1), ("net2", 1)]),
-        (Asked(("net2", "net1")), [("net2", 4), ("net1", 2)]),
+        (LauncherRequest(), [("net1", 2), ("net2", 4)]),
+        (LauncherRequest(queues=1), [("net1", 1), ("net2", 1)]),
+        (LauncherRequest(("net2", "net1")), [("net2", 4), ("net1", 2)]),
     ],
 )
-def test_what_is_asked_for_in_its_order(asked: Asked, chosen: list[tuple[str, int]]) -> None:
+def test_what_is_asked_for_in_its_order(asked: LauncherRequest, chosen: list[tuple[str, int]]) -> None:
     assert [(each.ifname, queues) for each, queues in choose(RECORDS, asked)] == chosen
 
 
 @pytest.mark.parametrize(
     ("asked", "code", "says"),
     [
-        (Asked(queues=3), INVALID_ENVIRONMENT, "net1 has 2"),
-        (Asked(("net3",)), NO_ATTACHMENT, "there is net1, net2"),
+        (LauncherRequest(queues=3), INVALID_ENVIRONMENT, "net1 has 2"),
+        (LauncherRequest(("net3",)), NO_ATTACHMENT, "there is net1, net2"),
     ],
 )
-def test_what_is_not_there(asked: Asked, code: int, says: str) -> None:
+def test_what_is_not_there(asked: LauncherRequest, code: int, says: str) -> None:
     with pytest.raises(CniError, match=says) as caught:
         choose(RECORDS, asked)
     assert caught.value.code == code
@@ -64,4 +64,4 @@ def test_what_is_not_there(asked: Asked, code: int, says: str) -> None:
 
 def test_no_more_fds_than_a_message_can_carry() -> None:
     with pytest.raises(CniError, match="more than 253 queues"):
-        choose([record(ifname="net1", queues=256)], Asked())
+        choose([record(ifname="net1", queues=256)], LauncherRequest())

@@ -103,5 +103,5 @@ def test_a_hundred_threads_and_one_attachment(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_gives_nothing(tmp_path: Path) -> None:
     with holders(tmp_path) as held, process() as one:
         (tmp_path / "holders" / "a.new").mkdir()
-        with pytest.raises(CniError, match="cannot be noted"):
+        with pytest.raises(CniError, match="cannot be recorded"):
             held.add("a", "net1", one, shared=False)

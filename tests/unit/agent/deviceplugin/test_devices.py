@@ -316,7 +316,7 @@ def test_an_attachments_function_is_the_device_that_it_has(tmp_path: Path) -> No
     pf(tmp_path, "pf0", 2)
     held = Held({"pf0:0": "c1-x", "pf0:1": "c2-x"}, {deviceid.ifindex("fast", 1): "c2-x"})
     first, second = faults(POOL, tmp_path, *PFS, *VFS, held=held)
-    assert "attached by c1-x" in first, "without a device of a kubelet's, say"
+    assert "held by attachment c1-x" in first, "which has no device of the kubelet"
     assert not second
     vf(tmp_path, "pf0", 1, driver=None)
     assert not faults(POOL, tmp_path, *PFS, *VFS, held=held)[1], "its driver is being bound anew"
