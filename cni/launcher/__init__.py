@@ -1,7 +1,7 @@
-"""vmtap-launch: from an attachment to a QEMU that holds its fds and nothing else.
+"""vmtap-launch: starts QEMU with the open fds of a pod's attachments and without privileges.
 
-Runs once for each VM, as root for some milliseconds. Must not change an attachment, and must leave nothing
-on disk. Its own error codes stand here, beside spec.py's; `__main__` turns both into exit codes.
+Runs once for each VM, as root for some milliseconds. Must not change an attachment or write to disk. The launcher's own
+error codes are here, those of the plugin in cni/spec.py; cni/launcher/__main__.py maps both to exit codes.
 """
 
 from __future__ import annotations

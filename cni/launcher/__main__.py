@@ -1,10 +1,11 @@
 """The command vmtap-launch: arguments, the order of a start, errors as one line and an exit code.
 
-    options, root or broker?, QEMU?, attachments → queues, vhost, seed → no privilege → exec, or fork and supervise
+    options → root or broker → QEMU's path → attachments → queues, vhost, seed → drop privileges → exec, or fork and
+    supervise
 
-The queues come from the node agent where its socket is there (broker.py), and are opened here where it is not.
+The queues come from the node agent if its socket exists (broker_client.py); else the launcher opens them itself.
 
-docs/launcher.md has the exit codes. Imports what every start needs; the rest only when it is asked for.
+docs/launcher.md has the exit codes. Imports at the top what every start needs, the rest where it is used.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
 
 PROGRAM = "vmtap-launch"
 DEFAULT_USER = User(107, 107)
-"""The user that KubeVirt runs QEMU as."""
+"""KubeVirt's user for QEMU."""
 VHOST = "/dev/vhost-net"
 DEADLINE = 30.0
+"""Default of --deadline, in seconds."""
 
 EXIT = {
     spec.INVALID_ENVIRONMENT: os.EX_USAGE,
@@ -52,7 +54,7 @@ EXIT = {
     QEMU_NOT_EXECUTABLE: 126,
     QEMU_NOT_FOUND: 127,
 }
-"""sysexits.h, and what a shell says of a command that it cannot run. Any other error is EX_SOFTWARE."""
+"""CNI or launcher error code → exit code: of sysexits.h, or a shell's 126 and 127. Any other error is EX_SOFTWARE."""
 
 PACKAGES = {
     "x86_64": "qemu-system-x86",
@@ -63,16 +65,16 @@ PACKAGES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code, if it returns: without --supervise the process becomes QEMU."""
+    """The exit code. Does not return if the process becomes QEMU, which it does without --supervise."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a start without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback at Ctrl-C
     try:
         return launch(sys.argv[1:] if argv is None else argv, os.environ)
     except CniError as error:
         return _fail(str(error), EXIT.get(error.code, os.EX_SOFTWARE))
     except OSError as error:
-        return _fail(f"the system says no: {error}", os.EX_OSERR)
-    except Exception as error:  # one line and an exit code, whatever happens
+        return _fail(f"a system call failed: {error}", os.EX_OSERR)
+    except Exception as error:  # a user gets one line and an exit code, never a traceback
         place = error.__traceback__
         while place and place.tb_next:
             place = place.tb_next
@@ -81,19 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def launch(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """One start. Returns after --print and --supervise only. Raises CniError."""
-    options, users = parse(argv)
+    """Start QEMU. Returns only with --print or --supervise. Raises CniError."""
+    options, qemu_argv = parse(argv)
     user, broker = _user(options.user), _broker(options, env)
     if os.geteuid() != 0 and broker is None:
         raise CniError(
             NOT_PERMITTED,
-            f"must start as root, not as uid {os.geteuid()}, or with the node agent's broker: is it mounted here?",
+            f"must start as root, not as uid {os.geteuid()}, or with the node agent's socket: is it mounted here?",
         )
-    path = find(users[0], env)
+    path = find(qemu_argv[0], env)
     _fill_stdio()
     attachments, take = _from_broker(broker, options) if broker else _local(options, env)
     vhost = vhost_wanted(options.vhost)
-    command = qemu.command(users, attachments, vhost=vhost, seeded=options.seed, supervised=options.supervise)
+    command = qemu.command(
+        qemu_argv, attachments, vhost=vhost, seeded=options.seed, supervised=options.supervise
+    )
     if options.print:
         print(shlex.join(command))
         return os.EX_OK
@@ -103,12 +107,12 @@ def launch(argv: Sequence[str], env: Mapping[str, str]) -> int:
         fds += take(record.ifname)
         fds += [os.open(VHOST, os.O_RDWR | os.O_CLOEXEC) for _ in range(queues if vhost else 0)]
     if options.seed:
-        from cni.launcher import seed  # noqa: PLC0415 - pycdlib costs more than all the rest
+        from cni.launcher import seed  # noqa: PLC0415 - pycdlib is slow to import
 
         fds.append(seed.make([record for record, _ in attachments]))
 
     def become_qemu() -> NoReturn:
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python has them ignored
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
             signal.signal(number, signal.SIG_DFL)
         try:
             os.execve(path, command, privilege.environment(env))  # noqa: S606
@@ -123,33 +127,33 @@ def launch(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the QEMU command as the user wrote it after "--". Raises CniError; --help exits."""
+    """The options, and the QEMU command that the user gave after "--". Raises CniError; --help exits."""
     argv = list(argv)
     split = argv.index("--") if "--" in argv else len(argv)
     options = _parser().parse_args(argv[:split])
-    users = argv[split + 1 :]
+    qemu_argv = argv[split + 1 :]
     wrong = None
-    if not users:
+    if not qemu_argv:
         wrong = f"the QEMU command is missing; end with: -- qemu-system-{os.uname().machine} ARGS"
     elif len(set(options.ifname)) < len(options.ifname):
         wrong = "--ifname names one attachment twice"
     elif options.deadline is not None and not options.supervise:
-        wrong = "--deadline is for --supervise: without it the launcher becomes QEMU and has no say"
-    elif options.supervise and {"-daemonize", "--daemonize"} & set(users):
-        wrong = "QEMU's -daemonize runs away from --supervise; leave one of them out"
+        wrong = "--deadline needs --supervise: without it the launcher becomes QEMU"
+    elif options.supervise and {"-daemonize", "--daemonize"} & set(qemu_argv):
+        wrong = "-daemonize detaches QEMU from --supervise; leave one of them out"
     elif options.netns and (options.broker or options.shared):
-        wrong = "--broker and --shared are for the namespace that this runs in; leave --netns out"
+        wrong = "--broker and --shared apply to the launcher's own namespace; leave --netns out"
     if wrong:
         raise CniError(spec.INVALID_ENVIRONMENT, wrong)
-    return options, users
+    return options, qemu_argv
 
 
 def select(records: Sequence[Record], ifnames: Sequence[str], where: str) -> list[Record]:
-    """The attachments that are asked for, in the order asked for; without names all. Raises CniError."""
+    """The records of ifnames, in that order; all records if ifnames is empty. Raises CniError NO_ATTACHMENT."""
     if not records:
         raise CniError(
             spec.NO_ATTACHMENT,
-            f"no attachment in {where}: let a runtime or cnitool add one, or give another --netns",
+            f"no attachment in {where}: add one by a runtime or cnitool, or give another --netns",
         )
     by_name = {record.ifname: record for record in records}
     missing = [name for name in ifnames if name not in by_name]
@@ -162,7 +166,7 @@ def select(records: Sequence[Record], ifnames: Sequence[str], where: str) -> lis
 
 
 def queue_count(record: Record, wanted: int | None) -> int:
-    """How many queues to open: as many as ADD made room for, or fewer. Raises CniError."""
+    """The number of queues to open: wanted, or all that ADD configured. Raises CniError if wanted is more."""
     if wanted is not None and wanted > record.queues:
         raise CniError(
             spec.INVALID_ENVIRONMENT,
@@ -172,7 +176,7 @@ def queue_count(record: Record, wanted: int | None) -> int:
 
 
 def vhost_wanted(choice: str, device: str = VHOST) -> bool:
-    """Whether to use it; "auto" is where it can be opened. Raises CniError NO_VHOST for a vain "on"."""
+    """Whether to use vhost. choice: on, off or auto (if device can be opened). Raises CniError NO_VHOST."""
     if choice == "off":
         return False
     try:
@@ -189,7 +193,7 @@ def vhost_wanted(choice: str, device: str = VHOST) -> bool:
 
 
 def find(program: str, env: Mapping[str, str]) -> str:
-    """The path of the program, looked up in PATH as a shell does. Raises CniError."""
+    """The path of the program, searched in PATH as a shell does. Raises CniError."""
     folders = [""] if "/" in program else os.get_exec_path(env)
     found = [path for path in (os.path.join(folder, program) for folder in folders) if os.path.isfile(path)]
     runnable = [path for path in found if os.access(path, os.X_OK)]
@@ -209,44 +213,46 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
         usage="%(prog)s [options] -- qemu-system-… ARGS",
-        description="Gives QEMU the attachments of a network namespace as open fds, and no privilege.",
+        description="Starts QEMU with the open fds of a network namespace's attachments and without privileges.",
         epilog="Exit codes and examples: docs/launcher.md",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),  # else it imports shutil
     )
     add = parser.add_argument
-    add("--netns", metavar="PATH", help="the pod's network namespace; default: the one that this runs in")
+    add("--netns", metavar="PATH", help="the pod's network namespace; default: the launcher's own")
     add(
         "--broker",
         metavar="PATH",
-        help="the node agent's socket; default: $VMTAP_BROKER or /run/vmtap/launcher/broker.sock, if it is there",
+        help="the node agent's socket; default: $VMTAP_BROKER or /run/vmtap/launcher/broker.sock, if it exists",
     )
-    add("--shared", action="store_true", help="take the queues even if another launcher of the pod has some")
+    add(
+        "--shared", action="store_true", help="take the queues even if another launcher of the pod holds some"
+    )
     add("--ifname", metavar="NAME", action="append", default=[], help="only this attachment; may be repeated")
     add(
         "--user",
         metavar="USER[:GROUP]",
         type=privilege.parse_user,
-        help=f"for root; default: {DEFAULT_USER}",
+        help=f"QEMU's user, if started as root; default: {DEFAULT_USER}",
     )
     add(
         "--queues",
         metavar="N",
         type=_whole,
-        help="open N queues of each attachment; default: all that it has",
+        help="open N queues of each attachment; default: all",
     )
     add(
         "--vhost",
         choices=("on", "off", "auto"),
         default="auto",
-        help="default: auto, on where the host has it",
+        help="default: auto, which is on if the host has it",
     )
     add("--seed", action="store_true", help="give the guest its addresses as a NoCloud seed (cloud-init)")
-    add("--supervise", action="store_true", help="stay as parent: signals become a power-down")
+    add("--supervise", action="store_true", help="stay as QEMU's parent, and turn signals into a power-down")
     add(
         "--deadline", metavar="SECONDS", type=_seconds, help=f"from power-down to quit; default: {DEADLINE:g}"
     )
-    add("--print", action="store_true", help="show the command that would run, and open nothing")
+    add("--print", action="store_true", help="print the QEMU command, and open nothing")
     return parser
 
 
@@ -258,7 +264,7 @@ class _Parser(argparse.ArgumentParser):
 def _whole(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not from 1 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 1")
     return number
 
 
@@ -269,31 +275,34 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _user(asked: User | None) -> User:
-    """Whom QEMU runs as. Raises CniError if that cannot be."""
+def _user(wanted: User | None) -> User:
+    """The user to run QEMU as. Raises CniError NOT_PERMITTED if a user other than root wants another one."""
     if os.geteuid() == 0:
-        return asked or DEFAULT_USER
+        return wanted or DEFAULT_USER
     own = User(os.geteuid(), os.getegid())
-    if asked not in (None, own):
+    if wanted not in (None, own):
         raise CniError(
-            NOT_PERMITTED, f"--user {asked}: only root becomes another user, this is {own}; leave it out"
+            NOT_PERMITTED, f"--user {wanted}: only root can become another user, this is {own}; leave it out"
         )
     return own
 
 
 def _broker(options: argparse.Namespace, env: Mapping[str, str]) -> str | None:
-    """The socket to ask; None where the attachments are to be opened here."""
+    """The path of the broker's socket; None if the launcher is to open the queues itself."""
     if options.netns:
         return None
-    usual = env.get("VMTAP_BROKER") or f"{_state(env)}/launcher/broker.sock"
-    path: str | None = options.broker or (usual if os.path.exists(usual) else None)
+    default = env.get("VMTAP_BROKER") or f"{_state(env)}/launcher/broker.sock"
+    path: str | None = options.broker or (default if os.path.exists(default) else None)
     if options.shared and path is None:
-        raise CniError(spec.INVALID_ENVIRONMENT, f"--shared is for the node agent, and {usual} is not there")
+        raise CniError(
+            spec.INVALID_ENVIRONMENT, f"--shared needs the node agent, and {default} does not exist"
+        )
     return path
 
 
 def _from_broker(path: str, options: argparse.Namespace) -> tuple[Attachments, Take]:
-    from cni.launcher import broker_client  # noqa: PLC0415 - socket and json are of no use to the others
+    """Attachments with their number of queues, and a function ifname → fds: of the broker. Raises CniError."""
+    from cni.launcher import broker_client  # noqa: PLC0415 - socket and json are slow to import
 
     given = broker_client.ask(
         path,
@@ -307,13 +316,14 @@ def _from_broker(path: str, options: argparse.Namespace) -> tuple[Attachments, T
 
 
 def _local(options: argparse.Namespace, env: Mapping[str, str]) -> tuple[Attachments, Take]:
+    """Attachments with their number of queues, and a function ifname → fds: from records. Raises CniError."""
     pod = (
         netns.open_path(options.netns, name="--netns", own_allowed=True)
         if options.netns
         else os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     )
-    there = in_netns(_state(env), netns.identity(pod))
-    records = select(there, options.ifname, options.netns or "this network namespace")
+    recorded = in_netns(_state(env), netns.identity(pod))
+    records = select(recorded, options.ifname, options.netns or "this network namespace")
     tuned = [tapdev.tuned(pod, record) for record in records]
     queues = {record.ifname: (record, queue_count(record, options.queues)) for record in tuned}
     return list(queues.values()), lambda ifname: tapdev.open_queues(pod, *queues[ifname])
@@ -326,7 +336,7 @@ def _state(env: Mapping[str, str]) -> str:
 def _supervise(
     become_qemu: Callable[[], NoReturn], fds: Sequence[int], user: User, deadline: float | None
 ) -> int:
-    from cni.launcher import supervise  # noqa: PLC0415 - socket and select are of no use to the others
+    from cni.launcher import supervise  # noqa: PLC0415 - socket and select are slow to import
 
     ours, qemus = supervise.monitor()
     [ours] = privilege.place([*fds, qemus], [ours])
@@ -339,14 +349,14 @@ def _supervise(
     )
     if at_once and status not in (0, EXIT[QEMU_NOT_EXECUTABLE]):
         _fail(
-            f"QEMU ended at once with status {status}; what it said is above, --print shows its command",
+            f"QEMU ended at once with status {status}; its messages are above, --print shows its command",
             0,
         )
     return status
 
 
 def _fill_stdio() -> None:
-    """A closed stdin, stdout or stderr becomes /dev/null, so that none of our fds gets its number."""
+    """Open /dev/null as each of stdin, stdout and stderr that is closed, so that no other fd gets its number."""
     while (fd := os.open("/dev/null", os.O_RDWR)) < qemu.FIRST_FD:
         os.set_inheritable(fd, True)
     os.close(fd)

@@ -1,7 +1,7 @@
-"""The launcher's end of the fd broker: one request to the node agent, and the open fds that come back.
+"""Client of the fd broker: sends one request to the node agent and receives open fds.
 
-cni/agent/broker.py has the protocol. The agent knows this process by its network namespace, so there is nothing to
-prove here and nothing to configure but the socket. Imported only where there is a socket to ask.
+cni/agent/broker.py is the server and documents the protocol. The agent identifies this process by its network
+namespace, so the client sends no credentials. Imported only if a socket is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ANSWER_LIMIT = 16 << 20
 
 @dataclass(frozen=True)
 class Attachment:
-    """What a pod may know of its attachment; the fields are state.Record's."""
+    """The fields of a Record (cni/state/record.py) that the broker shows to a pod."""
 
     network: str
     ifname: str
@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 def ask(
     path: str, *, ifnames: Sequence[str], queues: int | None, shared: bool, open: bool
 ) -> list[tuple[Attachment, list[int]]]:
-    """The attachments, and each one's fds, close-on-exec; none if they are only to be described.
+    """The attachments, each with its fds (close-on-exec; none without open).
 
-    Raises CniError: the broker's, or TRY_AGAIN_LATER where nobody answers.
+    Raises CniError: the broker's error, or TRY_AGAIN_LATER if the agent does not answer.
     """
     request: dict[str, object] = {"ifnames": list(ifnames), "shared": shared, "open": open}
     if queues is not None:
@@ -74,25 +74,26 @@ def ask(
     if len(fds) != sum(opened for _, opened in described):
         raise CniError(
             spec.TRY_AGAIN_LATER,
-            f"{len(fds)} fds came for {len(described)} attachments: is the limit of open files (ulimit -n) too low?",
+            f"{len(fds)} fds arrived for {len(described)} attachments: is the limit of open files (ulimit -n) too low?",
         )
-    given = iter(fds)
-    return [(attachment, [next(given) for _ in range(opened)]) for attachment, opened in described]
+    received = iter(fds)
+    return [(attachment, [next(received) for _ in range(opened)]) for attachment, opened in described]
 
 
 def _line(connection: socket.socket, fds: list[int]) -> bytes:
-    """The agent's next one; what fds come along are added."""
-    said = b""
-    while not said.endswith(b"\n"):
+    """The agent's next line. Appends the fds that arrive with it to fds."""
+    line = b""
+    while not line.endswith(b"\n"):
         data, more, _, _ = socket.recv_fds(connection, 65536, _SCM_MAX_FD, socket.MSG_CMSG_CLOEXEC)
         fds += more
-        said += data
-        if not data or len(said) > _ANSWER_LIMIT:
-            raise ConnectionError("it ended in the middle of its answer")
-    return said
+        line += data
+        if not data or len(line) > _ANSWER_LIMIT:
+            raise ConnectionError("the connection ended within the answer")
+    return line
 
 
 def _answer(line: bytes) -> dict[str, Any]:
+    """The JSON object in the line. Raises the CniError that it contains, if it is an error."""
     document: dict[str, Any] = json.loads(line)
     if error := document.get("error"):
         raise CniError(int(error["code"]), str(error["msg"]), str(error["details"]))

@@ -1,24 +1,24 @@
-"""From root to a user that can do nothing. Each step fails closed: QEMU is not started with more than this.
+"""Turns root into an unprivileged user. If a step fails, QEMU is not started.
 
-Everything that needs privilege is open before the first step. Then, in this order:
+Whatever needs privileges is opened before the first step. The steps, in this order:
 
- 1. fds: QEMU's move to 3, 4, 5 … and are inherited; the launcher's own come next, close-on-exec; stdin,
-    stdout and stderr stay; every other one is closed, whoever opened it.
- 2. umask 077: what QEMU makes (sockets, dumps) is its own.
- 3. no supplementary group (setgroups).
+ 1. fds: QEMU's become 3, 4, 5 … and are inherited; the launcher's own follow, close-on-exec; stdin, stdout and
+    stderr stay; all others are closed, inherited ones included.
+ 2. umask 077: files that QEMU creates (sockets, dumps) are for its user only.
+ 3. no supplementary groups (setgroups).
  4. no capability in the bounding set.
  5. group, then user: real, effective and saved.
- 6. no capability in the effective, permitted and inheritable sets, whatever the securebits were; nor, with
-    those, in the ambient set (capabilities(7)).
- 7. no_new_privs: a set-uid file does not give anything back.
- 8. /proc/self/status is read back and must say all of that.
+ 6. no capability in the effective, permitted and inheritable sets, whatever the securebits are, and therefore none in
+    the ambient set (capabilities(7)).
+ 7. no_new_privs: executing a set-uid file restores no privilege.
+ 8. /proc/self/status is read and must confirm all of this.
 
-Who is not root stays who it is, and its fds come from the node agent. Supplementary groups and bounding set stay
-too, since changing them takes capabilities that it has not: steps 3 and 4 are left out, and 8 does not ask for them.
-Under no_new_privs nothing gives back what the bounding set would allow.
+A launcher that was not started as root keeps its user; its fds come from the node agent. It also keeps supplementary
+groups and bounding set, since it lacks the capabilities to change them: steps 3 and 4 are left out, and 8 skips them.
+With no_new_privs the bounding set cannot restore anything.
 
-The environment shrinks at exec: `environment` says what QEMU gets. Must not run beside other threads: each
-thread has capabilities of its own.
+The environment is reduced at exec, to what environment() returns. Must not run beside other threads: capabilities are
+per thread.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
-_HIGHEST_ID = 2**32 - 2  # 2**32 - 1 is setresuid(2)'s "leave it as it is"
+_HIGHEST_ID = 2**32 - 2  # 2**32 - 1 means "unchanged" to setresuid(2)
 
 _KEPT = ("PATH", "TERM", "LANG", "LANGUAGE", "TZ", "TMPDIR")
 
@@ -63,7 +63,7 @@ class User:
 
 
 def parse_user(text: str) -> User:
-    """NAME|UID[:GROUP|GID]. Without a group, the user's own of the passwd file. Neither may be 0."""
+    """Parse NAME|UID[:GROUP|GID]; without a group, the user's primary one. Raises CniError if one is 0 or unknown."""
     name, colon, group = text.partition(":")
     uid, gid = _number(name), _number(group)
     try:
@@ -86,27 +86,27 @@ def parse_user(text: str) -> User:
 
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """What QEMU gets: where programs are, the terminal, language, time zone, folder for temporary files."""
+    """QEMU's environment: of the inherited one only PATH, terminal, locale, time zone and TMPDIR."""
     return {key: value for key, value in inherited.items() if key in _KEPT or key.startswith("LC_")}
 
 
 def place(for_qemu: Sequence[int], ours: Sequence[int] = ()) -> list[int]:
-    """Step 1. QEMU's fds become FIRST_FD, FIRST_FD + 1, … in their order. Returns the new numbers of ours."""
+    """Step 1: renumber for_qemu to FIRST_FD, FIRST_FD + 1, …, then ours; close all others. The new numbers of ours."""
     every = [*for_qemu, *ours]
     end = FIRST_FD + len(every)
-    # Out of the way first, so that no number is overwritten before its owner has moved.
+    # First move all above the target numbers, so that none is overwritten before it has moved.
     parked = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, end) for fd in every]
     for number, fd in enumerate(parked, FIRST_FD):
         os.dup2(fd, number, inheritable=number < FIRST_FD + len(for_qemu))
     for open_fd in map(int, os.listdir("/proc/self/fd")):
         if open_fd >= end:
-            with suppress(OSError):  # the listing's own fd is in the list, and gone
+            with suppress(OSError):  # the fd of the listing itself is closed by now
                 os.close(open_fd)
     return list(range(FIRST_FD + len(for_qemu), end))
 
 
 def drop(user: User) -> None:
-    """Steps 2 to 8; user is the caller's own if that is not root. No way back. Raises CniError NOT_PERMITTED."""
+    """Steps 2 to 8, irreversible. user: the caller's own unless that is root. Raises CniError NOT_PERMITTED."""
     root = os.geteuid() == 0
     try:
         os.umask(0o077)
@@ -123,7 +123,7 @@ def drop(user: User) -> None:
     except OSError as error:
         raise CniError(
             NOT_PERMITTED,
-            f"cannot become {user}: the launcher needs CAP_SETUID, CAP_SETGID and CAP_SETPCAP to lose all",
+            f"cannot become {user}: the launcher needs CAP_SETUID, CAP_SETGID and CAP_SETPCAP to drop privileges",
             str(error),
         ) from error
     if kept:
@@ -133,7 +133,7 @@ def drop(user: User) -> None:
 
 
 def excess(status: Iterable[str], user: User, *, was_root: bool = True) -> list[str]:
-    """The lines of /proc/PID/status that are missing or not those of a process without privileges."""
+    """The lines of /proc/PID/status that are missing, or differ from those of an unprivileged process of that user."""
     wanted = {
         "Uid": [str(user.uid)] * 4,
         "Gid": [str(user.gid)] * 4,
@@ -151,7 +151,7 @@ def excess(status: Iterable[str], user: User, *, was_root: bool = True) -> list[
 
 
 def prctl(option: int, argument: int) -> int:
-    """prctl(2), of the calling thread."""
+    """prctl(2) for the calling thread. Raises OSError."""
     result: int = libc.prctl(option, *map(ctypes.c_ulong, (argument, 0, 0, 0)))
     if result < 0:
         number = ctypes.get_errno()
@@ -165,7 +165,7 @@ def _bounding_set() -> list[int]:
         try:
             if prctl(PR_CAPBSET_READ, capability):
                 held.append(capability)
-        except OSError:  # the first number that this kernel does not know
+        except OSError:  # EINVAL: the kernel has no more capabilities
             break
     return held
 

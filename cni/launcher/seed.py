@@ -1,7 +1,7 @@
-"""The addresses that IPAM gave, for the guest: a NoCloud seed (cloud-init) as an ISO image in memory.
+"""A NoCloud seed (cloud-init) with the addresses that IPAM assigned: an ISO image in a sealed memfd.
 
-Nothing touches a disk, and nobody can change the image once it is made. JSON is written where cloud-init
-reads YAML: each JSON document is one. pycdlib costs more than all the rest of a start: import this late.
+The files are JSON, which is valid YAML, the format that cloud-init reads. Import this module only for --seed: pycdlib
+takes longer to import than the rest of a start.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from cni.launcher.broker_client import Described
 
 _ROUTE_KEYS = {"priority": "metric", "mtu": "mtu", "table": "table"}
-"""Keys of a CNI route (1.1.0) and cloud-init's names for them."""
+"""Key of a CNI route (1.1.0) → key of a cloud-init route."""
 
 
 def make(records: Sequence[Described]) -> int:
-    """The image in a sealed memfd, open for reading only and close-on-exec.
+    """The image in a sealed memfd: a close-on-exec fd, open for reading only.
 
-    For reading only, because QEMU looks in an fd set for an fd of the very access mode that it wants.
+    QEMU takes an fd from an fd set only if the access mode is the one that it needs.
     """
     writable = os.memfd_create("vmtap-seed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -43,7 +43,7 @@ def make(records: Sequence[Described]) -> int:
 
 
 def files(records: Iterable[Described]) -> dict[str, bytes]:
-    """NoCloud's three files. The id follows the network: cloud-init applies it to a new instance only."""
+    """NoCloud's three files. The instance id depends on the network config: cloud-init configures an instance once."""
     network = json.dumps(network_config(records), indent=1).encode()
     instance = {"instance-id": f"vmtap-{hashlib.sha256(network).hexdigest()[:16]}"}
     return {
@@ -54,7 +54,7 @@ def files(records: Iterable[Described]) -> dict[str, bytes]:
 
 
 def iso(contents: Mapping[str, bytes]) -> bytes:
-    """An ISO 9660 image with the volume label cidata; Rock Ridge and Joliet carry the names as they are."""
+    """An ISO 9660 image of the files (name → data), labelled cidata; Rock Ridge and Joliet have the names as given."""
     image = pycdlib.PyCdlib()
     image.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident="cidata")
     for number, (name, content) in enumerate(contents.items()):
@@ -73,11 +73,10 @@ def iso(contents: Mapping[str, bytes]) -> bytes:
 
 
 def network_config(records: Iterable[Described]) -> dict[str, Any]:
-    """cloud-init's network config, version 2: one entry for each attachment, found by its MAC.
+    """cloud-init's network config, version 2: one entry for each attachment, matched by MAC.
 
-    The card takes the attachment's ifname, since some of cloud-init's back ends know a card by no other name.
-    An attachment without addresses is on a network that gives them in its own way: DHCPv4, and whatever a
-    router advertises. The boot does not wait for it.
+    The guest's interface is renamed to the ifname, since some renderers of cloud-init need a name. An attachment
+    without addresses uses DHCPv4 and router advertisements, and the boot does not wait for it.
     """
     return {"version": 2, "ethernets": {record.ifname: _ethernet(record) for record in records}}
 
@@ -102,7 +101,7 @@ def _ethernet(record: Described) -> dict[str, Any]:
 
 
 def _route(route: Mapping[str, Any], ips: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """SPEC section 5, "routes": without gw, the gateway of an address of the same family is meant."""
+    """A cloud-init route. Without gw: the gateway of an address of that family (SPEC section 5, "routes")."""
     target = ipaddress.ip_network(route["dst"], strict=False)
     via = route.get("gw") or next(
         (ip["gateway"] for ip in ips if ip.get("gateway") and _version(ip["gateway"]) == target.version), None
@@ -113,7 +112,7 @@ def _route(route: Mapping[str, Any], ips: Iterable[Mapping[str, Any]]) -> dict[s
     else:
         entry["via"] = via
         hop = ipaddress.ip_address(via)
-        neighbour = hop.version == 6 and hop.is_link_local  # is on every link
+        neighbour = hop.version == 6 and hop.is_link_local  # link-local: reachable without a route
         if not neighbour and not any(hop in ipaddress.ip_interface(ip["address"]).network for ip in ips):
             entry["on-link"] = True
     return entry | {_ROUTE_KEYS[key]: route[key] for key in _ROUTE_KEYS if key in route}

@@ -1,16 +1,16 @@
-/* vmtap, the CNI executable of a node: asks the resident agent, which is Python, and prints what it answers.
+/* vmtap, the CNI executable of a node: sends the request to the resident agent and prints the agent's answer.
  *
- * The node's CNI folder belongs to a host without Python, and Multus runs plugins chrooted there; so this is one static
- * file that needs nothing. It understands no JSON and decides nothing; what it does when the agent is away is below.
+ * A static file without dependencies: the host need not have Python, which the agent is written in, and Multus runs
+ * plugins chrooted into the host. Parses no JSON and decides nothing, except while the agent is away (see below).
  *
  * Request:  struct head { magic, called as macvtap?, length of env, length of stdin }, the environment (each entry
- *           ends with a NUL), stdin. With the first byte goes, by SCM_RIGHTS, an fd of CNI_NETNS if it is there.
+ *           ends with a NUL), stdin. The first byte carries, by SCM_RIGHTS, an fd of CNI_NETNS if that can be opened.
  * Answer:   struct tail { exit status, length of stdout, length of stderr }, stdout, stderr.
- * Both are streams of known length, so no size is a trap. cni/agent/server.py is the other end.
+ * The lengths precede the data. cni/agent/wire.py implements the agent's side.
  *
- * The agent away, for longer than VMTAP_WAIT seconds (ADD 20, others 5): ADD, CHECK and GC end with code 11 (try again
- * later), STATUS with 50; VERSION is answered here. DEL succeeds, so that pods can always be deleted: the request is left in the folder
- * pending/, and the agent carries it out when it is back.
+ * If the agent does not answer within VMTAP_WAIT seconds (ADD 20, others 5): ADD, CHECK and GC fail with code 11 (try
+ * again later), STATUS with 50; VERSION is answered here. DEL succeeds, so that pods can always be deleted: the request
+ * is written to the folder pending/, and the agent carries it out when it is back (cni/agent/reconcile/pending.py).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -39,7 +39,7 @@
 #define INPUT_MAX (1u << 20)
 #define OUTPUT_MAX (16u << 20)
 #define INPUT_SECONDS 10
-#define TRIES 3 /* an agent that hangs up again and again is as good as none */
+#define TRIES 3 /* connections that the agent closes without an answer before it counts as away */
 #define VERSIONS "\"0.1.0\",\"0.2.0\",\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\""
 
 struct head { uint32_t magic, called_as_macvtap, env_length, stdin_length; };
@@ -58,7 +58,7 @@ static int64_t now_ms(void)
     return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
 }
 
-/* Whole seconds of an environment variable, else the default; in milliseconds. */
+/* The value of an environment variable, whole seconds up to a day, else otherwise; in milliseconds. */
 static int64_t seconds(const char *name, int64_t otherwise)
 {
     const char *text = getenv(name);
@@ -67,7 +67,7 @@ static int64_t seconds(const char *name, int64_t otherwise)
     return (end && !*end && value >= 0 && value <= 86400 ? value : otherwise) * 1000;
 }
 
-/* text + all pieces up to a NULL, as one string; 0 if it does not fit. No stdio: it would be most of the file. */
+/* Concatenate the pieces, up to a NULL, into text; 0 if they do not fit. stdio would be most of the file. */
 static int join(char *text, size_t size, ...)
 {
     va_list pieces;
@@ -87,7 +87,7 @@ static int join(char *text, size_t size, ...)
     return 1;
 }
 
-/* A number in decimal; the last of 24 bytes of room are used. */
+/* The number in decimal, written to the end of room. */
 static const char *decimal(char room[24], uint64_t number)
 {
     char *at = room + 23;
@@ -98,7 +98,7 @@ static const char *decimal(char room[24], uint64_t number)
     return at;
 }
 
-/* A namespace is opened, which does nothing else; anything else is only pointed at (O_PATH), and the agent refuses it. */
+/* An fd of the network namespace at path, or -1. Anything else is opened with O_PATH only, and the agent refuses it. */
 static int open_netns(const char *path)
 {
     struct statfs at;
@@ -112,6 +112,7 @@ static int open_netns(const char *path)
     return fd;
 }
 
+/* Write all of data; 0, or -1 with errno set. */
 static int write_all(int fd, const char *data, size_t length)
 {
     while (length) {
@@ -126,19 +127,20 @@ static int write_all(int fd, const char *data, size_t length)
     return 0;
 }
 
-/* One error object, as SPEC section 5 wants it. The message is ours: nothing in it needs escaping. */
+/* Print an error object (SPEC section 5, "Error") on stdout and the message on stderr; returns the exit status.
+ * The message must not need JSON escapes. */
 static int fail(int code, const char *message)
 {
     char text[512], number[24];
-    join(text, sizeof text, "{\"cniVersion\":\"1.1.0\",\"code\":", decimal(number, (uint64_t)code), ",\"msg\":\"", message,
-         "\"}\n", NULL);
+    join(text, sizeof text, "{\"cniVersion\":\"1.1.0\",\"code\":", decimal(number, (uint64_t)code), ",\"msg\":\"",
+         message, "\"}\n", NULL);
     write_all(1, text, strlen(text));
     join(text, sizeof text, "vmtap: ", message, "\n", NULL);
     write_all(2, text, strlen(text));
     return 1;
 }
 
-/* Everything on stdin. 0, or the code of the error. */
+/* Read stdin to its end into input. 0, or a CNI error code: 5 if it fails or takes too long, 6 if it is too large. */
 static int read_input(void)
 {
     int64_t until = now_ms() + INPUT_SECONDS * 1000;
@@ -159,6 +161,7 @@ static int read_input(void)
     return 6;
 }
 
+/* A connection to the unix socket at path, or -1. */
 static int connect_once(const char *path)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -173,7 +176,7 @@ static int connect_once(const char *path)
     return -1;
 }
 
-/* A connection, or -1 once it is later than until. The agent makes its socket anew when it starts: that is waited for. */
+/* A connection to the agent, or -1 after until. Waits by inotify for the socket, which a starting agent creates. */
 static int connect_agent(const char *folder, const char *path, int64_t until)
 {
     int fd = connect_once(path);
@@ -188,7 +191,7 @@ static int connect_agent(const char *folder, const char *path, int64_t until)
     for (;;) {
         char events[4096];
         struct pollfd p = {.fd = notify, .events = POLLIN};
-        fd = connect_once(path); /* after the watch was set: nothing is missed */
+        fd = connect_once(path); /* after the watch is set: no creation is missed */
         int64_t left = until - now_ms();
         if (fd >= 0 || left <= 0)
             break;
@@ -200,6 +203,7 @@ static int connect_agent(const char *folder, const char *path, int64_t until)
     return fd;
 }
 
+/* Send all of data, and with the first byte the fd pass if it is not -1; 0 or -1. */
 static int send_all(int fd, const void *data, size_t length, int pass)
 {
     union { char bytes[CMSG_SPACE(sizeof(int))]; struct cmsghdr align; } control = {{0}};
@@ -227,6 +231,7 @@ static int send_all(int fd, const void *data, size_t length, int pass)
     return 0;
 }
 
+/* Receive length bytes; 0, or -1 if the agent closes the connection or until has passed. */
 static int receive_all(int fd, void *data, size_t length, int64_t until)
 {
     while (length) {
@@ -245,11 +250,12 @@ static int receive_all(int fd, void *data, size_t length, int64_t until)
     return 0;
 }
 
-/* One request to the agent: its exit status, or -1 if there was no whole answer (then nothing was printed). */
+/* Send the request and print the answer. Returns the exit status; -1 if there was no whole answer (nothing is printed
+ * then); -2 if stdout could not be written. */
 static int ask(int fd, const struct head *head, const char *env, int netns, int64_t until)
 {
     struct tail tail;
-    /* In one piece: the agent wakes once, and has it all. */
+    /* In one send: the agent then reads it with one call. */
     size_t length = sizeof *head + head->env_length + input_length;
     char *request = malloc(length);
     if (!request)
@@ -261,7 +267,7 @@ static int ask(int fd, const struct head *head, const char *env, int netns, int6
     free(request);
     if (bad || receive_all(fd, &tail, sizeof tail, until))
         return -1;
-    static char room[1 << 14]; /* enough for nearly every answer: the runtime need not wait for a mapping to come and go */
+    static char room[1 << 14]; /* fits nearly every answer, and saves mmap(2) and munmap(2) */
     size_t total = (size_t)tail.stdout_length + tail.stderr_length;
     char *text = total <= sizeof room ? room : total <= OUTPUT_MAX ? malloc(total) : NULL;
     int status = -1;
@@ -274,7 +280,7 @@ static int ask(int fd, const struct head *head, const char *env, int netns, int6
     return status;
 }
 
-/* DEL without an agent: leave the request where the agent finds it, under a name of which there is one. */
+/* DEL without an agent: write the request to pending/, under a unique name, for the agent to carry out. */
 static void leave_pending(const char *folder, const struct head *head, const char *env)
 {
     char written[PATH_MAX], path[PATH_MAX], nanoseconds[24], pid[24];
@@ -282,7 +288,8 @@ static void leave_pending(const char *folder, const struct head *head, const cha
     clock_gettime(CLOCK_REALTIME, &t);
     uint64_t now = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
     if (!join(path, sizeof path, folder, "/pending", NULL) || (mkdir(path, 0700) && errno != EEXIST) ||
-        !join(path, sizeof path, folder, "/pending/", decimal(nanoseconds, now), ".", decimal(pid, (uint64_t)getpid()), NULL) ||
+        !join(path, sizeof path, folder, "/pending/", decimal(nanoseconds, now), ".", decimal(pid, (uint64_t)getpid()),
+              NULL) ||
         !join(written, sizeof written, path, ".new", NULL))
         return;
     int fd = open(written, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
@@ -295,7 +302,7 @@ static void leave_pending(const char *folder, const struct head *head, const cha
         unlink(written);
 }
 
-/* VERSION without an agent. The version that stands in the config is echoed if it is digits and dots. */
+/* VERSION without an agent: print the result, with the config's cniVersion if that is digits and dots. */
 static int print_version(void)
 {
     char text[512], version[32] = "1.1.0";
@@ -313,6 +320,7 @@ static int print_version(void)
     return write_all(1, text, strlen(text)) ? 1 : 0;
 }
 
+/* The answer to each command while the agent is away; the exit status. */
 static int without_agent(const char *folder, const struct head *head, const char *env)
 {
     if (!strcmp(command, "VERSION"))
@@ -331,7 +339,7 @@ int main(int argc, char **argv)
     const char *name = argc > 0 && strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argc > 0 ? argv[0] : "";
     const char *folder = getenv("VMTAP_RUN");
     char agent[PATH_MAX], path[PATH_MAX];
-    signal(SIGPIPE, SIG_IGN); /* a closed stdout is an error of write(2), and ADD is undone */
+    signal(SIGPIPE, SIG_IGN); /* a closed stdout must be an error of write(2), upon which an ADD is undone */
     if (!folder || !*folder)
         folder = VMTAP_RUN;
     if (getenv("CNI_COMMAND"))
@@ -353,18 +361,19 @@ int main(int argc, char **argv)
         return fail(4, "the environment is too large");
     int code = read_input();
     if (code)
-        return fail(code, code == 6 ? "the network config is larger than 1 MiB" : "the network config on stdin did not end");
+        return fail(code, code == 6 ? "the network config is larger than 1 MiB"
+                                    : "the network config on stdin did not end");
     input[input_length < INPUT_MAX ? input_length : INPUT_MAX] = 0;
 
     int64_t begin = now_ms(), until = begin + seconds("VMTAP_DEADLINE", 120);
-    /* Between two agents of an upgrade there is a second, on a busy node more: an ADD rather waits than fails. */
+    /* An upgrade leaves a node without an agent for a second, a busy node for more: an ADD waits for the new one. */
     int64_t wait = seconds("VMTAP_WAIT", strcmp(command, "ADD") ? 5 : 20);
-    int fd = connect_agent(agent, path, begin + wait); /* the agent wakes while the request is put together */
+    int fd = connect_agent(agent, path, begin + wait); /* early: the agent wakes up while the request is built */
     char *env = malloc(env_length + 1), *end = env, *verb = env;
     if (!env)
         return fail(11, "no memory");
     for (char **e = environ; *e; e++) {
-        if (verb == env && !strncmp(*e, "CNI_COMMAND=", strlen("CNI_COMMAND="))) /* the one that getenv(3) finds */
+        if (verb == env && !strncmp(*e, "CNI_COMMAND=", strlen("CNI_COMMAND="))) /* the first, as getenv(3) returns */
             verb = end + strlen("CNI_COMMAND=");
         end = stpcpy(end, *e) + 1;
     }
@@ -376,12 +385,12 @@ int main(int argc, char **argv)
     for (int tries = 1; fd >= 0; tries++) {
         status = ask(fd, &head, env, netns, until);
         close(fd);
-        /* An agent that ended in between: what can be repeated is, as soon as it is back. */
+        /* The agent ended before it answered: repeat the request, except ADD, which is not idempotent. */
         if (status != -1 || tries == TRIES || now_ms() >= until || !strcmp(command, "ADD"))
             break;
         fd = connect_agent(agent, path, now_ms() + wait);
     }
-    if (status == -2 && !strcmp(command, "ADD")) { /* nobody will know of the attachment: undo it */
+    if (status == -2 && !strcmp(command, "ADD")) { /* the runtime did not get the result: undo the attachment */
         memcpy(verb, "DEL", 3);
         fd = connect_agent(agent, path, now_ms() + wait);
         if (fd >= 0) {

@@ -527,7 +527,7 @@ def test_exit_codes_of_the_launcher(agent: Agent, lab: Lab) -> None:
 
     fails(os.EX_USAGE, "net1 has 1", "--queues", "2")
     fails(os.EX_UNAVAILABLE, "there is net1", "--ifname", "net7")
-    fails(os.EX_NOPERM, "only root becomes another user", "--user", "108:108")
+    fails(os.EX_NOPERM, "only root can become another user", "--user", "108:108")
     fails(os.EX_TEMPFAIL, "does not answer", "--broker", "/mnt/none.sock")
     fails(os.EX_USAGE, "leave --netns out", "--netns", "/proc/self/ns/net", "--shared")
     with asking(agent, pod) as client:
