@@ -196,10 +196,14 @@ def changes(host: Rtnl, function: VirtualFunction) -> list[str]:
         return ["it is gone"]
     now = vars(vf.settings(host, pf.index).get(function.number, VfSettings()))
     return [
-        f"{name} is {now[name]!r}, and ADD made it {value!r}"
+        f"{name} is {_shown(now[name])}, and ADD made it {_shown(value)}"
         for name, value in function.made.given().items()
         if now[name] != value
     ]
+
+
+def _shown(value: object) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def device(host: Rtnl, record: Record) -> LowerDevice:

@@ -167,7 +167,11 @@ class Refusal:
 @pytest.mark.parametrize(
     "refusal",
     [
-        Refusal(7, "mode vepa is refused: the embedded switch of 'pf0' cannot", fields={"mode": "vepa"}),
+        Refusal(
+            7,
+            "vepa is refused: the driver of 'pf0' cannot put its embedded switch",
+            fields={"mode": "vepa"},
+        ),
         Refusal(7, "no NIC's embedded switch", fields={"mode": "pepa"}),
         Refusal(100, "VF 0 of 'pf0' cannot have vlan", fields={"vlan": 100, "vlanProtocol": "802.1ad"}),
         Refusal(100, "cannot have link_state", {"linkState": "enable"}),
