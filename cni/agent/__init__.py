@@ -1,4 +1,4 @@
-"""vmtapd, the resident agent of a node: answers for the shim, hands fds to launchers, heals, reports.
+"""vmtapd, the resident agent of a node: answers the shim, gives fds to launchers, reconciles, exports metrics.
 
-A caller of plugin.handle like the one-shot executable; must not attach or detach in a way of its own.
+Calls plugin.handle as the one-shot executable does; must not attach or detach by itself.
 """

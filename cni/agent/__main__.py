@@ -1,4 +1,4 @@
-"""vmtapd: puts the agent's parts together, and takes them apart again on SIGTERM."""
+"""vmtapd: starts the parts of the agent, and stops them on SIGTERM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cni import plugin
 from cni.agent import health, metrics, node_metrics, server
 from cni.agent import log as logs
 from cni.agent.broker import Broker
-from cni.agent.link_deletion import Unlinker
+from cni.agent.link_deletion import LinkDeleter
 from cni.agent.log import log
 from cni.agent.policies import VARIABLE, Policies
 from cni.agent.reconcile.runner import Reconciler
@@ -39,22 +39,22 @@ if TYPE_CHECKING:
     from cni.plugin import Response
 
 
-_YOUNG = 20_000
-"""Objects made between two collections: a request makes some hundred, nearly none of them in a cycle."""
-_SPARE = 8
-"""Sockets and namespaces that are kept for the next requests."""
+_GC_THRESHOLD = 20_000
+"""Allocations from one garbage collection to the next: a request makes some hundred, hardly any in a cycle."""
+_SPARE_HOSTS = 8
+"""Host objects (netlink sockets, namespace fds) that are kept for the next requests."""
 _M_ARENA_MAX = -8  # malloc.h
 _ARENAS = 2
-"""glibc begins a heap for nearly every thread, and with the device plugin there are dozens: it was 2 to 7 MB of 45."""
+"""glibc gives nearly every thread an arena; the dozens with the device plugin took 2 to 7 MB of 45."""
 _COMMANDS = ("ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION")
 
 
-def _to_nobody(response: Response, stderr: bytes) -> None:
-    """For a request that nobody waits for."""
+def _no_reply(response: Response, stderr: bytes) -> None:
+    """The reply to a pending DEL, whose shim has ended."""
 
 
 class Agent:
-    """Everything that a request needs and that outlives it."""
+    """Answers requests: what they need and what outlives them, and the metrics of them."""
 
     def __init__(self, settings: Settings, store: Store, registry: metrics.Registry) -> None:
         self.settings = settings
@@ -63,12 +63,12 @@ class Agent:
             store,
             self.policies,
             settings.delegate_seconds,
-            Unlinker(),
+            LinkDeleter(),
             settings.cdi if settings.device_route == "cdi" else None,
             VepaWarning(settings.run),
         )
         self._hosts: list[Host] = []
-        """Not in use now: a request takes one, or makes one, and puts it back."""
+        """Those not in use: a request takes one, or makes one, and puts it back."""
         self._operations = registry.counter(
             "vmtap_operations_total",
             "CNI requests by what was answered; code 0 is success.",
@@ -85,7 +85,7 @@ class Agent:
         )
 
     def answer(
-        self, request: Request, reply: Reply = _to_nobody, yield_turn: Callable[[], None] = keep_turn
+        self, request: Request, reply: Reply = _no_reply, yield_turn: Callable[[], None] = keep_turn
     ) -> Response:
         """Carry out one request. reply: called with the response; yield_turn: see plugin.handle."""
         begin = time.monotonic()
@@ -95,7 +95,7 @@ class Agent:
             host = Host()
         self._in_flight.inc()
         response = plugin.handle(request, self.node, host, yield_turn)
-        if len(self._hosts) < _SPARE:
+        if len(self._hosts) < _SPARE_HOSTS:
             self._hosts.append(host)
         else:
             host.close()
@@ -105,7 +105,7 @@ class Agent:
         if response.error:
             stderr = f"{request.called_as}: {response.error}\n".encode()
             fields |= {"code": response.error.code, "error": str(response.error)}
-        reply(response, stderr)  # before the rest: somebody waits for it
+        reply(response, stderr)  # first: the runtime waits for it
         self._in_flight.inc(by=-1)
         self._count(request.env.get("CNI_COMMAND", ""), response.error, seconds)
         log(
@@ -119,7 +119,7 @@ class Agent:
         return response
 
     def refused(self, why: str) -> None:
-        """Take note of a connection that carried no request."""
+        """Count and log a connection that was not served."""
         self._refused.inc()
         log(WARNING, "refused", why=why)
 
@@ -129,14 +129,14 @@ class Agent:
         self._seconds.observe(seconds, known)
 
     def policy_error(self) -> str | None:
-        """What is wrong with the policy file as it is now."""
+        """Why the policy file as it is now is invalid; None if it is valid or absent."""
         with suppress(CniError):
             self.policies()
         return str(self.policies.error) if self.policies.error else None
 
 
 def main() -> int:
-    """Run until SIGTERM or SIGINT; the exit status."""
+    """Run until SIGTERM or SIGINT. The exit status: 0, 64 for wrong settings, 1 if the agent cannot start."""
     try:
         settings = load_settings(sys.argv[1:])
     except CniError as error:
@@ -145,7 +145,7 @@ def main() -> int:
     logs.start(settings.log_level)
     with suppress(AttributeError):  # another libc than glibc
         libc.mallopt(_M_ARENA_MAX, _ARENAS)
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))  # threads inherit it
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))  # the threads inherit the mask
     try:
         return _run(settings)
     except (CniError, OSError) as error:
@@ -156,23 +156,17 @@ def main() -> int:
 def _run(settings: Settings) -> int:
     store = Store(settings.run, _note)
     store.prepare()
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each VM's pidfd, and queues on their way
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (limit, limit)
+    )  # for a pidfd of each VM, and queues being sent
     folder = f"{settings.run}/agent"
     os.makedirs(folder, mode=0o700, exist_ok=True)
     registry = metrics.Registry()
     agent = Agent(settings, store, registry)
     node_metrics.declare(registry, store, agent.policies, lambda: agent.policy_error() is None)
-    agent.policy_error()  # it is logged, and every ADD says so
-    reconciler = Reconciler(
-        store,
-        agent.answer,
-        agent.policies,
-        registry,
-        seconds=settings.reconcile_seconds,
-        delegate_seconds=settings.delegate_seconds,
-        delete_link=agent.node.delete_link,
-    )
+    agent.policy_error()  # logs it; every ADD reports it, too
+    reconciler = Reconciler(agent.node, agent.answer, registry, seconds=settings.reconcile_seconds)
     reconciler.start()
     path = f"{folder}/cni.sock"
     lent = _inherited()
@@ -181,12 +175,12 @@ def _run(settings: Settings) -> int:
     broker.start()
     offering = _device_plugin(settings, agent.policies, store, registry)
     gc.collect()
-    gc.freeze()  # what is there now stays: no collection need look at it again
-    gc.set_threshold(_YOUNG)
+    gc.freeze()  # these objects stay: collections need not visit them
+    gc.set_threshold(_GC_THRESHOLD)
     serving.start()
     if offering:
         offering.start()
-    told = _health(settings.metrics, path, store, agent, registry)
+    monitoring = _health(settings.metrics, path, store, agent, registry)
     _notify("READY=1")
     log(INFO, "ready", socket=path)
     number = signal.sigwait((signal.SIGTERM, signal.SIGINT))
@@ -195,21 +189,21 @@ def _run(settings: Settings) -> int:
     if offering:
         offering.stop()
     broker.stop()
-    done = serving.stop(settings.drain_seconds)
-    if not done:
-        log(WARNING, "requests were still in flight; the reconciler will heal what they leave")
+    if not serving.stop(settings.drain_seconds):
+        log(WARNING, "requests were still in flight; the reconciler will repair what they leave")
     reconciler.stop()
-    if told:
-        told.stop()
+    if monitoring:
+        monitoring.stop()
     return 0
 
 
 def _device_plugin(
     settings: Settings, policies: Policies, store: Store, registry: metrics.Registry
 ) -> DevicePlugin | None:
+    """The device plugin, if the settings have it on. Raises CniError, OSError."""
     if not settings.device_plugin:
         if policies.discovers:
-            log(WARNING, f"{VARIABLE} asks for discovery, which is the device plugin's, and that is off")
+            log(WARNING, f"{VARIABLE} requests discovery, which needs the device plugin, and that is off")
         return None
     from cni.agent.deviceplugin.offering import DevicePlugin  # noqa: PLC0415 - gRPC is 25 MB
 
@@ -219,7 +213,7 @@ def _device_plugin(
 def _health(
     address: str, path: str, store: Store, agent: Agent, registry: metrics.Registry
 ) -> health.Health | None:
-    """Serve health and metrics at address, if there is one. That a port is taken must not keep pods from starting."""
+    """Serve health and metrics at address; None if it is empty, or fails, which must not keep pods from starting."""
     if not address:
         return None
 
@@ -231,29 +225,32 @@ def _health(
     live = {"socket": lambda: health.served(path)}
     ready = {**live, "state": store.unwritable, "policy": agent.policy_error}
     try:
-        told = health.Health(address, live=live, ready=ready, metrics=text, content_type=metrics.CONTENT_TYPE)
+        endpoint = health.Health(
+            address, live=live, ready=ready, metrics=text, content_type=metrics.CONTENT_TYPE
+        )
     except CniError as error:
         log(ERROR, "health and metrics are not served", error=str(error))
         return None
-    told.start()
-    log(INFO, "health and metrics", address=address, port=told.port)
-    return told
+    endpoint.start()
+    log(INFO, "health and metrics", address=address, port=endpoint.port)
+    return endpoint
 
 
 def _note(text: str) -> None:
+    """Log what the store reports."""
     log(WARNING, "note", what=text)
 
 
 def _inherited() -> socket.socket | None:
-    """systemd's socket (sd_listen_fds(3)): the first, if it was meant for us."""
+    """The first socket that systemd passed to this process (sd_listen_fds(3)), or None."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not int(os.environ.get("LISTEN_FDS", "0")):
         return None
-    os.set_inheritable(3, False)  # not for the delegates
+    os.set_inheritable(3, False)  # delegates must not inherit it
     return socket.socket(fileno=3)
 
 
 def _notify(state: str) -> None:
-    """sd_notify(3), where systemd listens."""
+    """Send state to systemd if it listens (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET")
     if not path:
         return
@@ -261,7 +258,7 @@ def _notify(state: str) -> None:
         try:
             notify.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
         except OSError as error:
-            log(WARNING, "systemd does not take notice", error=str(error))
+            log(WARNING, "systemd cannot be notified", error=str(error))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Delete a link and go on as soon as it is gone, not when the kernel has finished waiting.
+"""Deletes a link and returns as soon as it is gone, before the kernel has finished.
 
-RTM_DELLINK blocks its sender for 15 to 40 ms, nearly all of it in netdev_run_todo, after the link is unlisted,
-its MAC is free on the lower device and RTM_DELLINK was broadcast (net/core/dev.c, macvlan.c). So a thread of a bounded
-number blocks, and the request waits for the broadcast. Must not be used by a process that is about to exit.
+RTM_DELLINK blocks its sender for 15 to 40 ms, nearly all of it in netdev_run_todo, after the link is unlisted, its MAC
+is free on the lower device and RTM_DELLINK was broadcast (net/core/dev.c, macvlan.c). So one of a bounded number of
+threads sends the message and blocks, while the caller waits for the broadcast. Must not be used by a process that is
+about to exit.
 """
 
 from __future__ import annotations
@@ -30,49 +31,49 @@ if TYPE_CHECKING:
     from typing import Self
 
 _SPARE = 8
-"""Threads that stay when all is quiet."""
+"""Idle threads that are kept."""
 
 _AT_TYPE = 4  # nlmsghdr.nlmsg_type
 _AT_IFINDEX = 16 + 4  # ifinfomsg.ifi_index
 
 
-class Unlinker:
-    """A rtnl.DeleteLink that answers when the link is gone. most: links being waited for at once."""
+class LinkDeleter:
+    """An rtnl.DeleteLink that returns once the link is gone. most: threads; without a free one the caller blocks."""
 
     def __init__(self, most: int = 64) -> None:
         self._most = most
-        self._works: SimpleQueue[_Work] = SimpleQueue()
+        self._deletions: SimpleQueue[_Deletion] = SimpleQueue()
         self._lock = threading.Lock()
         self._threads = self._idle = 0
 
     def __call__(self, host: Rtnl, index: int, nsid: int | None) -> None:
-        """Raises OSError, as rtnl.delete_link does."""
-        with _watch(index) as gone, _Work(index, nsid) as work:
+        """Delete the link of that index, in host's namespace or in the namespace nsid. Raises OSError."""
+        with _watch(index) as gone, _Deletion(index, nsid) as deletion:
             poll = select.poll()
             poll.register(gone, select.POLLIN)
-            poll.register(work.done, select.POLLIN)
-            if not self._begin(work):
-                work.carry_out()
+            poll.register(deletion.done, select.POLLIN)
+            if not self._begin(deletion):
+                deletion.carry_out()
             ready = {fd for fd, _ in poll.poll()}
-            if work.done in ready and work.error:
-                raise work.error
+            if deletion.done in ready and deletion.error:
+                raise deletion.error
 
-    def _begin(self, work: _Work) -> bool:
-        """Give it to an idle thread, else to a new one, which costs more than all the rest; False if none is left."""
+    def _begin(self, deletion: _Deletion) -> bool:
+        """Give the deletion to an idle thread, else to a new one; False if there are `most` and all are busy."""
         with self._lock:
             new = self._idle == 0
             if new and self._threads >= self._most:
                 return False
             self._threads += new
             self._idle -= not new
-        self._works.put(work)
+        self._deletions.put(deletion)
         if new:
-            threading.Thread(target=self._serve, name="unlink", daemon=True).start()
+            threading.Thread(target=self._serve, name="link deletion", daemon=True).start()
         return True
 
     def _serve(self) -> None:
         while True:
-            self._works.get().carry_out()
+            self._deletions.get().carry_out()
             with self._lock:
                 if self._idle >= _SPARE:
                     self._threads -= 1
@@ -80,8 +81,8 @@ class Unlinker:
                 self._idle += 1
 
 
-class _Work:
-    """One deletion, to its very end. done: an fd that is readable then, open inside the with block."""
+class _Deletion:
+    """One deletion. done: an fd that is readable once the kernel has finished; open within the with block."""
 
     def __init__(self, index: int, nsid: int | None) -> None:
         self._index, self._nsid = index, nsid
@@ -89,6 +90,7 @@ class _Work:
         self.done, self._end = os.pipe()
 
     def carry_out(self) -> None:
+        """Delete the link, set error if that fails, and make done readable."""
         try:
             with Rtnl() as own:
                 delete_link(own, self._index, self._nsid)
@@ -105,9 +107,9 @@ class _Work:
 
 
 def _watch(index: int) -> socket.socket:
-    """A socket that becomes readable when a link of that index is gone, in whichever namespace.
+    """A socket that becomes readable when a link of that index is deleted, in any network namespace.
 
-    The kernel drops every other message, so that of a hundred DELs at once none reads the others' messages.
+    The kernel drops all other messages, so that a hundred DELs at once do not each read all of them.
     """
     watch = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
     bpf.keep_only(watch, (_AT_TYPE, struct.pack("=H", RTM_DELLINK)), (_AT_IFINDEX, struct.pack("=i", index)))

@@ -1,9 +1,9 @@
-"""The CNI socket: one request after the other, and one that has to wait for somebody lets the next begin.
+"""The CNI socket: serves one request after the other, except that a request which waits lets the next one begin.
 
 Python runs one thread at a time and the kernel changes one link at a time (RTNL), so a hundred threads would only
-spin for both: 100 ADDs at once cost three times the CPU that they cost one by one. So one thread waits in accept()
-and serves; before it waits for a delegate, a lock, a link's end or a peer that has not said all, it calls its
-successor (Turn.leave) and goes on beside it. Must not know what a request means: that is plugin.handle's.
+compete for both: 100 ADDs at once then cost three times the CPU time that they cost one by one. So one thread waits in
+accept(2) and serves. Before it waits for a delegate, a lock, the end of a link or a slow peer, it has a second thread
+take over (Turn.leave), and finishes its request beside it. Must not know what a request means: plugin.handle does.
 """
 
 from __future__ import annotations
@@ -31,41 +31,43 @@ if TYPE_CHECKING:
 SO_PEERCRED = 17
 _UCRED = struct.Struct("=iII")
 _REQUEST_SECONDS = 15.0
+"""How long each read from a slow shim, and each write to it, may take."""
 _PAUSE_SECONDS = 0.1
+"""Until the next try, if accept(2) fails."""
 _SPARE = 8
-"""Threads that stay when all is quiet."""
+"""Idle threads that are kept."""
 _BACKLOG = 512
 
 
 def listen(path: str, mode: int = 0o600) -> socket.socket:
-    """A listening unix socket at path, complete when it appears; an older one there is replaced."""
+    """A listening unix socket that appears at path with its mode set, replacing an older one. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    made = f"{path}.new"
+    temporary = f"{path}.new"
     with suppress(FileNotFoundError):
-        os.unlink(made)
+        os.unlink(temporary)
     before = os.umask(0o177)
     try:
-        listener.bind(made)
+        listener.bind(temporary)
     finally:
         os.umask(before)
-    os.chmod(made, mode)
+    os.chmod(temporary, mode)
     listener.listen(_BACKLOG)
-    os.rename(made, path)
+    os.rename(temporary, path)
     return listener
 
 
 class Turn:
-    """A request's right to be the only one that works; given up once and for good by leave()."""
+    """A request's right to be the only one served. It ends with the request, or earlier with leave()."""
 
-    def __init__(self, call_successor: Callable[[], None]) -> None:
-        self._call_successor = call_successor
+    def __init__(self, start_successor: Callable[[], None]) -> None:
+        self._start_successor = start_successor
         self.left = False
 
     def leave(self) -> None:
-        """Before a wait that the others need not share. May be called again."""
+        """Let the next request begin. Call before a wait; a second call does nothing."""
         if not self.left:
             self.left = True
-            self._call_successor()
+            self._start_successor()
 
 
 class Server:
@@ -79,38 +81,40 @@ class Server:
         *,
         lent: bool = False,
     ) -> None:
-        """answer gets what was request, how to reply, and what to call before it waits for somebody else.
+        """answer is called with the request, a function that replies, and one to call before it waits (Turn.leave).
 
-        lent: the socket is systemd's, which listens on when we are gone.
+        refused: called with the reason for each connection that is not served. lent: systemd made the listener and
+        keeps it open after this process.
         """
         self._listener = listener
         self._lent = lent
         self._answer = answer
         self._refused = refused
         self._lock = threading.Lock()
-        self._called: SimpleQueue[None] = SimpleQueue()
+        self._wakeups: SimpleQueue[None] = SimpleQueue()
         self._idle = 0
         self._threads: set[threading.Thread] = set()
         self._stopping = False
 
     def start(self) -> None:
-        """Begin to serve."""
-        self._successor()
+        """Start the first thread."""
+        self._start_successor()
 
     def stop(self, seconds: float) -> bool:
-        """Take no more requests and wait for those that were made; whether all of them ended in time.
+        """Accept no more, and wait for the requests; whether all of them ended within seconds (if negative: no limit).
 
-        Who has connected by now is served, too: an ADD whose connection breaks would have to be undone.
+        Serves the connections that wait in the backlog, too, since an ADD whose connection breaks must be undone. The
+        backlog of a lent socket is left to the next agent.
         """
         with self._lock:
             self._stopping = True
             self._idle = 0
             for _ in self._threads:
-                self._called.put(None)
+                self._wakeups.put(None)
         if self._lent:
             self._wake()
         else:
-            self._listener.shutdown(socket.SHUT_RDWR)  # accept() goes on to the last that waits, then fails
+            self._listener.shutdown(socket.SHUT_RDWR)  # accept() empties the backlog, then fails
         until = time.monotonic() + (threading.TIMEOUT_MAX if seconds < 0 else seconds)
         while thread := self._any():
             if (left := until - time.monotonic()) <= 0:
@@ -120,25 +124,25 @@ class Server:
         return thread is None
 
     def _any(self) -> threading.Thread | None:
-        """One that has not ended."""
+        """A thread that has not ended; None if all have."""
         with self._lock:
             return next(iter(self._threads), None)
 
     def _wake(self) -> None:
-        """End accept() by a connection that says nothing: shutdown() would end the socket for systemd, too."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as nobody:
-            nobody.setblocking(False)
-            with suppress(OSError):  # so many requests wait that one of them will do
-                nobody.connect(self._listener.getsockname())
+        """Wake accept() by a connection without a request: shutdown() would end the listener of systemd, too."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as empty:
+            empty.setblocking(False)
+            with suppress(OSError):  # EAGAIN: the backlog is full, which wakes accept() as well
+                empty.connect(self._listener.getsockname())
 
-    def _successor(self) -> None:
-        """Let an idle thread take the next request, or a new one."""
+    def _start_successor(self) -> None:
+        """Have an idle thread, or a new one, serve the next request."""
         with self._lock:
             if self._stopping and self._lent:
                 return
             if self._idle:
                 self._idle -= 1
-                self._called.put(None)
+                self._wakeups.put(None)
                 return
             thread = threading.Thread(target=self._serve, name="cni", daemon=True)
             self._threads.add(thread)
@@ -146,17 +150,17 @@ class Server:
 
     def _serve(self) -> None:
         try:
-            while self._take_turns() and self._rest():
+            while self._serve_in_turn() and self._idle_until_needed():
                 pass
         finally:
             with self._lock:
                 self._threads.discard(threading.current_thread())
 
-    def _take_turns(self) -> bool:
-        """Serve until another thread has been called to do so; False when it is all over."""
-        turn = Turn(self._successor)
+    def _serve_in_turn(self) -> bool:
+        """Serve until another thread has taken over; False if the server stops."""
+        turn = Turn(self._start_successor)
         while not turn.left:
-            if self._stopping and self._lent:  # systemd's socket keeps who waits there for the next agent
+            if self._stopping and self._lent:  # systemd keeps the backlog for the next agent
                 return False
             try:
                 fd, _ = self._listener._accept()  # type: ignore[attr-defined]
@@ -164,27 +168,28 @@ class Server:
             except OSError as error:
                 if self._stopping:
                     return False
-                self._refused(f"a connection could not be taken: {error}")
-                time.sleep(_PAUSE_SECONDS)  # no fd is free, say: there is no event to wait for
+                self._refused(f"a connection could not be accepted: {error}")
+                time.sleep(_PAUSE_SECONDS)  # EMFILE, for example: there is no event to wait for
                 continue
             try:
-                self._one(connection, turn)
-            except Exception as error:  # the last wall: whoever is next must still be served
-                self._refused(f"a fault in vmtapd itself: please report it: {error!r}")
+                self._handle(connection, turn)
+            except Exception as error:  # the next requests must still be served
+                self._refused(f"internal error in vmtapd: please report it: {error!r}")
             finally:
                 connection.close()
         return True
 
-    def _rest(self) -> bool:
-        """Until called; False if there are enough who wait for that."""
+    def _idle_until_needed(self) -> bool:
+        """Wait for the next turn; False if enough threads do, or the server stops."""
         with self._lock:
             if self._idle >= _SPARE or self._stopping:
                 return False
             self._idle += 1
-        self._called.get()
+        self._wakeups.get()
         return True
 
-    def _one(self, connection: _socket.socket, turn: Turn) -> None:
+    def _handle(self, connection: _socket.socket, turn: Turn) -> None:
+        """Read one request, answer it, and close its netns fd."""
         pid, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, SO_PEERCRED, _UCRED.size))
         if uid not in (0, os.geteuid()):
             self._refused(f"uid {uid} (process {pid}) may not use the CNI socket")
@@ -203,9 +208,9 @@ class Server:
             return
 
         def reply(response: Response, stderr: bytes) -> None:
-            with suppress(OSError):  # a shim that is gone was killed by its runtime, which sends a DEL
+            with suppress(OSError):  # the runtime has killed its shim, and will send a DEL
                 wire.reply(connection, response, stderr, late)
-            os.sched_yield()  # the kernel often wakes the shim on this CPU: what is left to do here is not its wait
+            os.sched_yield()  # often the shim is to run on this CPU: let it, before this thread goes on
 
         try:
             self._answer(request, reply, turn.leave)

@@ -1,4 +1,4 @@
-"""What the shim and the agent say to each other; cni/shim/vmtap.c is the other end, and has the layout.
+"""The agent's side of the protocol between shim and agent; cni/shim/vmtap.c is the other side and documents the layout.
 
 Must not know what a request means.
 """
@@ -28,25 +28,25 @@ _HEAD = struct.Struct("=IIII")  # magic, called as macvtap?, length of env, leng
 _TAIL = struct.Struct("=iII")  # exit status, length of stdout, length of stderr
 _MAGIC = 0x31746D76  # "vmt1"
 _FIRST_BYTES = 1 << 14
-"""More than nearly every request has: it is read at once."""
+"""Read by the first call: nearly every request is smaller."""
 _PROMPT_SECONDS = 0.05
-"""A shim says all that it has to say at once."""
+"""How long to wait for the rest of a request before late() is called. A shim sends its request at once."""
 _ONE_FD = socket.CMSG_LEN(4)
 ENV_LIMIT = 16 << 20
 STDIN_LIMIT = (1 << 20) + 1
 
 
 class WireError(ValueError):
-    """Bytes that no shim of ours sends."""
+    """The data is not a request of the shim."""
 
 
 def receive(connection: _socket.socket, late: Callable[[], None] | None = None) -> Request | None:
     """The next request, from a blocking socket; None if the peer sent nothing. The caller closes the request's netns.
 
-    late: called when the peer keeps us waiting; sets the timeout of what is tried then. Without it there is no
-    timeout. Raises WireError, OSError (with it TimeoutError).
+    late: called if the peer is slow (_PROMPT_SECONDS); sets the timeout of later reads. Without late: no timeout.
+    Raises WireError, OSError (TimeoutError is one).
     """
-    try:  # nearly always all of it is there: no timeout needs to be set and no poll(2) made
+    try:  # nearly always the request has arrived: saves setting a timeout, and poll(2)
         first, fds = _first(connection, socket.MSG_DONTWAIT)
     except BlockingIOError:
         if late:
@@ -61,7 +61,7 @@ def receive(connection: _socket.socket, late: Callable[[], None] | None = None) 
         head, body = first[: _HEAD.size], first[_HEAD.size :]
         missing = _check(head) - len(body)
         if missing < 0:
-            raise WireError("it goes on after its end")
+            raise WireError("the request is longer than its head states")
         return _request(head, body + _exactly(connection, missing, late) if missing else body, netns)
     except BaseException:
         for fd in fds:
@@ -70,16 +70,16 @@ def receive(connection: _socket.socket, late: Callable[[], None] | None = None) 
 
 
 def parse(data: bytes) -> Request:
-    """A request that the shim left in a file. Raises WireError."""
+    """Parse a request that the shim wrote to a file in pending/. Raises WireError."""
     if len(data) < _HEAD.size or len(data) - _HEAD.size != _check(data[: _HEAD.size]):
-        raise WireError("it is cut short")
+        raise WireError("the request does not have the length that its head states")
     return _request(data[: _HEAD.size], data[_HEAD.size :], None)
 
 
 def reply(
     connection: _socket.socket, response: Response, stderr: bytes, late: Callable[[], None] = keep_turn
 ) -> None:
-    """Answer and be done. late: called if the shim has to read first. Raises OSError if it is gone."""
+    """Send the answer. late: called if that blocks until the shim reads. Raises OSError if the shim has ended."""
     data = _TAIL.pack(response.status, len(response.stdout), len(stderr)) + response.stdout + stderr
     sent = 0
     with suppress(BlockingIOError):
@@ -90,7 +90,7 @@ def reply(
 
 
 def _first(connection: _socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
-    """What one recvmsg(2) gives, and the fds that came with it: one at most, the kernel closes others."""
+    """The data of one recvmsg(2), and its fds: at most one, since the kernel closes those without room."""
     data, ancillary, _, _ = connection.recvmsg(_FIRST_BYTES, _ONE_FD, flags | socket.MSG_CMSG_CLOEXEC)
     return data, [
         struct.unpack("=i", payload)[0]
@@ -112,7 +112,7 @@ def _twice(read: Callable[[], T], late: Callable[[], None] | None) -> T:
 def _check(head: bytes) -> int:
     magic, _, env_length, stdin_length = _HEAD.unpack(head)
     if magic != _MAGIC or env_length > ENV_LIMIT or stdin_length > STDIN_LIMIT:
-        raise WireError("it does not begin as a request")
+        raise WireError("the head is not that of a request")
     return int(env_length + stdin_length)
 
 
@@ -133,6 +133,6 @@ def _exactly(connection: _socket.socket, length: int, late: Callable[[], None] |
     while have < length:
         got = _twice(partial(connection.recv_into, view[have:]), late)
         if not got:
-            raise WireError("it ended too early")
+            raise WireError("the connection ended within the request")
         have += got
     return bytes(data)

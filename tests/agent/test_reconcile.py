@@ -401,7 +401,7 @@ class TestPending:
         request.write_bytes(kept)
         os.utime(request, ns=(written, written))
         node.agent.start()
-        node.hears("pending DEL dropped: it was added again since")
+        node.hears("pending DEL dropped: the attachment was added again after it")
         assert "net1" in pod.links()
         assert not request.exists()
 

@@ -17,7 +17,7 @@ import pytest
 
 from cni.agent.metrics import Registry
 from cni.agent.reconcile.runner import Reconciler
-from cni.kernel.rtnl import delete_link
+from cni.attach.call import Node
 from cni.state.store import Store
 from lab.wire import BRIDGE, NIC
 from tests.faults.baseline import processes
@@ -48,15 +48,8 @@ def _reconcile(plugin: Plugin, delegate_seconds: float = 60) -> None:
         raise AssertionError("nothing was pending")
 
     def run() -> None:
-        reconciler = Reconciler(
-            Store(plugin.state),
-            unasked,
-            lambda: None,
-            Registry(),
-            seconds=3600,
-            delegate_seconds=delegate_seconds,
-            delete_link=delete_link,
-        )
+        node = Node(Store(plugin.state), lambda: None, delegate_seconds)
+        reconciler = Reconciler(node, unasked, Registry(), seconds=3600)
         reconciler.start()
         reconciler.stop(60)
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from cni.agent.metrics import Registry
 from cni.agent.reconcile.runner import Reconciler
+from cni.attach.call import Node
 from cni.config import policy
-from cni.kernel.rtnl import delete_link
 from cni.state.store import Store
 from lab.wire import run
 from tests.runner import config
@@ -29,15 +29,8 @@ def _answer(asked: object) -> Response:
 
 def _reconcile(plugin: Plugin) -> None:
     """One whole run."""
-    reconciler = Reconciler(
-        Store(plugin.state),
-        _answer,
-        lambda: policy.load(plugin.policy),
-        Registry(),
-        seconds=3600.0,
-        delegate_seconds=30.0,
-        delete_link=delete_link,
-    )
+    node = Node(Store(plugin.state), lambda: policy.load(plugin.policy), delegate_seconds=30.0)
+    reconciler = Reconciler(node, _answer, Registry(), seconds=3600.0)
     reconciler.start()
     reconciler.stop(60.0)
 

@@ -1,4 +1,4 @@
-"""Removes what no record speaks of: indexes, half-written records, device nodes, bridge ports, VLAN devices."""
+"""Removes leftovers without a record: indexes, half-written records, device nodes, bridge ports, VLAN devices."""
 
 from __future__ import annotations
 
@@ -16,42 +16,46 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cni.agent.metrics import Registry
     from cni.agent.reconcile.workers import Workers
-    from cni.kernel.rtnl import DeleteLink, Link
-    from cni.state.store import Store
+    from cni.attach.call import Node
+    from cni.kernel.rtnl import Link
 
 
 class Leftovers:
-    """What kills and lost records left on the host."""
+    """What is left on the host of attachments that have no record."""
 
-    def __init__(self, store: Store, delete_link: DeleteLink, workers: Workers, registry: Registry) -> None:
-        self._store = store
-        self._delete_link = delete_link
+    def __init__(self, node: Node, workers: Workers, registry: Registry) -> None:
+        self._store = node.store
+        self._delete_link = node.delete_link
         self._workers = workers
         self._removed = registry.counter(
             "vmtap_reconcile_leftovers_removed_total", "Leftovers that no record spoke of.", "kind"
         )
 
     def look(self, unrecorded: dict[str, int]) -> None:
-        """Hand on what no record speaks of, nor a link that might get one."""
+        """Have leftovers removed that belong to no record.
+
+        unrecorded: attachment id → index of links that may be adopted, whose belongings stay. Raises CniError, OSError.
+        """
         with Rtnl() as host:
             links = host.links()
             numbers: dict[str, list[int]] = {id: [] for id in self._store.unfinished()}
             for number, id in self._store.reserved():
                 numbers.setdefault(id, []).append(number)
-            kept = {*self._store.recorded(), *unrecorded}  # after what it is compared with
+            kept = {*self._store.recorded(), *unrecorded}  # read last: an ADD meanwhile has a record by now
             for id in numbers.keys() - kept:
-                self._workers.hand_on(id, partial(self._forget, id, numbers[id]))
+                self._workers.submit(id, partial(self._forget, id, numbers[id]))
             for link in links:
                 tap, id = bridge_port.tap_of(link.name), id_of(link.alias) or ""
                 if tap is not None and id and id not in kept and link.kind == "veth":
-                    self._workers.hand_on(id, partial(self._remove_port, id, tap, link))
+                    self._workers.submit(id, partial(self._remove_port, id, tap, link))
             for name in lower.leftovers(links, self._store.records()):
-                self._workers.hand_on(name, partial(self._remove_device, name))
+                self._workers.submit(name, partial(self._remove_device, name))
         for number in self._store.sweep_nodes(keep=unrecorded.values()):
             self._removed.inc("node")
             log(INFO, "leftover removed", kind="node", ifindex=number)
 
     def _forget(self, id: str, numbers: list[int]) -> None:
+        """Remove what the state folder has of an attachment without a record. numbers: its interface indexes."""
         with self._store.locked(id, wait=False):
             if self._store.load(id):
                 return
@@ -60,11 +64,12 @@ class Leftovers:
         log(INFO, "leftover removed", kind="state", id=id)
 
     def _remove_port(self, id: str, tap: int, seen: Link) -> None:
+        """Remove the bridge port of an attachment whose tap, of that index, is gone."""
         with self._store.locked(id, wait=False), Rtnl() as host:
             if self._store.load(id):
                 return
             if seen.lower_nsid is not None:
-                with suppress(OSError):  # EINVAL: the namespace died, and the pair with it
+                with suppress(OSError):  # EINVAL: the namespace died, and the veth pair with it
                     if host.link(index=tap, nsid=seen.lower_nsid):
                         return
             bridge_port.remove(host, tap, seen.alias, self._delete_link)
@@ -72,8 +77,9 @@ class Leftovers:
         log(INFO, "leftover removed", kind="port", link=seen.name, alias=seen.alias)
 
     def _remove_device(self, name: str) -> None:
+        """Remove a VLAN device if no macvtap is on it."""
         with Rtnl() as host:
             removed = lower.remove(host, self._store, name, self._delete_link)
-        if removed:  # else a macvtap is on it still
+        if removed:
             self._removed.inc("vlan")
             log(INFO, "leftover removed", kind="vlan", link=name)

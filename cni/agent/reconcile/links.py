@@ -1,4 +1,4 @@
-"""Adopts the links of ours without a record: one is made from the link."""
+"""Adopts links of vmtap's without a record: makes the record from the link."""
 
 from __future__ import annotations
 
@@ -19,43 +19,42 @@ from cni.state.store import IFINDEX_BASE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from cni.agent.metrics import Registry
     from cni.agent.reconcile.workers import Workers
-    from cni.config.policy import Policy
+    from cni.attach.call import Node
     from cni.kernel.rtnl import Link
-    from cni.state.store import Store
 
 _DIGEST = re.compile(r"vmtap/([^/]+-[0-9a-f]{24})")
 
 
 class Links:
-    """The links that are marked as ours, in every namespace that the host's knows. policy: the node's."""
+    """The links with an alias of vmtap's, in every network namespace that the host's has an id for."""
 
-    def __init__(
-        self, store: Store, policy: Callable[[], Policy | None], workers: Workers, registry: Registry
-    ) -> None:
-        self._store = store
-        self._policy = policy
+    def __init__(self, node: Node, workers: Workers, registry: Registry) -> None:
+        self._store = node.store
+        self._policy = node.policy
         self._workers = workers
-        self._told: set[tuple[int, int]] = set()
+        self._left_alone: set[tuple[int, int]] = set()
+        """(nsid, index) of the links that cannot be adopted. Each is logged once."""
         self._adopted = registry.counter(
             "vmtap_reconcile_adopted_total", "Links without a record for which one was made."
         )
         registry.computed(
             "vmtap_reconcile_unrecorded",
             "Links of ours without a record, of which none can be made.",
-            look=lambda: {(): len(self._told)},
+            look=lambda: {(): len(self._left_alone)},
         )
 
-    def look(self, unrecorded: dict[str, int], there: set[tuple[int, int, str]]) -> None:
-        """Hand on the links of ours that no record speaks of.
+    def look(self, unrecorded: dict[str, int], existing: set[tuple[int, int, str]]) -> None:
+        """Have the links without a record adopted.
 
-        unrecorded gets their ids and indexes, there (nsid, index, alias) of all that are marked as ours.
+        Adds their attachment id → index to unrecorded, and (nsid, index, alias) of every link of vmtap's to existing.
+        Both are valid, if incomplete, when this raises OSError or CniError.
         """
-        seen = set()
-        known = set(self._store.recorded())
+        without_record = set()
+        recorded = set(self._store.recorded())
         with Rtnl() as host:
             own = _own_nsid(host)
             for nsid in host.nsids():
@@ -64,21 +63,22 @@ class Links:
                 try:
                     links = host.links(nsid=nsid)
                 except OSError as error:
-                    if error.errno != errno.EINVAL:  # that: it died meanwhile
+                    if error.errno != errno.EINVAL:  # EINVAL: the namespace died meanwhile
                         raise
                     continue
                 for link in links:
                     id = id_of(link.alias)
                     if id is None:
                         continue
-                    there.add((nsid, link.index, link.alias))
-                    if id not in known and link.index >= IFINDEX_BASE:
+                    existing.add((nsid, link.index, link.alias))
+                    if id not in recorded and link.index >= IFINDEX_BASE:
                         unrecorded[id] = link.index
-                        seen.add((nsid, link.index))
-                        self._workers.hand_on(id, partial(self._adopt, id, nsid, link))
-        self._told &= seen
+                        without_record.add((nsid, link.index))
+                        self._workers.submit(id, partial(self._adopt, id, nsid, link))
+        self._left_alone &= without_record
 
     def _adopt(self, id: str, nsid: int, seen: Link) -> None:
+        """Make a record of the link if it is still as seen; else, or if that is not possible, leave it alone."""
         with self._store.locked(id, wait=False), Rtnl() as host:
             link = host.link(index=seen.index, nsid=nsid)
             if link is None or link.alias != seen.alias or self._store.load(id):
@@ -89,20 +89,20 @@ class Links:
         if adopted:
             self._adopted.inc()
             log(WARNING, "link without a record adopted", **fields)
-        elif (nsid, link.index) not in self._told:
-            self._told.add((nsid, link.index))
+        elif (nsid, link.index) not in self._left_alone:
+            self._left_alone.add((nsid, link.index))
             log(WARNING, "link without a record left alone: DEL removes it, by its alias", **fields)
 
     def _record_of(self, host: Rtnl, nsid: int, link: Link) -> Record | None:
-        """A record as ADD would have left it, as far as the link tells; None if it is none that ADD made."""
+        """The record of an ADD that made this link, as far as the link shows it; None if no ADD makes such a link."""
         names = parse_alias(link.alias)
         mode = next((name for name, number in macvtap.MODES.items() if number == link.mode), None)
-        found = _namespace(host, nsid)
+        namespace = _namespace(host, nsid)
         if (
             names is None
             or link.kind != "macvtap"
             or mode is None
-            or found is None
+            or namespace is None
             or link.lower_nsid != _own_nsid(host)
         ):
             return None
@@ -112,19 +112,19 @@ class Links:
         lower = unrecorded.adopt(host, below, mode)
         network, container_id, ifname = names
         try:
-            known = self._policy()
+            policy = self._policy()
         except CniError:
-            known = None
+            policy = None
         entries = (
-            [each.name for each in known.interfaces if lower.source.name in each.sources] if known else []
+            [each.name for each in policy.interfaces if lower.source.name in each.sources] if policy else []
         )
         node = self._store.node(link.index)
         return Record(
             network=network,
             container_id=container_id,
             ifname=ifname,
-            netns=found[0],
-            netns_id=found[1],
+            netns=namespace[0],
+            netns_id=namespace[1],
             nsid=nsid,
             device="macvtap",
             ifindex=link.index,
@@ -141,15 +141,16 @@ class Links:
         )
 
 
-def id_of(mark: str) -> str | None:
-    """The id that an alias of ours stands for."""
-    if names := parse_alias(mark):
+def id_of(alias: str) -> str | None:
+    """The attachment id of an alias of vmtap's, which contains the names or the id; None for another alias."""
+    if names := parse_alias(alias):
         return identifier(*names)
-    digest = _DIGEST.fullmatch(mark)
+    digest = _DIGEST.fullmatch(alias)
     return digest[1] if digest else None
 
 
 def _own_nsid(host: Rtnl) -> int | None:
+    """The id of the host's network namespace in itself; None if it has none."""
     own = os.open(netns.OWN, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return host.known_nsid(own)
@@ -158,7 +159,7 @@ def _own_nsid(host: Rtnl) -> int | None:
 
 
 def _namespace(host: Rtnl, nsid: int) -> tuple[str, tuple[int, int]] | None:
-    """A path of the namespace that has that id, and its identity; None if there is no path that we can see."""
+    """A path of the network namespace of that id, and its (st_dev, st_ino); None if no path is visible here."""
     for path in _paths():
         try:
             fd = netns.open_path(path)
@@ -173,7 +174,7 @@ def _namespace(host: Rtnl, nsid: int) -> tuple[str, tuple[int, int]] | None:
 
 
 def _paths() -> Iterator[str]:
-    """Where namespaces are mounted (proc_pid_mountinfo(5)), then those that only processes hold, each once."""
+    """Paths of network namespaces: mounts (proc_pid_mountinfo(5)), then /proc/PID/ns/net of those without a mount."""
     seen = set()
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
@@ -185,6 +186,6 @@ def _paths() -> Iterator[str]:
         if name.isdecimal():
             path = f"/proc/{name}/ns/net"
             with suppress(OSError):
-                if (there := os.readlink(path)) not in seen:
-                    seen.add(there)
+                if (namespace := os.readlink(path)) not in seen:
+                    seen.add(namespace)
                     yield path

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from cni.plugin import Response
     from cni.state.store import Store
 
-_PENDING_SECONDS = 24 * 3600.0
-"""How long a DEL that fails is tried again before it is set aside."""
+_RETRY_SECONDS = 24 * 3600.0
+"""How long a DEL that fails is retried before it is set aside."""
 _UNFINISHED_SECONDS = 60.0
+"""The age at which a half-written file is removed: its shim was killed."""
 
 
 class Pending:
@@ -43,7 +44,7 @@ class Pending:
         self._done = registry.counter(
             "vmtap_reconcile_pending_done_total", "DELs carried out that came while the agent was away."
         )
-        # Looked at when asked for: one that is counted up and down would be wrong whenever a worker is the quicker.
+        # Computed at each scrape: counting up and down would race with the workers.
         registry.computed(
             "vmtap_reconcile_pending",
             "DELs that wait in the folder pending/.",
@@ -51,25 +52,27 @@ class Pending:
         )
 
     def look(self) -> None:
+        """Have each pending DEL carried out, and remove half-written files."""
         for name in self._waiting():
             path = f"{self._folder}/{name}"
             if name.endswith(".new"):
                 with suppress(FileNotFoundError):
-                    if time.time() - os.stat(path).st_mtime > _UNFINISHED_SECONDS:  # its shim was killed
+                    if time.time() - os.stat(path).st_mtime > _UNFINISHED_SECONDS:
                         os.unlink(path)
             elif not name.endswith(".bad"):
-                self._workers.hand_on(path, partial(self._carry_out, path))
+                self._workers.submit(path, partial(self._carry_out, path))
 
     def _waiting(self) -> list[str]:
-        """What is in pending/, the oldest first."""
+        """The names in pending/, which begin with a time: the oldest first."""
         return sorted(os.listdir(self._folder)) if os.path.isdir(self._folder) else []
 
     def _carry_out(self, path: str) -> None:
+        """Carry out one DEL and remove its file. One that cannot be read or fails for too long is set aside."""
         try:
             data, status = _read(path)
             request = wire.parse(data)
             if request.env.get("CNI_COMMAND") != "DEL":
-                raise wire.WireError("it is no DEL")
+                raise wire.WireError("it is not a DEL")
         except FileNotFoundError:
             return
         except wire.WireError as error:
@@ -77,20 +80,20 @@ class Pending:
             return
         if self._added_since(request, status.st_mtime_ns):
             self._remove(path)
-            log(INFO, "pending DEL dropped: it was added again since", **_asked(request))
+            log(INFO, "pending DEL dropped: the attachment was added again after it", **_fields(request))
             return
         response = self._answer(request)
         if response.error is None:
             self._remove(path)
             self._done.inc()
-            log(INFO, "pending DEL carried out", **_asked(request))
-        elif time.time() - status.st_mtime > _PENDING_SECONDS:
+            log(INFO, "pending DEL carried out", **_fields(request))
+        elif time.time() - status.st_mtime > _RETRY_SECONDS:
             self._set_aside(path, str(response.error))
         else:
-            self._workers.failed("pending DEL", str(response.error), **_asked(request))
+            self._workers.failed("pending DEL", str(response.error), **_fields(request))
 
     def _added_since(self, request: Request, since_ns: int) -> bool:
-        """Whether the attachment is of a later ADD than the DEL: a container that was restarted keeps its id."""
+        """Whether the record is newer than the DEL: a container that is restarted keeps its id and has another ADD."""
         try:
             network = json.loads(request.stdin)["name"]
             id = identifier(network, request.env["CNI_CONTAINERID"], request.env["CNI_IFNAME"])
@@ -100,16 +103,17 @@ class Pending:
         return written is not None and written > since_ns
 
     def _remove(self, path: str) -> None:
-        with suppress(FileNotFoundError):  # by an agent that is being replaced by us, or we by it
+        with suppress(FileNotFoundError):  # during a replacement, by the other agent
             os.unlink(path)
 
     def _set_aside(self, path: str, why: str) -> None:
+        """Rename the file to NAME.bad, for an administrator to look at."""
         os.rename(path, f"{path}.bad")
         self._workers.failed("pending request set aside, as NAME.bad", why, path=path)
 
 
 def _read(path: str) -> tuple[bytes, os.stat_result]:
-    """Raises FileNotFoundError, WireError."""
+    """The file's content and status. Raises FileNotFoundError, and WireError if it cannot be a file of the shim."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -119,9 +123,9 @@ def _read(path: str) -> tuple[bytes, os.stat_result]:
     with open(fd, "rb") as file:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise wire.WireError("it is no file of ours")
+            raise wire.WireError("it is not a regular file of the agent's user")
         return file.read(wire.ENV_LIMIT + wire.STDIN_LIMIT + struct.calcsize("=IIII")), status
 
 
-def _asked(request: Request) -> dict[str, object]:
+def _fields(request: Request) -> dict[str, object]:
     return {"container": request.env.get("CNI_CONTAINERID"), "ifname": request.env.get("CNI_IFNAME")}

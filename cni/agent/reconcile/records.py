@@ -1,4 +1,4 @@
-"""Ends the attachments that are over: their ADD was killed, or their namespace is gone."""
+"""Ends recorded attachments whose ADD was killed, or whose network namespace is gone."""
 
 from __future__ import annotations
 
@@ -19,25 +19,16 @@ if TYPE_CHECKING:
 
     from cni.agent.metrics import Registry
     from cni.agent.reconcile.workers import Workers
-    from cni.kernel.rtnl import DeleteLink
+    from cni.attach.call import Node
     from cni.state.record import Record
-    from cni.state.store import Store
 
 
 class Records:
     """The attachments that the node has a record of."""
 
-    def __init__(
-        self,
-        store: Store,
-        delegate_seconds: float,
-        delete_link: DeleteLink,
-        workers: Workers,
-        registry: Registry,
-    ) -> None:
-        self._store = store
-        self._delegate_seconds = delegate_seconds
-        self._delete_link = delete_link
+    def __init__(self, node: Node, workers: Workers, registry: Registry) -> None:
+        self._node = node
+        self._store = node.store
         self._workers = workers
         self._ended = registry.counter(
             "vmtap_reconcile_ended_total", "Attachments that the reconciler ended.", "why"
@@ -46,10 +37,11 @@ class Records:
             "vmtap_reconcile_lost", "Attachments whose link is gone while their namespace lives."
         )
 
-    def look(self, dead: set[int] | None, there: Collection[tuple[int, int, str]] = ()) -> None:
-        """Hand on the attachments that are over.
+    def look(self, dead: set[int] | None, existing: Collection[tuple[int, int, str]] = ()) -> None:
+        """Have the attachments ended that are over.
 
-        dead: only those of these namespaces; there: (nsid, index, alias) of links that need not be asked for again.
+        dead: ids of network namespaces, to look at their attachments only, or None for all. existing: (nsid, index,
+        alias) of links that are known to exist. Raises CniError, OSError.
         """
         lost = 0
         with Rtnl() as host:
@@ -57,44 +49,48 @@ class Records:
                 record = self._store.load(id)
                 if record is None or (dead is not None and record.nsid not in dead):
                     continue
-                seen = (record.nsid, record.ifindex, record.alias) in there
-                why = self._over(host, record, seen=seen)
+                link_exists = (record.nsid, record.ifindex, record.alias) in existing
+                why = self._over(host, record, link_exists=link_exists)
                 if why == "lost":
                     lost += 1
                 elif why:
-                    self._workers.hand_on(id, partial(self._heal, id))
+                    self._workers.submit(id, partial(self._end, id))
         if dead is None:
             self._lost.set(lost)
 
-    def _over(self, host: Rtnl, record: Record, *, seen: bool = False) -> str | None:
-        """Why the attachment is over: None if it is not, "lost" if that is not ours to say. seen: its link is there."""
+    def _over(self, host: Rtnl, record: Record, *, link_exists: bool = False) -> str | None:
+        """Why the attachment is over; None if it is not; "lost" if the link is gone but its namespace lives.
+
+        link_exists: the link need not be looked up. Raises OSError.
+        """
         try:
             if not self._store.sealed(record.id):
                 return "its ADD was killed"
-            if seen:
+            if link_exists:
                 return None
             link = host.link(index=record.ifindex, nsid=record.nsid)
-        except CniError:  # the record went meanwhile
+        except CniError:  # the record was removed meanwhile
             return None
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            link = None  # no namespace has the id any more
-        # Another namespace may have been given the id; no link of it has both the index and the alias.
+            link = None  # EINVAL: no namespace has that id any more
+        # The id may belong to another namespace by now, but no link there has both this index and this alias.
         if link and link.alias in (record.alias, ""):
             return None
-        # The path has the last word: were we in another network namespace than the ADD, every id would mislead us.
+        # An id is valid in the network namespace of this process only, a path is not: the path finds a pod that lives
+        # even if the agent runs in another network namespace than the ADD did.
         return "lost" if _leads_to(record.netns, record.netns_id) else "its namespace is gone"
 
-    def _heal(self, id: str) -> None:
+    def _end(self, id: str) -> None:
         with self._store.locked(id, wait=False), Rtnl() as host:
             record = self._store.load(id)
             why = self._over(host, record) if record else None
             if record is None or why in (None, "lost"):
                 return
             env = {"PATH": os.environ.get("PATH", os.defpath)}
-            delegate = delegate_of(record, env, self._delegate_seconds)
-            failed = end(host, self._store, record, delegate, self._delete_link)
+            delegate = delegate_of(record, env, self._node.delegate_seconds)
+            failed = end(host, self._store, record, delegate, self._node.delete_link)
         if failed:
             self._workers.failed("attachment", "; ".join(map(str, failed)), **_names(record))
         else:
@@ -103,6 +99,7 @@ class Records:
 
 
 def _leads_to(path: str, identity: tuple[int, int]) -> bool:
+    """Whether path is the network namespace of that (st_dev, st_ino)."""
     try:
         fd = netns.open_path(path)
     except CniError:

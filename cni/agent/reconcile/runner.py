@@ -1,4 +1,4 @@
-"""When the reconciler looks, and at what."""
+"""Decides when the reconciler looks at what."""
 
 from __future__ import annotations
 
@@ -29,43 +29,32 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cni.agent.metrics import Registry
-    from cni.attach.call import Request
-    from cni.config.policy import Policy
-    from cni.kernel.rtnl import DeleteLink
+    from cni.attach.call import Node, Request
     from cni.plugin import Response
-    from cni.state.store import Store
 
-_QUIET = 0.05
-_GATHER = 0.5
-"""Seconds: pods die in crowds, so wait for quiet after the first, but not for ever."""
-_BEFORE_SERVING = 2.0
-"""Seconds that start() waits for what is pending, so that a DEL goes before the ADD that follows it."""
+_QUIET_SECONDS = 0.05
+_GATHER_SECONDS = 0.5
+"""Pods often end many at a time: after the first, gather until it is quiet, but no longer than this."""
+_PENDING_SECONDS = 2.0
+"""How long start() waits for pending DELs, which should precede the ADDs that follow them."""
 
 
 class Reconciler:
-    """Heals the state of one node until stop().
+    """Repairs the state of the node until stop().
 
-    answer: carries out a request as the CNI socket does; policy: the node's policy, for the names of adopted links.
+    answer: carries out a request as the CNI socket does; seconds: from one full run to the next.
     """
 
     def __init__(
-        self,
-        store: Store,
-        answer: Callable[[Request], Response],
-        policy: Callable[[], Policy | None],
-        registry: Registry,
-        *,
-        seconds: float,
-        delegate_seconds: float,
-        delete_link: DeleteLink,
+        self, node: Node, answer: Callable[[Request], Response], registry: Registry, *, seconds: float
     ) -> None:
         self._seconds = seconds
         self._workers = Workers(registry)
-        self._records = Records(store, delegate_seconds, delete_link, self._workers, registry)
-        self._links = Links(store, policy, self._workers, registry)
-        self._leftovers = Leftovers(store, delete_link, self._workers, registry)
-        self._pending = Pending(store, answer, self._workers, registry)
-        self._looking = threading.Thread(target=self._run, name="reconcile", daemon=True)
+        self._records = Records(node, self._workers, registry)
+        self._links = Links(node, self._workers, registry)
+        self._leftovers = Leftovers(node, self._workers, registry)
+        self._pending = Pending(node.store, answer, self._workers, registry)
+        self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
         self._stop, self._stopped = socket.socketpair()
         self._events = _nsid_events()
 
@@ -78,18 +67,18 @@ class Reconciler:
         )
 
     def start(self) -> None:
-        """Begin, with what is pending; returns when that is done, or in hand and late. Before requests are served."""
+        """Start. Call before requests are served: waits until pending DELs are done, at most _PENDING_SECONDS."""
         self._workers.start()
         self._workers.attempt("pending", self._pending.look)
-        self._workers.wait_idle(_BEFORE_SERVING)
-        self._looking.start()
+        self._workers.wait_idle(_PENDING_SECONDS)
+        self._thread.start()
 
     def stop(self, seconds: float = 5.0) -> None:
-        """End after what is at work, which is waited for that long."""
+        """Stop, and wait that long for the jobs that were submitted."""
         until = time.monotonic() + seconds
         self._stop.close()
-        self._looking.join(max(0.0, until - time.monotonic()))
-        if self._workers.stop(until) and not self._looking.is_alive():
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._workers.stop(until) and not self._thread.is_alive():
             self._stopped.close()
             self._events.close()
 
@@ -107,16 +96,16 @@ class Reconciler:
                 return
             if self._events.fileno() in ready:
                 dead = self._gather()
-                if dead is None:  # more than the socket could hold: we know not which
+                if dead is None:  # events were lost: look at all
                     due = 0.0
                 else:
                     self._workers.attempt("namespaces", self._records.look, dead)
 
     def _gather(self) -> set[int] | None:
-        """The ids of the namespaces that died; None if some were missed."""
+        """The ids of the namespaces that have died; None if events were lost."""
         dead: set[int] = set()
-        until = time.monotonic() + _GATHER
-        while select.select([self._events], [], [], _QUIET)[0] and time.monotonic() < until:
+        until = time.monotonic() + _GATHER_SECONDS
+        while select.select([self._events], [], [], _QUIET_SECONDS)[0] and time.monotonic() < until:
             try:
                 data = self._events.recv(1 << 16)
             except OSError as error:
@@ -130,9 +119,9 @@ class Reconciler:
         begin = time.monotonic()
         self._workers.attempt("pending", self._pending.look)
         unrecorded: dict[str, int] = {}
-        there: set[tuple[int, int, str]] = set()
-        self._workers.attempt("links", self._links.look, unrecorded, there)
-        self._workers.attempt("records", self._records.look, None, there)
+        existing: set[tuple[int, int, str]] = set()
+        self._workers.attempt("links", self._links.look, unrecorded, existing)
+        self._workers.attempt("records", self._records.look, None, existing)
         self._workers.attempt("leftovers", self._leftovers.look, unrecorded)
         seconds = time.monotonic() - begin
         log(DEBUG, "reconciled", ms=round(seconds * 1000, 2))
@@ -141,8 +130,8 @@ class Reconciler:
 
 
 def _nsid_events() -> socket.socket:
-    """Tells of each namespace that the host's gives an id to, or that had one and dies."""
+    """A socket with an event for each namespace that gets an id in the host's namespace, or had one and dies."""
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
-    events.bind((0, 0))  # one without an address of its own is taken for the sender, and told nothing
+    events.bind((0, 0))  # an unbound socket has port 0, the kernel's own, and receives no multicast
     events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_NSID)
     return events

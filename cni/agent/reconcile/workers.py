@@ -1,4 +1,4 @@
-"""The threads that carry out what the reconciler found to do. Must not know what a job does."""
+"""The reconciler's threads, which carry out jobs. Must not know what a job does."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from cni.agent.metrics import Registry
 
 _WORKERS = 4
-"""Attachments that are ended at once: each may have a delegate that hangs until its deadline."""
+"""Jobs at once: an attachment that is ended may have a delegate that hangs until its deadline."""
 
 
 class Workers:
-    """A fixed number of threads. A failed job is logged and counted, and ends nothing else."""
+    """A fixed number of threads. The failure of a job is logged and counted, and affects no other job."""
 
     def __init__(self, registry: Registry) -> None:
         self._jobs: queue.SimpleQueue[tuple[str, Callable[[], None]] | None] = queue.SimpleQueue()
-        self._at_work: set[str] = set()
+        self._keys: set[str] = set()
+        """Of the jobs that wait or run."""
         self._changed = threading.Condition()
         self._threads = [
             threading.Thread(target=self._work, name="heal", daemon=True) for _ in range(_WORKERS)
@@ -35,12 +36,12 @@ class Workers:
         )
 
     def start(self) -> None:
-        """Begin to take jobs."""
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 
     def stop(self, until: float) -> bool:
-        """Finish the jobs that were handed on, by time.monotonic() `until`; whether all threads have ended."""
+        """Finish the submitted jobs, by `until` (time.monotonic()) at the latest; whether all threads have ended."""
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
@@ -48,16 +49,16 @@ class Workers:
         return not any(thread.is_alive() for thread in self._threads)
 
     def wait_idle(self, seconds: float) -> None:
-        """Until no job is left, at most that long."""
+        """Wait until no job is left, at most that long."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._at_work, seconds)
+            self._changed.wait_for(lambda: not self._keys, seconds)
 
-    def hand_on(self, key: str, job: Callable[[], None]) -> None:
-        """To a worker, unless one has that key in hand already."""
+    def submit(self, key: str, job: Callable[[], None]) -> None:
+        """Have a thread carry out the job, unless one with that key waits or runs. Does not block."""
         with self._changed:
-            if key in self._at_work:
+            if key in self._keys:
                 return
-            self._at_work.add(key)
+            self._keys.add(key)
         self._jobs.put((key, job))
 
     def _work(self) -> None:
@@ -65,21 +66,22 @@ class Workers:
             key, job = work
             self.attempt(key, job)
             with self._changed:
-                self._at_work.discard(key)
+                self._keys.discard(key)
                 self._changed.notify_all()
 
     def attempt(self, what: str, step: Callable[..., None], *args: object) -> None:
-        """Run one step; its failure is logged and counted, and ends nothing else."""
+        """Call step(*args); log and count its failure instead of raising it."""
         try:
             step(*args)
-        except BlockingIOError:  # a request has the attachment's lock: it is being seen to
+        except BlockingIOError:  # a request has the attachment's lock, and takes care of it
             log(DEBUG, "left to a request", what=what)
         except (CniError, OSError) as error:
             self.failed(what, str(error))
         except Exception as error:
             self._failures.inc()
-            log(ERROR, "a fault in the reconciler: please report it", what=what, error=repr(error))
+            log(ERROR, "internal error in the reconciler: please report it", what=what, error=repr(error))
 
     def failed(self, what: str, error: str, **fields: object) -> None:
+        """Log and count a failure."""
         self._failures.inc()
         log(WARNING, "reconciling failed; it is tried again", what=what, error=error, **fields)

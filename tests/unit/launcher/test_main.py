@@ -66,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--vhost", "maybe", "--", "true"], "--vhost: invalid choice"),
         (["--supervise", "--deadline", "nan", "--", "true"], "--deadline: 'nan'"),
         (["--supervise", "--deadline", "-1", "--", "true"], "--deadline: '-1'"),
-        (["--deadline", "5", "--", "true"], "--deadline is for --supervise"),
+        (["--deadline", "5", "--", "true"], "--deadline needs --supervise"),
         (["--ifname", "a", "--ifname", "a", "--", "true"], "names one attachment twice"),
         (["--supervise", "--", "true", "-daemonize"], "-daemonize"),
     ],
