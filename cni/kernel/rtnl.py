@@ -106,8 +106,11 @@ _PAUSES = (0.01, 0.03, 0.09)
 
 @dataclass(frozen=True)
 class Link:
-    """A network device as RTM_NEWLINK describes it. mode is the macvlan mode's number; lower is an index in
-    the namespace that lower_nsid names (None: the link's own)."""
+    """A network device as RTM_NEWLINK describes it.
+
+    mode: the macvlan mode's number; lower: the lower device's index in the network namespace of id lower_nsid (None: in
+    the link's own).
+    """
 
     index: int
     name: str
@@ -168,7 +171,7 @@ def link_message(
 
 
 _NO_STATS = u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
-"""Summing up a link's counters costs more than all the rest, and on some NICs a question to the firmware."""
+"""To sum up a link's counters costs the kernel more than the rest, and some NICs must ask their firmware."""
 
 
 class Rtnl:
@@ -191,9 +194,9 @@ class Rtnl:
         self._socket.close()
 
     def talk(self, *messages: tuple[int, int, bytes]) -> list[OSError | Link | int | None]:
-        """Send messages as one datagram; the kernel carries all of them out, in order, before send returns.
+        """Send messages as one datagram; the kernel carries out all of them, in order, before send returns.
 
-        The outcome of each, in order: OSError if refused, what it asked for (Link, nsid), None for an ACK.
+        Returns the outcome of each, in order: OSError if refused, the Link or nsid that was asked for, None for an ACK.
         """
         first = sequence = self._sequence + 1
         datagram = b""
@@ -205,7 +208,9 @@ class Rtnl:
         outcomes: dict[int, OSError | Link | int | None] = {}
         while len(outcomes) < len(messages):
             for kind, nlm, sequence, body in _messages(self._socket.recv(_ANSWER_BYTES)):
-                if sequence < first or sequence in outcomes:  # of an earlier talk; the ACK after an answer
+                if (
+                    sequence < first or sequence in outcomes
+                ):  # of an earlier talk(), or the ACK after an answer
                     continue
                 if kind == NLMSG_ERROR:
                     outcomes[sequence] = _error(nlm, body)
@@ -216,15 +221,15 @@ class Rtnl:
         return [outcomes[number] for number in range(first, first + len(messages))]
 
     def do(self, *messages: tuple[int, int, bytes]) -> None:
-        """talk() where every message must succeed. Raises the first OSError."""
+        """talk(), but raises the first OSError among the outcomes."""
         for outcome in self.talk(*messages):
             if isinstance(outcome, OSError):
                 raise outcome
 
     def link(self, *, name: str | None = None, index: int = 0, nsid: int | None = None) -> Link | None:
-        """The link of that name or index, here or in the namespace nsid; None if there is none.
+        """The link of that name or index, in this namespace or the one of id nsid; None if there is none.
 
-        Raises OSError for anything but ENODEV.
+        Raises OSError, EINVAL if no namespace has the id.
         """
         attrs = [] if name is None else [text(IFLA_IFNAME, name)]
         if nsid is not None:
@@ -233,7 +238,7 @@ class Rtnl:
         return _found(outcome)
 
     def details(self, index: int, mask: int) -> dict[int, bytes]:
-        """Every attribute of the link of that index, with what the IFLA_EXT_MASK asks for. Raises OSError."""
+        """Every attribute of the link of that index. mask: IFLA_EXT_MASK. Raises OSError."""
         kind, nlm, body = link_message(RTM_GETLINK, u32(IFLA_EXT_MASK, mask), index=index, nlm=0)
         self._sequence += 1
         self._send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | nlm, self._sequence, 0) + body)
@@ -245,30 +250,30 @@ class Rtnl:
                     return attributes(payload[16:])
 
     def links(self, *, nsid: int | None = None) -> list[Link]:
-        """Every link here or in the namespace nsid: for errors and the reconciler, never on the way of a request.
+        """Every link of this namespace, or of the one of id nsid. Slow: no request that succeeds calls it.
 
-        Raises OSError: EAGAIN if links kept changing under the dump, EINVAL if no namespace has the id.
+        Raises OSError: EAGAIN if links kept changing during the dump, EINVAL if no namespace has the id.
         """
         where = b"" if nsid is None else s32(IFLA_TARGET_NETNSID, nsid)
         return [_link(body) for body in self.dump(RTM_GETLINK, _IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0) + where)]
 
     def nsids(self) -> list[int]:
-        """The ids by which this namespace knows others."""
+        """The ids by which this namespace refers to others."""
         return [_nsid(body) for body in self.dump(RTM_GETNSID, bytes(4))]
 
     def known_nsid(self, netns: int) -> int | None:
-        """The id that this namespace knows the namespace of fd netns by, if it has given it one."""
+        """This namespace's id for the namespace of fd netns; None if it has none yet."""
         (outcome,) = self.talk((RTM_GETNSID, 0, bytes(4) + u32(NETNSA_FD, netns)))
         if isinstance(outcome, OSError):
             raise outcome
         return outcome if isinstance(outcome, int) and outcome >= 0 else None
 
     def nsid(self, netns: int) -> int:
-        """The id that this namespace knows the namespace of fd netns by; given one now if it has none."""
+        """This namespace's id for the namespace of fd netns; assigned now if it has none yet."""
         return self.look(None, netns)[1]
 
     def look(self, name: str | None, netns: int) -> tuple[Link | None, int]:
-        """link(name=name), if there is a name, and nsid(netns), in one go. Raises OSError."""
+        """link(name=name), if there is a name, and nsid(netns), with one message. Raises OSError."""
         fd = u32(NETNSA_FD, netns)
         asked = (RTM_GETNSID, 0, bytes(4) + fd)
         if name is None:
@@ -277,20 +282,17 @@ class Rtnl:
             nsid, link = self.talk(
                 asked, link_message(RTM_GETLINK, _NO_STATS, text(IFLA_IFNAME, name), nlm=0)
             )
-        # A pod whose first network is another plugin's has one, by its veth.
+        # A pod that has a veth of another plugin's has an id already.
         if nsid == NETNSA_NSID_NOT_ASSIGNED:
             new = (RTM_NEWNSID, NLM_F_ACK, bytes(4) + s32(NETNSA_NSID, -1) + fd)
-            _, nsid = self.talk(new, asked)  # EEXIST, the first's: somebody was quicker
+            _, nsid = self.talk(new, asked)  # the first may be refused, EEXIST: another process was quicker
         if isinstance(nsid, OSError):
             raise nsid
         assert isinstance(nsid, int)  # noqa: S101 - the kernel answers RTM_GETNSID with RTM_NEWNSID
         return _found(link), nsid
 
     def dump(self, kind: int, body: bytes) -> list[bytes]:
-        """The bodies of an answer of many messages. Raises OSError: EAGAIN if what was listed kept changing.
-
-        Asked for again when it was interrupted (NLM_F_DUMP_INTR).
-        """
+        """The bodies of a dump's messages. Raises OSError: EAGAIN if the list kept changing (NLM_F_DUMP_INTR)."""
         for _ in range(_DUMP_TRIES):
             self._sequence += 1
             header = _HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, self._sequence, 0)
@@ -316,7 +318,7 @@ class Rtnl:
         raise OSError(errno.EAGAIN, "what was listed kept changing while it was read")
 
     def _send(self, data: bytes) -> None:
-        """Send one datagram. ENOBUFS means that the kernel has not seen it: tried again, a few times."""
+        """Send one datagram. After ENOBUFS, by which the kernel has not read it, tries again a few times."""
         for pause in _PAUSES:
             try:
                 self._socket.send(data)
@@ -329,9 +331,9 @@ class Rtnl:
 
 
 class Host(Rtnl):
-    """The same, with what the calling thread's namespace is: what a request needs of its own side.
+    """A socket as Rtnl, with an fd of the calling thread's network namespace, which is the host's.
 
-    fd: the namespace, open until close(); identity: see netns.identity.
+    fd: open until close(); identity: see netns.identity.
     """
 
     def __init__(self) -> None:
@@ -340,7 +342,7 @@ class Host(Rtnl):
         super().__init__()
 
     def close(self) -> None:
-        """Close both."""
+        """Close the socket and the fd."""
         super().close()
         os.close(self.fd)
 
@@ -360,7 +362,7 @@ def delete_link(host: Rtnl, index: int, nsid: int | None) -> None:
 
 
 def nsid_events(data: bytes) -> Iterator[tuple[int, int]]:
-    """What one datagram of the group RTNLGRP_NSID says: (RTM_NEWNSID or RTM_DELNSID, the id)."""
+    """The events in one datagram of the group RTNLGRP_NSID: (RTM_NEWNSID or RTM_DELNSID, the id)."""
     for kind, _, _, body in _messages(data):
         if kind in (RTM_NEWNSID, RTM_DELNSID):
             yield kind, _nsid(body)
@@ -375,9 +377,9 @@ def _found(outcome: OSError | Link | int | None) -> Link | None:
 
 
 def link_events(data: bytes) -> Iterator[tuple[int, Link]]:
-    """What one datagram of the group RTNLGRP_LINK says: (RTM_NEWLINK or RTM_DELLINK, the link).
+    """The events in one datagram of the group RTNLGRP_LINK: (RTM_NEWLINK or RTM_DELLINK, the link).
 
-    Others' words of a link are left out: a port that leaves its bridge is an RTM_DELLINK, of the family AF_BRIDGE.
+    Messages of other families are left out: a port that leaves its bridge sends an RTM_DELLINK of AF_BRIDGE.
     """
     for kind, _, _, body in _messages(data):
         if kind in (RTM_NEWLINK, RTM_DELLINK) and body[0] == AF_UNSPEC:
@@ -396,10 +398,10 @@ def _messages(data: bytes) -> list[tuple[int, int, int, bytes]]:
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
-    """Kind → payload of each struct nlattr; junk at the end is left out."""
+    """Kind → payload of each struct nlattr. What follows the last whole one is left out."""
     found: dict[int, bytes] = {}
     at, last, unpack = 0, len(data) - 4, _ATTR.unpack_from
-    while at <= last:  # fifty times for a link: nothing in here but what must be
+    while at <= last:  # runs fifty times for each link
         length, kind = unpack(data, at)
         found[kind & NLA_TYPE_MASK] = data[at + 4 : at + length]
         at += (length + 3) & ~3 or 4
@@ -407,7 +409,7 @@ def attributes(data: bytes) -> dict[int, bytes]:
 
 
 def _error(nlm: int, body: bytes) -> OSError | None:
-    """struct nlmsgerr: None for an ACK, else the errno with the extended ACK's sentence where there is one."""
+    """The outcome in a struct nlmsgerr: None for an ACK, else an OSError with the extended ACK's message, if any."""
     (number,) = struct.unpack_from("=i", body)
     if number == 0:
         return None
@@ -448,7 +450,7 @@ def _link(body: bytes) -> Link:
 
 
 _link_again = lru_cache(maxsize=64)(_link)
-"""A source is what it was at the last ADD: the same kilobyte need not be taken apart again."""
+"""A source has mostly not changed since the last ADD, so the parsed form of the same bytes is kept."""
 
 
 def _text(attrs: dict[int, bytes], kind: int) -> str:

@@ -1,7 +1,7 @@
-"""The CDI spec file of one attachment's device: by its name a runtime gives the device to a container.
+"""The CDI spec file of one attachment's device, by which a runtime gives the device to a container.
 
-Device numbers are in it, so that no runtime has to see our node's file system; written when the device is there, which
-is before the runtime reads it (at CreateContainer). Source: the CDI specification, 0.5.0.
+It has the device's numbers, so the runtime need not see the agent's file system. ADD writes it when the device is
+there; the runtime reads it later, at CreateContainer. Source: the CDI specification, 0.5.0.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _VERSION = "0.5.0"
 
 
 def name(device_id: str) -> str:
-    """The device's qualified name, which Allocate answers with."""
+    """The device's qualified CDI name, which Allocate returns."""
     return f"{KIND}={device_id}"
 
 
 def path(folder: str, device_id: str) -> str:
-    """The spec file of that device."""
+    """The path of the device's spec file. folder: of CDI specs."""
     return f"{folder}/vmtap-{device_id}.json"
 
 
@@ -60,7 +60,7 @@ def write(record: Record, device: tuple[int, int], owner: int, group: int) -> No
 
 
 def remove(path: str) -> None:
-    """No file, written or half written, is left. Raises OSError."""
+    """Remove the spec file, finished or not. Raises OSError."""
     for each in (path, f"{path}.new"):
         with suppress(FileNotFoundError):
             os.unlink(each)

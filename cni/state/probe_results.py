@@ -1,8 +1,6 @@
-"""What `vmtapctl probe` found out of the switch behind a source, kept for those who ask later: does it reflect?
+"""The results of `vmtapctl probe`: does the switch behind a source reflect? One file for each source (store.py).
 
-    FOLDER/probes/SOURCE.json   in the state folder (state.py)
-
-Must not probe: that sends frames, and is for the administrator to ask for.
+Must not probe: a probe sends frames, so only the administrator starts one.
 """
 
 from __future__ import annotations
@@ -17,26 +15,26 @@ from cni.state.record import boot_id
 from cni.state.store import Store
 
 MEND = 'turn on reflective relay (802.1Qbg, "hairpin") at the switch\'s port, or use mode bridge'
-"""What to do about a switch that does not."""
+"""The next step if the switch does not reflect."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """The last probe of a source. reflects: None if it could not be found out."""
+    """The last probe of a source. reflects: None if the probe could not find out."""
 
     source: str
     reflects: bool | None
     why: str
-    """What was seen, in one sentence."""
+    """What the probe has seen, in one sentence."""
     time: str
     """ISO 8601."""
     carrier_changes: int | None
-    """The source's counter of that name in sysfs: another now means that the cable may lead elsewhere."""
+    """The source's counter of that name in sysfs. If it has changed since, the source may be on another switch."""
     boot_id: str
 
 
 def load(run: str, source: str) -> Probed | None:
-    """None if this boot has seen no probe of it, or what is there cannot be understood."""
+    """The last probe of the source in this boot; None without one, and if its file cannot be read."""
     try:
         with open(_path(run, source), "rb") as file:
             found = Probed(**json.load(file))

@@ -72,54 +72,54 @@ class Record:
     netns: str
     """CNI_NETNS as the runtime gave it."""
     netns_id: tuple[int, int]
-    """st_dev and st_ino of the network namespace. The kernel uses a dead one's again: ifindex proves a link."""
+    """st_dev and st_ino of the network namespace. The kernel reuses those of a dead one: they do not prove a link."""
     nsid: int
-    """The id by which the host's namespace knows the pod's: reaches the link when the path is gone."""
+    """The id by which the host's network namespace refers to the pod's. It works when the path is gone."""
     device: str
     """"macvtap" or "tap"."""
     ifindex: int
     mac: str
-    """The guest's MAC; a macvtap has the same, a plain tap must have another."""
+    """The guest's MAC. A macvtap has the same, a plain tap another one."""
     mtu: int
     queues: int
     boot_id: str
     interface: str | None = None
-    """The policy entry's name, if the config named one."""
+    """The policy entry's name, if the config names one."""
     source: str | None = None
     mode: str | None = None
     node: str | None = None
-    """The device node that ADD made for an owner, if it was asked to."""
+    """The path of the device node that ADD has made; None without one."""
     ips: tuple[dict[str, Any], ...] = ()
-    """As in a CNI result of 1.1.0: {"address": "10.1.0.5/24", "gateway": "10.1.0.1"}."""
+    """As in a CNI result of version 1.1.0: {"address": "10.1.0.5/24", "gateway": "10.1.0.1"}."""
     routes: tuple[dict[str, Any], ...] = ()
     dns: dict[str, Any] | None = None
     config: dict[str, Any] | None = None
-    """The network config, kept where a delegate has to be told of the end."""
+    """The network config, for the delegate's DEL; None without a delegate."""
     args: str = ""
-    """CNI_ARGS, kept for the same reason."""
+    """CNI_ARGS, for the delegate's DEL."""
     cni_path: str = ""
-    """CNI_PATH, too: where ADD found the delegate."""
+    """CNI_PATH, for the delegate's DEL."""
     device_id: str | None = None
-    """The device that the kubelet allocated, if the config named one."""
+    """The id of the kubelet's device, if the config names one."""
     cdi: str | None = None
-    """The CDI spec file that ADD wrote for it, if it was asked to."""
+    """The path of the CDI spec that ADD has written; None without one."""
     vlan: VlanDevice | None = None
     vf: VirtualFunction | None = None
 
     @property
     def id(self) -> str:
-        """The record's name in the folder."""
+        """The attachment's id, which names its files in the state folder."""
         return identifier(self.network, self.container_id, self.ifname)
 
     @property
     def alias(self) -> str:
-        """The link's ifalias, by which it is known as ours without any record."""
+        """The link's ifalias, which proves without a record that the link is the attachment's."""
         return alias(self.network, self.container_id, self.ifname)
 
 
 @lru_cache(maxsize=256)
 def identifier(network: str, container_id: str, ifname: str) -> str:
-    """A file name for an attachment: begins with the container's id, for the eye."""
+    """The id of an attachment. It begins with the container's id, for people who read the folder."""
     key = "\0".join((network, container_id, ifname)).encode()
     return f"{container_id[:12]}-{blake2s(key, digest_size=12).hexdigest()}"
 
@@ -140,7 +140,7 @@ def parse_alias(mark: str) -> tuple[str, str, str] | None:
 
 @cache
 def boot_id() -> str:
-    """Another one after each boot (proc(5)), which no process outlives."""
+    """The id of this boot of the machine (proc(5))."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
 

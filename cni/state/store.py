@@ -11,7 +11,7 @@ reconciler finds what is left. DEL also works without a record. Must not touch t
     FOLDER/dev/tapN             a device node that ADD was asked to make (kernel/tapdev.py)
     FOLDER/holders/ID           the processes that have got fds of the attachment (agent/holders.py)
     FOLDER/probes/SOURCE.json   the last probe of a source (state/probe_results.py)
-    FOLDER/pending/NAME         a DEL that the shim left while the agent was away (shim/vmtap.c, agent/reconcile.py)
+    FOLDER/pending/NAME         a DEL that the shim left while the agent was away (shim/vmtap.c)
     FOLDER/agent, launcher      the folders of the agent's sockets
 """
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import stat
-from _blake2 import blake2s  # as in lock.py
+from _blake2 import blake2s  # hashlib would load OpenSSL: 5 ms of every pod's start
 from contextlib import suppress
 
 from cni.errors import CniError
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 IFINDEX_BASE = 0x10000000
-"""Interface indexes of ours start here, far above any that a kernel counts up to by itself."""
+"""The first interface index of an attachment, far above those that the kernel assigns by counting."""
 IFINDEX_SPAN = 0x60000000
 _CANDIDATES = 8
 _SEALED = 0o400
-"""The mode of a record whose ADD came to its end."""
+"""The mode of a record whose ADD has succeeded."""
 _SWEEP = "sweep"
-"""Stands where an id stands; no id is without a dash."""
+"""Holds an index in the place of an attachment's id. No id is this: each has a dash in it."""
 _prepared: dict[str, tuple[int, ...]] = {}
-"""Folder → what it looked like when all of it was there. When a folder in it goes, its time changes."""
+"""Folder → its identity and modification time when all of it was there. Removing a subfolder changes the time."""
 
 
 class Store:
-    """The folder. Every method raises CniError 5 when the file system says no."""
+    """The folder. Every method raises CniError 5 if the file system refuses an operation."""
 
     def __init__(self, folder: str | os.PathLike[str], note: Callable[[str], None] | None = None) -> None:
-        """note is told, in one sentence, of what a person should know and no request fails of."""
+        """note: called with one sentence for a person about a fault that fails no request."""
         self.folder = os.fspath(folder)
         self._note = note
         self._attachments = f"{self.folder}/attachments"
@@ -58,14 +58,14 @@ class Store:
         self.holders = f"{self.folder}/holders"
 
     def node(self, ifindex: int) -> str:
-        """Where the device node of a macvtap is made for a launcher that opens by path."""
+        """The path of a macvtap's device node, for a launcher that opens it by path."""
         return f"{self._dev}/tap{ifindex}"
 
     def _path(self, id: str, suffix: str = "json") -> str:
         return f"{self._attachments}/{id}.{suffix}"
 
     def prepare(self) -> None:
-        """Make the folder where it is missing. Refuses one that others could write to."""
+        """Make the folder where it is missing. Refuses one of another user, and makes it private."""
         with _io(self.folder):
             with suppress(FileNotFoundError):
                 if _seen(self.folder) == _prepared.get(self.folder):
@@ -110,26 +110,26 @@ class Store:
             )
 
     def seal(self, record: Record) -> None:
-        """Note that its ADD came to its end. The mode says so: one system call, and no second writing."""
+        """Mark the record as one whose ADD has succeeded, by its mode: one system call, and no second write."""
         path = self._path(record.id)
         with _io(path):
             os.chmod(path, _SEALED)
 
     def sealed(self, id: str) -> bool:
-        """Whether the ADD of that record came to its end. One that is neither sealed nor locked was killed."""
+        """Whether the record's ADD has succeeded. If it is neither sealed nor locked, the ADD was killed."""
         path = self._path(id)
         with _io(path):
             return stat.S_IMODE(os.stat(path).st_mode) == _SEALED
 
     def written_ns(self, id: str) -> int | None:
-        """When the record was last written, by the file system's clock; None if there is none."""
+        """When the record was last written, in ns by the file system's clock; None if there is no record."""
         path = self._path(id)
         with _io(path), suppress(FileNotFoundError):
             return os.stat(path).st_mtime_ns
         return None
 
     def load(self, id: str) -> Record | None:
-        """The record, or None. One that cannot be understood is set aside, as NAME.bad, for a person to look at."""
+        """The record, or None. A file that is no record is renamed to NAME.bad, for a person to look at."""
         path = self._path(id)
         try:
             with open(path, "rb", buffering=0) as file:
@@ -144,29 +144,32 @@ class Store:
             if self._note:
                 self._note(f"{path} was set aside as .bad: {error}")
             return None
-        if record.boot_id != boot_id():  # the folder outlived a reboot: nothing that it speaks of did
+        if record.boot_id != boot_id():  # the folder is not on a tmpfs: a reboot has ended the attachment
             self.forget(record)
             return None
         return record
 
     def records(self) -> Iterator[Record]:
-        """Every record. Raises CniError 5 at one that cannot be read."""
+        """Every record."""
         for id in self.recorded():
             if record := self.load(id):
                 yield record
 
     def recorded(self) -> list[str]:
-        """The ids that have a record, or what once was one."""
+        """The ids of all files that should be records."""
         with _io(self._attachments):
             names = os.listdir(self._attachments) if os.path.isdir(self._attachments) else []
         return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
     def forget(self, record: Record) -> None:
-        """Remove the record and give its ifindex back. Nothing to do is fine."""
+        """Remove the record and all that its id has reserved. Without a record this does nothing."""
         self.forget_id(record.id, record.ifindex)
 
     def forget_id(self, id: str, *numbers: int) -> None:
-        """The same where no record could be read. numbers: indexes that it may have besides those derived from id."""
+        """Remove the record of that id and all that the id has reserved, where the record may not be readable.
+
+        numbers: interface indexes that it may have reserved besides those that are derived from the id.
+        """
         with _io(self.folder):
             for suffix in ("json", "new"):
                 _unlink(self._path(id, suffix))
@@ -177,9 +180,10 @@ class Store:
                 self.release_function(pci, id)
 
     def reserve_ifindex(self, id: str, device_id: str | None = None) -> int:
-        """An interface index that no other attachment on this host has, or had reserved, until forget().
+        """Reserve an interface index that no other attachment on this host has, until forget().
 
-        With a device_id (see deviceid.py) its own. Raises CniError 11 if another attachment has that still.
+        device_id: the kubelet's device, whose own index is reserved (deviceid.py). Raises CniError 11 if another
+        attachment still has it.
         """
         with _io(self._ifindex):
             if number := deviceid.index_of(device_id):
@@ -196,7 +200,7 @@ class Store:
         raise CniError(TRY_AGAIN_LATER, "no free interface index was found; try again")
 
     def adopt(self, record: Record) -> bool:
-        """Keep a record of a link that was found without one, if its index is one that we would have given it."""
+        """Save a record for a link that was found without one; whether ADD could have given the link its index."""
         with _io(self._ifindex):
             ours = record.ifindex >= deviceid.BASE or record.ifindex in _candidates(record.id)
             if not ours or not self._hold(record.ifindex, record.id):
@@ -207,7 +211,7 @@ class Store:
         return True
 
     def reserved_by(self, number: int) -> str | None:
-        """The id that holds that ifindex, or None."""
+        """The id that has reserved that interface index, or None."""
         with _io(self._ifindex):
             try:
                 return os.readlink(f"{self._ifindex}/{number}")
@@ -215,14 +219,14 @@ class Store:
                 return None
 
     def remove_node(self, ifindex: int) -> None:
-        """Remove the device node that ADD made for the attachment of that index. Nothing to do is fine."""
+        """Remove the device node of the attachment with that index, if there is one."""
         path = self.node(ifindex)
         with _io(self._dev):
             _unlink(path)
             _unlink(f"{path}.new")
 
     def sweep_nodes(self, keep: Collection[int] = ()) -> list[int]:
-        """Remove the device nodes whose index nobody holds, but for those to keep; the indexes of the removed ones."""
+        """Remove device nodes whose index is not reserved, but those of the indexes to keep. Returns their indexes."""
         swept = []
         with _io(self._dev):
             for name in os.listdir(self._dev) if os.path.isdir(self._dev) else []:
@@ -234,24 +238,26 @@ class Store:
         return swept
 
     def reserved(self) -> Iterator[tuple[int, str]]:
-        """The interface indexes that are held, each with the id that holds it, with or without a record."""
+        """The reserved interface indexes, each with the id that has reserved it, with or without a record."""
         with _io(self._ifindex):
             for name in os.listdir(self._ifindex) if os.path.isdir(self._ifindex) else []:
                 with suppress(FileNotFoundError, ValueError):
                     yield int(name), os.readlink(f"{self._ifindex}/{name}")
 
     def unfinished(self) -> list[str]:
-        """The ids of records whose writing was begun."""
+        """The ids of records that are being written, or whose writing was killed."""
         with _io(self._attachments):
             names = os.listdir(self._attachments) if os.path.isdir(self._attachments) else []
         return [name.removesuffix(".new") for name in names if name.endswith(".new")]
 
     def release(self, number: int, id: str) -> None:
-        """Give an interface index back if that id holds it."""
+        """Release an interface index if that id has reserved it."""
         path = f"{self._ifindex}/{number}"
         with _io(path), suppress(FileNotFoundError):
             if os.readlink(path) == id:
-                self.remove_node(number)  # before what says whose it is
+                self.remove_node(
+                    number
+                )  # first: after a kill in between, the reservation still leads to the node
                 os.unlink(path)
 
     def hold_function(self, pci: str, id: str) -> bool:
@@ -261,20 +267,20 @@ class Store:
             return _hold(f"{self.functions}/{pci}", id)
 
     def function_held_by(self, pci: str) -> str | None:
-        """The id that holds that VF, or None."""
+        """The id that has reserved the VF of that PCI address, or None."""
         with _io(self.functions), suppress(FileNotFoundError):
             return os.readlink(f"{self.functions}/{pci}")
         return None
 
     def functions_held(self) -> Iterator[tuple[str, str]]:
-        """The PCI addresses of the VFs that are held, each with the id that holds it."""
+        """The PCI addresses of the reserved VFs, each with the id that has reserved it."""
         with _io(self.functions):
             for pci in os.listdir(self.functions) if os.path.isdir(self.functions) else []:
                 if id := self.function_held_by(pci):
                     yield pci, id
 
     def release_function(self, pci: str, id: str) -> None:
-        """Give the VF back if that id holds it."""
+        """Release the VF of that PCI address if that id has reserved it."""
         if self.function_held_by(pci) == id:
             with _io(self.functions):
                 _unlink(f"{self.functions}/{pci}")
@@ -284,7 +290,7 @@ class Store:
 
 
 def _hold(path: str, id: str) -> bool:
-    """Make the symbolic link to id; False if there is one to another."""
+    """Make the symbolic link to id; False if it is there and leads to another id."""
     try:
         os.symlink(id, path)
     except FileExistsError:
@@ -295,7 +301,7 @@ def _hold(path: str, id: str) -> bool:
 
 
 def in_netns(folder: str | os.PathLike[str], netns_id: tuple[int, int]) -> list[Record]:
-    """The attachments whose network namespace is netns_id, by ifname."""
+    """The attachments in the network namespace of that identity (netns.identity), sorted by ifname."""
     found = [record for record in Store(folder).records() if record.netns_id == netns_id]
     return sorted(found, key=lambda record: record.ifname)
 
@@ -311,14 +317,17 @@ def _unlink(path: str) -> None:
 
 
 def _candidates(id: str) -> Iterator[int]:
-    """Indexes that an attachment may have, in the order to try; derived, so that one killed in between is found."""
+    """The interface indexes that an attachment may have, in the order to try.
+
+    They are derived from the id: what a killed ADD has reserved is found without a record.
+    """
     digest = blake2s(id.encode(), digest_size=4 * _CANDIDATES).digest()
     for at in range(0, len(digest), 4):
         yield IFINDEX_BASE + int.from_bytes(digest[at : at + 4]) % IFINDEX_SPAN
 
 
 class _io:  # noqa: N801 - used as a statement
-    """Turns OSError into CniError 5 that names the path."""
+    """Inside the block an OSError becomes a CniError 5 that names the path."""
 
     def __init__(self, path: str) -> None:
         self._path = path
