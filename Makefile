@@ -32,7 +32,7 @@ test-hw: ## those that need an SR-IOV NIC, in a machine that emulates one; T="-k
 
 cluster: ## a real Kubernetes of one node, and a shell on it with kubectl
 	@lab/setup cluster
-	@$(BIN)/python -m lab.clustershell
+	@$(BIN)/python -m lab.kubernetes.shell
 
 test-cluster: ## the tests that want that Kubernetes; the first time it is built, in ten minutes
 	@lab/setup cluster

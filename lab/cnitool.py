@@ -11,10 +11,10 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from lab import assets
-from lab.wire import run
+from lab.process import Closing, run
 
 if TYPE_CHECKING:
     import subprocess
@@ -29,7 +29,7 @@ exec "$@"
 """
 
 
-class Cnitool:
+class Cnitool(Closing):
     """Calls cnitool on the node; a context manager.
 
     netconf: the folder with the network configs; policy: the node's policy file.
@@ -79,9 +79,3 @@ class Cnitool:
 
     def close(self) -> None:
         self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -32,7 +32,8 @@ from rich.text import Text
 from lab.assets import AssetError
 from lab.cnitool import Cnitool
 from lab.guest import Guest, GuestError, Image, Nic
-from lab.wire import Lab, LabError
+from lab.process import LabError
+from lab.wire import Lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -19,9 +19,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Self, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from lab import assets
+from lab.process import Closing, LabError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ ANSWER_DEADLINE = 60.0
 _LOG_TAIL = 1500
 
 
-class GuestError(RuntimeError):
+class GuestError(LabError):
     """The guest did not start, does not answer or has ended; the text has the end of its logs."""
 
 
@@ -53,7 +54,7 @@ class Answer:
     output: str
 
 
-class Image:
+class Image(Closing):
     """The guest's kernel and initramfs where the user that QEMU runs as can read them; a context manager."""
 
     def __init__(self) -> None:
@@ -69,12 +70,6 @@ class Image:
 
     def close(self) -> None:
         self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def qemu_command(
@@ -104,7 +99,7 @@ def qemu_command(
     ]
 
 
-class Conversation:
+class Conversation(Closing):
     """Commands to a guest and its answers, over two text streams; a context manager.
 
     Who makes one starts the guest, hands over the streams by _listen(), and says in _tail() what can be told of a
@@ -152,16 +147,6 @@ class Conversation:
     def ping(self, address: str, *, wait: int = 20) -> bool:
         """Does one echo request get its reply within wait seconds? QEMU may have to wait for a processor."""
         return self.run(f"ping -c 1 -W {wait} {address}", wait + ANSWER_DEADLINE).status == 0
-
-    def close(self) -> None:
-        """Ends the guest if it still runs."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _listen(self, commands: IO[str], answers: IO[str]) -> None:
         self._commands = commands

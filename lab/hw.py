@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from lab import assets, hardware
+from lab.process import Closing, LabError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +38,7 @@ _MARK = "vmtap_tests="
 _PORT = "vport*p1"
 
 
-class MachineError(RuntimeError):
+class MachineError(LabError):
     """The machine did not start, or ended in the middle of a test; the text has the end of its console."""
 
 
@@ -61,7 +62,7 @@ def orders() -> Iterator[tuple[list[Any], Any]]:
             yield json.loads(line), answer
 
 
-class Machine:
+class Machine(Closing):
     """A started machine that runs tests (what pytest calls them on its command line); close() ends it."""
 
     def __init__(self, tests: str) -> None:
@@ -99,12 +100,6 @@ class Machine:
         self._lines.close()
         self._socket.close()
         self._log.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _receive(self, seconds: float) -> Any:
         self._socket.settimeout(seconds)

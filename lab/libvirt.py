@@ -17,10 +17,10 @@ import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from lab.guest import Conversation
-from lab.wire import LabError, run
+from lab.process import Closing, LabError, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -112,7 +112,7 @@ def interface(link: Mapping[str, Any], nic: Nic, queues: int = 1) -> str:
     </interface>"""
 
 
-class Daemon:
+class Daemon(Closing):
     """libvirtd in a pod's network namespace and a mount and process namespace of its own; a context manager.
 
     nodes: device nodes of the host (/run/vmtap/dev/tapN) that the container gets as /dev/tapN, copied as they are now.
@@ -202,12 +202,6 @@ class Daemon:
         """Ends the daemon, and with the process namespace every guest of it."""
         self._stack.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class Domain(Conversation):
     """A started domain whose guest is the lab's; closing it destroys the domain."""
@@ -254,11 +248,7 @@ class Domain(Conversation):
         )
         daemon.virsh("define", str(definition))
         daemon.virsh("start", self._name)
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(
-            str(daemon.folder / "control")
-        )  # QEMU has listened since before it was said to have started
-        self._listen(self._socket.makefile("w"), self._socket.makefile("r", errors="replace"))
+        self._connect()
 
     @property
     def pid(self) -> int:

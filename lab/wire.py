@@ -16,17 +16,21 @@ import ctypes
 import errno
 import json
 import os
-import shlex
 import socket
 import subprocess
 import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lab.process import Closing, LabError, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
+    from typing import Unpack
+
+    from lab.process import RunOptions, Word
 
 T = TypeVar("T")
 
@@ -50,41 +54,7 @@ _MNT_DETACH = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class LabError(RuntimeError):
-    """A command of the lab failed; the text has the command and what it said."""
-
-
-def run(
-    argv: Sequence[str | os.PathLike[str]],
-    *,
-    check: bool = True,
-    stdin: str = "",
-    env: Mapping[str, str] | None = None,
-    timeout: float = 30,
-) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end with its output captured; LabError if check and its exit status is not 0.
-
-    A terminal's Ctrl-C is for us, not for the command: it could be half-way through a plugin or a clean-up.
-    """
-    done = subprocess.run(
-        argv,
-        input=stdin,
-        env=env,
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        check=False,
-        process_group=0,
-    )
-    if check and done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip()) or "nothing"
-        raise LabError(
-            f"{shlex.join([os.fspath(word) for word in argv])}: exit status {done.returncode}, said: {said}"
-        )
-    return done
-
-
-class Netns:
+class Netns(Closing):
     """A network namespace with a path, as a container runtime hands it to a plugin.
 
     With ipv6=False, IPv6 is off on every link that comes to be in it.
@@ -109,23 +79,15 @@ class Netns:
             self.close()
             raise
 
-    def argv(self, argv: Sequence[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
-        """The command line that runs argv in here."""
+    def argv(self, argv: Sequence[Word]) -> list[Word]:
+        """The command line that runs argv in this namespace."""
         return ["nsenter", f"--net={self.path}", "--", *argv]
 
-    def run(
-        self,
-        argv: Sequence[str | os.PathLike[str]],
-        *,
-        check: bool = True,
-        stdin: str = "",
-        env: Mapping[str, str] | None = None,
-        timeout: float = 30,
-    ) -> subprocess.CompletedProcess[str]:
-        """run() in this namespace."""
-        return run(self.argv(argv), check=check, stdin=stdin, env=env, timeout=timeout)
+    def run(self, argv: Sequence[Word], **options: Unpack[RunOptions]) -> subprocess.CompletedProcess[str]:
+        """process.run() in this namespace."""
+        return run(self.argv(argv), **options)
 
-    def popen(self, argv: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess.Popen[Any]:
+    def popen(self, argv: Sequence[Word], **options: Any) -> subprocess.Popen[Any]:
         """subprocess.Popen in this namespace."""
         return subprocess.Popen(self.argv(argv), **options)
 
@@ -169,12 +131,6 @@ class Netns:
             _syscall("umount2", bytes(self.path), _MNT_DETACH)
         self.path.unlink(missing_ok=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class Switch(Netns):
     """A learning switch. Its ports are links of the bridge `sw`."""
@@ -196,7 +152,7 @@ class Switch(Netns):
         self.run(["bridge", "link", "set", "dev", port, "hairpin", "on" if on else "off"])
 
 
-class Lab:
+class Lab(Closing):
     """The whole picture of this file's head; a context manager. The switch does not reflect until told to."""
 
     def __init__(self, *, mtu: int = 1500) -> None:
@@ -223,12 +179,6 @@ class Lab:
 
     def close(self) -> None:
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def in_namespaces(namespaces: Sequence[Path], function: Callable[[], T]) -> T:

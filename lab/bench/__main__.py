@@ -33,7 +33,8 @@ from lab.bench.contenders import (
 from lab.bench.figures import number, spread
 from lab.bench.spawn import Spawner, SpawnError
 from lab.guest import GuestError
-from lab.wire import Lab, LabError
+from lab.process import LabError
+from lab.wire import Lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

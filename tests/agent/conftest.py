@@ -23,7 +23,7 @@ from tests.runner import Answer, Plugin
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lab.machine import Machine
+    from lab.runtimes.machine import Machine
     from lab.wire import Lab
 
 SHIM = Path(cni.__file__).parent / "shim" / "vmtap"

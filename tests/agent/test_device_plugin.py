@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cni.state import deviceid
-from lab.kubelet import SOCKET, Kubelet, PluginError
+from lab.kubernetes.kubelet import SOCKET, Kubelet, PluginError
 from lab.wire import BRIDGE_UPLINK, NIC
 from tests.agent.conftest import Agent
 from tests.agent.test_metrics import parse

@@ -16,7 +16,8 @@ import pytest
 from cni.kernel import netns, tapdev
 from cni.state.store import in_netns
 from lab.cnitool import Cnitool
-from lab.wire import BRIDGE, NIC, run
+from lab.process import run
+from lab.wire import BRIDGE, NIC
 from tests.runner import BIN
 
 if TYPE_CHECKING:

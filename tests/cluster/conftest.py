@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lab import multus, ownimage
-from lab.cluster import NETCONF, NODE, PLUGINS, Cluster
-from lab.wire import NIC, Lab, LabError
+from lab import ownimage
+from lab.kubernetes import multus
+from lab.kubernetes.cluster import NETCONF, NODE, PLUGINS, Cluster
+from lab.process import LabError
+from lab.wire import NIC, Lab
 from tests.waiting import until_as_before
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tests.cluster.conftest import pod
 
 if TYPE_CHECKING:
-    from lab.cluster import Cluster
+    from lab.kubernetes.cluster import Cluster
 
 
 def test_a_pod_runs_and_goes(cluster: Cluster) -> None:
@@ -25,7 +25,6 @@ def test_kubelet_and_containerd_are_killed_and_started_again(cluster: Cluster) -
     cluster.kubelet.kill()
     cluster.containerd.kill()
     cluster.containerd.start()
-    cluster.wait_containerd()
     cluster.kubelet.start()
     cluster.apply(pod("later"))
     cluster.wait("pod/later", "condition=Ready")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lab import manifests
+from lab.kubernetes import manifests
 from lab.wire import NIC
 from tests.cluster.conftest import CAPACITY, CHART, NAMESPACE, RESOURCES, network, pod
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from cni.state import deviceid
-from lab import assets, image, ownimage
+from lab import assets, ownimage
+from lab.runtimes import image
 from tests.cluster.conftest import CAPACITY, RESOURCES, pod
 from tests.runtimes.test_vm import InPod
 

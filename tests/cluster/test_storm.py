@@ -9,7 +9,7 @@ from tests.cluster.conftest import CAPACITY, network, pod
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from lab.cluster import Cluster
+    from lab.kubernetes.cluster import Cluster
     from tests.cluster.conftest import Release
 
 PODS = 30
@@ -107,6 +107,5 @@ def _trouble(release: Release) -> None:
     cluster.kubelet.kill()
     cluster.containerd.kill()
     cluster.containerd.start()
-    cluster.wait_containerd()
     cluster.kubelet.start()  # last: it ends itself where it finds no runtime
     release.upgrade()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cni.kernel.ethtool import SIOCETHTOOL
-from lab.kubelet import Kubelet
+from lab.kubernetes.kubelet import Kubelet
 from tests.agent.conftest import Agent
 from tests.agent.test_device_plugin import put
 from tests.ctl.conftest import Ctl

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from lab.kubelet import Kubelet
+from lab.kubernetes.kubelet import Kubelet
 from lab.wire import NIC, Lab
 from tests.agent.conftest import Agent
 from tests.runner import config

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab import hw
-from lab.wire import Netns, run
+from lab.process import run
+from lab.wire import Netns
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from cni.agent import metrics, node_metrics
 from cni.config.policy import load
 from cni.ctl import inventory, locations, render, virtual_functions
 from cni.state.store import Store
-from lab.wire import run
+from lab.process import run
 from tests.runner import config
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 
 from cni.state import deviceid
 from cni.state.store import Store
-from lab.kubelet import Device, Kubelet
-from lab.wire import run
+from lab.kubernetes.kubelet import Device, Kubelet
+from lab.process import run
 from tests.agent.conftest import Agent
 from tests.hw.nic import PF0, PF1
 from tests.runner import config

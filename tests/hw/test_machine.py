@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lab import hw
 from lab.frames import BROADCAST, Frame, collect, packet_socket
-from lab.wire import run
+from lab.process import run
 
 if TYPE_CHECKING:
     from tests.hw.nic import Nic, Root

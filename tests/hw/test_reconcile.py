@@ -10,7 +10,7 @@ from cni.agent.reconcile.runner import Reconciler
 from cni.attach.call import Node
 from cni.config import policy
 from cni.state.store import Store
-from lab.wire import run
+from lab.process import run
 from tests.runner import config
 from tests.waiting import until
 

@@ -14,7 +14,7 @@ from cni.kernel import tapdev
 from cni.state.record import Record
 from cni.state.store import Store
 from lab.frames import BROADCAST, Frame, collect, packet_socket, write_tap
-from lab.wire import run
+from lab.process import run
 from tests.hw.nic import PF0, PF1, killed
 from tests.runner import config
 

@@ -11,7 +11,7 @@ import pytest
 from cni.kernel import tapdev
 from cni.state.store import Store
 from lab.frames import BROADCAST, Frame, collect, packet_socket, write_tap
-from lab.wire import run
+from lab.process import run
 from tests.hw.nic import killed
 from tests.runner import config
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lab.libvirt import QEMU_USER, Daemon, Domain, Nic, ifname
-from lab.wire import PEER_ADDRESS, LabError
+from lab.process import LabError
+from lab.wire import PEER_ADDRESS
 from tests.kubevirt.conftest import LauncherPod, Nodes, open_devices, status_of
 
 if TYPE_CHECKING:

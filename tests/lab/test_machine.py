@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lab.machine import Machine
-from lab.wire import LabError
+from lab.process import LabError
+from lab.runtimes.machine import Machine
 
 if TYPE_CHECKING:
     from lab.wire import Lab
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ABANDONED = """
 import sys
 from pathlib import Path
-from lab.machine import Machine
+from lab.runtimes.machine import Machine
 from lab.wire import Netns
 netns = Netns.__new__(Netns)
 netns.path = Path(sys.argv[1])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lab.frames import BROADCAST, ETHERTYPE, Frame, collect, packet_socket, unpack, write_tap
-from lab.wire import BRIDGE, NIC, Lab, LabError, Netns
+from lab.process import LabError
+from lab.wire import BRIDGE, NIC, Lab, Netns
 
 NODE_MAC = "02:00:00:00:00:01"
 ETH_P_ALL = 0x0003

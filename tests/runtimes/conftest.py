@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lab.containerd import Containerd
-from lab.machine import Machine
-from lab.podman import Podman
+from lab.runtimes.containerd import Containerd
+from lab.runtimes.machine import Machine
+from lab.runtimes.podman import Podman
 from tests.agent.conftest import SHIM, Agent
 from tests.runner import BIN
 from tests.waiting import until, until_as_before

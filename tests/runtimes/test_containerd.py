@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lab.containerd import SANDBOX
-from lab.cri import Container, CriError, Pod
 from lab.proto import cri_pb2 as api
+from lab.runtimes.containerd import SANDBOX
+from lab.runtimes.cri import Container, CriError, Pod
 from tests.faults.baseline import Leaser
 from tests.runtimes.conftest import WIRE
 from tests.waiting import until
@@ -21,7 +21,7 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lab.containerd import Containerd
+    from lab.runtimes.containerd import Containerd
     from tests.runtimes.conftest import Node
 
 SLEEP = Container(SANDBOX, ["/bin/busybox", "sleep", "infinity"])

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lab.wire import LabError
+from lab.process import LabError
 from tests.runtimes.conftest import WIRE
 
 if TYPE_CHECKING:
-    from lab.podman import Podman
+    from lab.runtimes.podman import Podman
     from tests.runtimes.conftest import Node
 
 NETWORKS = ("10-pods", "wire")

@@ -14,19 +14,20 @@ import pytest
 import yaml
 
 from cni.state import deviceid
-from lab import image, multus
-from lab.containerd import LOGS
-from lab.cri import Container
 from lab.guest import Conversation
-from lab.kubelet import Kubelet
+from lab.kubernetes import multus
+from lab.kubernetes.kubelet import Kubelet
 from lab.proto import cri_pb2 as api
+from lab.runtimes import image
+from lab.runtimes.containerd import LOGS
+from lab.runtimes.cri import Container
 from tests.runtimes.conftest import RUN
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lab.containerd import Containerd
+    from lab.runtimes.containerd import Containerd
     from tests.runtimes.conftest import Node
 
 pytestmark = pytest.mark.vm

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from cni.config import nodefile, schema
-from lab import manifests
-from lab.manifests import Document, ManifestError
+from lab.kubernetes import manifests
+from lab.kubernetes.manifests import Document, ManifestError
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 CHART = DEPLOY / "helm/vmtap"

@@ -30,7 +30,7 @@ from lab.proto import podresources_pb2 as api
 from lab.proto import podresources_pb2_grpc as services
 
 if TYPE_CHECKING:
-    from lab.cluster import Cluster
+    from lab.kubernetes.cluster import Cluster
 
 NETWORKS = "k8s.v1.cni.cncf.io/networks"
 RESOURCE = "k8s.v1.cni.cncf.io/resourceName"

@@ -8,14 +8,14 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
-from lab import image
+from lab.runtimes import image
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from lab.machine import Machine
+    from lab.runtimes.machine import Machine
 
 _CONFIG = """
 [network]

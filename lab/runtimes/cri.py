@@ -7,12 +7,12 @@ for.
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from lab.process import Closing, LabError, wait_for
 from lab.proto import cri_pb2 as api
 from lab.proto import cri_pb2_grpc
 
@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 DEADLINE = 60.0
 """Seconds that a call may take."""
-_LOOK_SECONDS = 0.02
 _NAMESPACES = api.NamespaceOption(pid=api.CONTAINER)
 """As a kubelet has it: each container has its own pids, and the pod's network."""
 
 
-class CriError(RuntimeError):
+class CriError(LabError):
     """The runtime refused; the text is its own."""
 
 
@@ -59,7 +58,7 @@ class Container:
     """The runtime's default profile."""
 
 
-class Cri:
+class Cri(Closing):
     """A client; a context manager.
 
     socket: the runtime's, as this process finds it; cgroup: the pods' parent; logs: a folder, as the runtime finds it,
@@ -77,28 +76,30 @@ class Cri:
         self._runtime = cri_pb2_grpc.RuntimeServiceStub(self._channel)
         self._images = cri_pb2_grpc.ImageServiceStub(self._channel)
 
-    def wait_ready(self, alive: Callable[[], bool]) -> str:
-        """The runtime's name and version, as soon as it takes requests; CriError if it does not while it is alive."""
-        until = time.monotonic() + DEADLINE
-        while True:
+    def wait_ready(self, alive: Callable[[], bool]) -> None:
+        """Returns when the runtime takes requests; LabError if it ends before that or takes too long."""
+        failure = ""
+
+        def answers() -> bool:
+            nonlocal failure
             try:
-                version = self._call("Version", api.VersionRequest())
-            except CriError:
-                # It listens before it is initialised, and does not say when it is.
-                if time.monotonic() > until or not alive():
+                self._call("Version", api.VersionRequest())
+            except CriError as error:  # it listens before it is initialised, and reports no event when it is
+                failure = str(error)
+                if not alive():
                     raise
-                time.sleep(_LOOK_SECONDS)
-            else:
-                return f"{version.runtime_name} {version.runtime_version}"
+                return False
+            return True
+
+        wait_for(answers, lambda: failure)
 
     def wait_image(self, name: str) -> None:
         """Until an image that was imported is known to the runtime's CRI part, which hears of it a moment later."""
-        until = time.monotonic() + DEADLINE
         request = api.ImageStatusRequest(image=api.ImageSpec(image=name))
-        while not self._call("ImageStatus", request, self._images).HasField("image"):
-            if time.monotonic() > until:
-                raise CriError(f"the image {name} did not come within {DEADLINE:g} s")
-            time.sleep(_LOOK_SECONDS)
+        wait_for(
+            lambda: self._call("ImageStatus", request, self._images).HasField("image"),
+            lambda: f"the runtime does not list the image {name}",
+        )
 
     def run_pod(self, name: str, *, annotations: Mapping[str, str] | None = None, attempt: int = 0) -> Pod:
         """A sandbox with its networks attached. Raises CriError, with what the CNI plugin said."""
@@ -202,9 +203,3 @@ class Cri:
             return getattr(service or self._runtime, method)(request, timeout=DEADLINE)
         except grpc.RpcError as error:
             raise CriError(f"{method}: {error.details()}") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

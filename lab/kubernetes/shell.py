@@ -8,8 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lab import assets, multus, ownimage
-from lab.cluster import Cluster
+from lab import assets, ownimage
+from lab.kubernetes import multus
+from lab.kubernetes.cluster import Cluster
 from lab.wire import Lab
 
 _WELCOME = """The node is Ready, and ends with this shell. Logs: {logs}. The peer on eth1's network: 10.77.0.254.

@@ -13,13 +13,16 @@ import os
 import secrets
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lab.wire import LabError, in_namespaces, run
+from lab.process import Closing, LabError, run
+from lab.wire import in_namespaces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
+    from typing import Unpack
 
+    from lab.process import RunOptions, Word
     from lab.wire import Netns
 
 T = TypeVar("T")
@@ -38,7 +41,7 @@ exec cat
 """
 
 
-class Machine:
+class Machine(Closing):
     """A context manager. netns: a lab's node; must be closed after this."""
 
     def __init__(self, netns: Netns) -> None:
@@ -79,23 +82,16 @@ class Machine:
             [self.netns.path, self._proc / "ns/mnt", self._proc / "ns/pid_for_children"], function
         )
 
-    def popen(self, argv: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess.Popen[Any]:
+    def popen(self, argv: Sequence[Word], **options: Any) -> subprocess.Popen[Any]:
         """subprocess.Popen of a program on the node; its pid is ours to signal. Killed with the node at the latest."""
         started = self.call(lambda: subprocess.Popen(argv, **options))
         self._started.append(started)
         return started
 
-    def run(
-        self,
-        argv: Sequence[str | os.PathLike[str]],
-        *,
-        check: bool = True,
-        stdin: str = "",
-        env: Mapping[str, str] | None = None,
-        timeout: float = 120,
-    ) -> subprocess.CompletedProcess[str]:
-        """wire.run() on the node."""
-        return self.call(lambda: run(argv, check=check, stdin=stdin, env=env, timeout=timeout))
+    def run(self, argv: Sequence[Word], **options: Unpack[RunOptions]) -> subprocess.CompletedProcess[str]:
+        """process.run() on the node, with a default timeout of 120 s."""
+        options.setdefault("timeout", 120)
+        return self.call(lambda: run(argv, **options))
 
     def processes(self) -> dict[int, str]:
         """The command of each process of the node but its first, by the pid that it has there."""
@@ -141,9 +137,3 @@ class Machine:
             stream.close()
         for folder in [*self.cgroups(), *self._cgroup_tops()]:
             folder.rmdir()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

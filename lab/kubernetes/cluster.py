@@ -1,7 +1,7 @@
 """A Kubernetes of one node: the real API server, controllers, scheduler, etcd, kubelet, containerd and runc, by hand.
 
-On a lab's machine (lab/machine.py), so that nothing can outlive it, and nothing of the host's is touched. No registry:
-images are imported. No proxy and no DNS: a pod is reached by its address. Must not know what runs in it.
+On a machine of the lab (lab/runtimes/machine.py), so that nothing can outlive it, and nothing of the host is touched. No
+registry: images are imported. No proxy and no DNS: a pod is reached by its address. Must not know what runs in it.
 """
 
 from __future__ import annotations
@@ -10,38 +10,32 @@ import contextlib
 import json
 import os
 import secrets
-import signal
-import subprocess
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from lab import assets, image
-from lab.cri import Cri, CriError
-from lab.machine import Machine
-from lab.wire import LabError
+from lab import assets
+from lab.process import PATIENCE, Closing, LabError, Program, wait_for
+from lab.runtimes.containerd import SANDBOX, SOCKET, Containerd
+from lab.runtimes.machine import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
+    from lab.process import Word
     from lab.wire import Lab
 
 NODE = "node"
 """Its name; also the machine's in the lab."""
 ADDRESS = "10.78.0.2"
-BUSYBOX = "lab.invalid/busybox:1"
-"""The image of every sandbox; pods may have it, too."""
+BUSYBOX = SANDBOX
+"""An image with a shell, for pods."""
 NETCONF = "/etc/cni/net.d"
 PLUGINS = "/opt/cni/bin"
 """On the node; the reference plugins loopback, bridge and host-local are in it."""
-PATIENCE = 180.0
-"""Seconds for what usually takes one."""
 _BRIDGE = "cni0"
 _HOME = "/run/lab/cluster"
 """On the node: what the programs keep and write."""
-_SOCKET = "/run/containerd/containerd.sock"
-_LOG_TAIL = 3000
-_LOOK_SECONDS = 0.02
+_EVENTS_TAIL = 3000
 _SERVER = f"https://{ADDRESS}"
 _SERVICE = "10.96.0.1"
 """Where pods find the API server: an address of the node, in place of a proxy."""
@@ -73,27 +67,6 @@ EOF
 openssl genrsa -out {home}/accounts.key 2048
 """
 
-_CONTAINERD = """
-version = 3
-root = "/run/lab/containerd"
-state = "/run/containerd"
-
-[plugins."io.containerd.cri.v1.images"]
-snapshotter = "overlayfs"
-[plugins."io.containerd.cri.v1.images".pinned_images]
-sandbox = "{sandbox}"
-
-[plugins."io.containerd.cri.v1.runtime"]
-restrict_oom_score_adj = true
-[plugins."io.containerd.cri.v1.runtime".cni]
-bin_dirs = ["{plugins}"]
-conf_dir = "{netconf}"
-max_conf_num = 0
-
-[plugins."io.containerd.internal.v1.opt"]
-path = "/run/lab/opt"
-"""
-
 _USERS = {
     "admin": ("admin", "system:masters"),
     "controller-manager": ("system:kube-controller-manager", ""),
@@ -108,38 +81,7 @@ _PODS_NETWORK = {
 }
 
 
-class Program:
-    """One of the node's, that may be ended and started again. log: on the host."""
-
-    def __init__(self, machine: Machine, argv: Sequence[str], log: Path, path: str) -> None:
-        self.name = Path(argv[0]).name
-        self.log = log
-        self._machine = machine
-        self._argv = argv
-        self._path = path
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with self.log.open("ab") as log:
-            self._process = self._machine.popen(
-                self._argv, stdout=log, stderr=log, env={"PATH": self._path, "HOME": "/root"}
-            )
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """Returns when it has ended."""
-        assert self._process
-        self._process.send_signal(number)
-        self._process.wait(PATIENCE)
-
-    def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def said(self) -> str:
-        """The end of its log, for an error."""
-        return f"{self.name} said: {self.log.read_text(errors='replace')[-_LOG_TAIL:]}"
-
-
-class Cluster:
+class Cluster(Closing):
     """Started, with its node Ready; a context manager, to be closed before its lab.
 
     folder: for logs, on the host. The node has eth0 for the cluster beside the lab's NICs. Pods have a bridge as their
@@ -153,12 +95,10 @@ class Cluster:
         with contextlib.ExitStack() as stack:
             self.machine = stack.enter_context(Machine(lab.node))
             self._path = f"{self.programs}:{assets.manifests()}:{os.environ['PATH']}"
+            self._env = {"PATH": self._path, "HOME": "/root"}
             self._prepare()
-            self.cri = Cri(self.machine.path(_SOCKET), self.machine.cgroup, "/var/log/pods")
-            stack.callback(self.cri.close)
-            self.containerd = self._program("containerd", f"--config={_HOME}/containerd.toml")
-            self.kubelet = self._program("kubelet", f"--config={_HOME}/kubelet.yaml", *self._kubelet_flags())
-            self._start()
+            self.kubelet = self._program("kubelet", f"--config={_HOME}/kubelet.yaml", *_kubelet_flags())
+            self._start(stack)
             self._stack = stack.pop_all()
 
     def kubectl(self, *words: str, stdin: str = "", check: bool = True, timeout: float = 2 * PATIENCE) -> str:
@@ -186,12 +126,12 @@ class Cluster:
         """The pods and the last events, for an error."""
         pods = self.kubectl("get", "pods", "-A", "-o", "wide", check=False)
         events = self.kubectl("get", "events", "-A", "--sort-by=.lastTimestamp", check=False)
-        ended = [each.said() for each in (self.kubelet, self.containerd) if not each.alive()]
-        return "\n".join([pods, events[-_LOG_TAIL:], *ended])
+        ended = [each.tail() for each in (self.kubelet, self.containerd) if not each.alive()]
+        return "\n".join([pods, events[-_EVENTS_TAIL:], *ended])
 
     def run(
         self,
-        argv: Sequence[str | os.PathLike[str]],
+        argv: Sequence[Word],
         *,
         stdin: str = "",
         check: bool = True,
@@ -209,7 +149,7 @@ class Cluster:
             "PATH": self._path,
             "KUBECONFIG": f"{_HOME}/admin.kubeconfig",
             "KUBECACHEDIR": f"{_HOME}/kubectl",  # else the host's, where another cluster of this address may be known
-            "CONTAINERD_ADDRESS": _SOCKET,
+            "CONTAINERD_ADDRESS": SOCKET,
             "CONTAINERD_NAMESPACE": "k8s.io",
             "HELM_CACHE_HOME": f"{_HOME}/helm",
             "HELM_CONFIG_HOME": f"{_HOME}/helm",
@@ -217,9 +157,8 @@ class Cluster:
         }
 
     def load(self, archive: Path, name: str) -> None:
-        """An image from an OCI tar file on the host; name: with registry and tag, as pods ask for it."""
-        self.run(["ctr", "images", "import", archive])
-        self.cri.wait_image(name)
+        """Containerd.load()."""
+        self.containerd.load(archive, name)
 
     def network(self, name: str, *plugins: dict[str, Any]) -> None:
         """A network config in the node's folder, complete from the first moment on."""
@@ -236,23 +175,13 @@ class Cluster:
 
     def wait_kind(self, kind: str) -> None:
         """Until kubectl finds objects of a kind, which the API server lists a moment after it is Established."""
-        until = time.monotonic() + PATIENCE
-        while not self.kubectl("get", kind, "-o", "json", check=False):
-            if time.monotonic() > until:
-                raise LabError(f"the API server does not come to know of {kind}")
-            time.sleep(10 * _LOOK_SECONDS)
-
-    def wait_containerd(self) -> None:
-        """Until it takes requests, after a start."""
-        try:
-            self.cri.wait_ready(alive=self.containerd.alive)
-        except CriError as error:
-            raise LabError(f"containerd does not answer ({error}); {self.containerd.said()}") from error
+        wait_for(
+            lambda: self.kubectl("get", kind, "-o", "json", check=False),
+            lambda: f"the API server does not list {kind}",
+        )
 
     def _program(self, name: str, *flags: str) -> Program:
-        return Program(
-            self.machine, [str(self.programs / name), *flags], self._folder / f"{name}.log", self._path
-        )
+        return Program(self.machine.popen, [name, *flags], self._folder / f"{name}.log", self._env)
 
     def _prepare(self) -> None:
         words = {"home": _HOME, "netconf": NETCONF, "plugins": PLUGINS, "cni": self.programs / "cni"}
@@ -266,8 +195,6 @@ class Cluster:
         )
         self.lab.node.wait_until_up("eth0")
         self.network("10-pods", _PODS_NETWORK)
-        text = _CONTAINERD.format(sandbox=BUSYBOX, plugins=PLUGINS, netconf=NETCONF)
-        self._write("containerd.toml", text)
         tokens = []
         for number, (name, (user, group)) in enumerate(_USERS.items()):
             token = secrets.token_hex(16)
@@ -276,16 +203,23 @@ class Cluster:
         self._write("tokens.csv", "".join(tokens))
         self._write("kubelet.yaml", json.dumps(_kubelet(self.machine.cgroup)))
 
-    def _start(self) -> None:
+    def _start(self, stack: contextlib.ExitStack) -> None:
         """containerd takes its images while the API server starts; what needs that one is started after it."""
         etcd = self._program("etcd", f"--data-dir={_HOME}/etcd", "--unsafe-no-fsync", "--log-level=warn")
         server = self._program("kube-apiserver", *_server_flags())
-        for program in (etcd, server, self.containerd):
+        for program in (etcd, server):
             program.start()
-        self.wait_containerd()
-        archive = self._folder / "busybox.tar"
-        image.busybox(archive, BUSYBOX)
-        self.load(archive, BUSYBOX)
+        self.containerd = stack.enter_context(
+            Containerd(
+                self.machine,
+                self._folder,
+                netconf=NETCONF,
+                plugins=PLUGINS,
+                env=self._env,
+                logs="/var/log/pods",
+            )
+        )
+        self.cri = self.containerd.cri
         self._wait_server(server)
         self._program("kube-scheduler", *_client_flags("scheduler"), "--leader-elect=false").start()
         self._program("kube-controller-manager", *_controller_flags()).start()
@@ -300,26 +234,20 @@ class Cluster:
             self.kubectl("wait", f"node/{NODE}", "--for=create", f"--timeout={PATIENCE:g}s")
             self.wait(f"node/{NODE}", "condition=Ready", seconds=PATIENCE)
         except LabError as error:
-            raise LabError(f"{error}\n{self.kubelet.said()}\n{self.containerd.said()}") from error
+            raise LabError(f"{error}\n{self.kubelet.tail()}\n{self.containerd.tail()}") from error
 
     def _wait_server(self, server: Program) -> None:
-        until = time.monotonic() + PATIENCE
-        while self._file("tls/apiserver.crt").exists() is False or not self._server_ready():
-            # It tells nobody when it is.
-            if time.monotonic() > until or not server.alive():
-                raise LabError(f"the API server does not become ready; {server.said()}")
-            time.sleep(10 * _LOOK_SECONDS)
+        """The API server reports no event when it is ready."""
 
-    def _server_ready(self) -> bool:
-        return self.kubectl("get", "--raw", "/readyz", check=False) == "ok"
+        def ready() -> bool:
+            if not server.alive():
+                raise LabError(f"the API server has ended; {server.tail()}")
+            return (
+                self._file("tls/apiserver.crt").exists()
+                and self.kubectl("get", "--raw", "/readyz", check=False) == "ok"
+            )
 
-    def _kubelet_flags(self) -> list[str]:
-        return [
-            f"--kubeconfig={_HOME}/kubelet.kubeconfig",
-            f"--hostname-override={NODE}",
-            f"--node-ip={ADDRESS}",
-            "--v=2",
-        ]
+        wait_for(ready, lambda: f"the API server is not ready; {server.tail()}")
 
     def _file(self, name: str) -> Path:
         return self.machine.path(f"{_HOME}/{name}")
@@ -329,12 +257,6 @@ class Cluster:
 
     def close(self) -> None:
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _kubeconfig(token: str) -> dict[str, Any]:
@@ -354,7 +276,7 @@ def _kubelet(cgroup: str) -> dict[str, Any]:
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
-        "containerRuntimeEndpoint": f"unix://{_SOCKET}",
+        "containerRuntimeEndpoint": f"unix://{SOCKET}",
         "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
         "authorization": {"mode": "AlwaysAllow"},
         "nodeStatusUpdateFrequency": "1s",
@@ -375,6 +297,15 @@ def _kubelet(cgroup: str) -> dict[str, Any]:
         "registerNode": True,
         "serializeImagePulls": False,
     }
+
+
+def _kubelet_flags() -> list[str]:
+    return [
+        f"--kubeconfig={_HOME}/kubelet.kubeconfig",
+        f"--hostname-override={NODE}",
+        f"--node-ip={ADDRESS}",
+        "--v=2",
+    ]
 
 
 def _server_flags() -> list[str]:
