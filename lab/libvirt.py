@@ -63,6 +63,7 @@ while [ "$count" -gt 0 ]; do
 done
 mount -t sysfs -o ro sysfs /sys
 mount --bind "$folder/passwd" /etc/passwd
+mount --bind "$folder/group" /etc/group
 mount --bind "$folder" /mnt
 echo "${folder##*/}" >/proc/sys/kernel/hostname # libvirt moves no domain to the host that it is on
 umask 022
@@ -124,6 +125,7 @@ class Daemon(Closing):
             self.folder = Path(stack.enter_context(folder))
             self.pod = pod
             (self.folder / "passwd").write_text(f"root:x:0:0::/:\nqemu:x:{QEMU_USER}:{QEMU_USER}::/:\n")
+            (self.folder / "group").write_text(f"root:x:0:\nqemu:x:{QEMU_USER}:\n")
             conf = self.folder / "conf/libvirt"
             conf.mkdir(parents=True)
             # The first is ours, for there is no virtlogd; the others are virt-launcher's.

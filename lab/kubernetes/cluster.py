@@ -1,7 +1,8 @@
 """A Kubernetes of one node: the real API server, controllers, scheduler, etcd, kubelet, containerd and runc, by hand.
 
-On a machine of the lab (lab/runtimes/machine.py), so that nothing can outlive it, and nothing of the host is touched. No
-registry: images are imported. No proxy and no DNS: a pod is reached by its address. Must not know what runs in it.
+It runs on a machine of the lab (lab/runtimes/machine.py): nothing of it outlives that, and nothing of the host is
+touched. There is no registry: images are imported. There is no proxy and no DNS: a pod is reached by its address. Must
+not know what runs in it.
 """
 
 from __future__ import annotations
