@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab import assets
+from lab.assets.programs import CLIENTS
 from lab.process import Closing, run
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Cnitool(Closing):
     """
 
     def __init__(self, node: Netns, *, netconf: Path, policy: Path) -> None:
-        clients = assets.clients()
+        clients = CLIENTS.get()
         self._node = node
         self._program = clients / "cnitool"
         self._folder = tempfile.TemporaryDirectory(prefix=f"vmtap-cnitool-{os.getpid()}-", dir="/run")

@@ -29,9 +29,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lab.assets import AssetError
 from lab.cnitool import Cnitool
-from lab.guest import Guest, GuestError, Image, Nic
+from lab.guest import Guest, Image, Nic
 from lab.process import LabError
 from lab.wire import Lab
 
@@ -449,7 +448,7 @@ def main() -> int:
     try:
         outcome = demo(show, ending)
         ending.check()
-    except (LabError, GuestError, AssetError, KeyboardInterrupt) as error:
+    except (LabError, KeyboardInterrupt) as error:
         if not ending.wanted:
             print(f"lab.demo: {error}", file=sys.stderr)
             return 1

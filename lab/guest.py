@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
 
-from lab import assets
+from lab.assets import guest as assets
 from lab.process import Closing, LabError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Image(Closing):
     """The guest's kernel and initramfs where the user that QEMU runs as can read them; a context manager."""
 
     def __init__(self) -> None:
-        made = assets.guest()
+        made = assets.files()
         self._folder = tempfile.TemporaryDirectory(prefix=f"vmtap-guest-{os.getpid()}-", dir="/run")
         folder = Path(self._folder.name)
         folder.chmod(0o755)

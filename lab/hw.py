@@ -20,7 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab import assets, hardware
+from lab.assets import hardware
+from lab.assets.cache import CACHE, CHECKOUT
 from lab.process import Closing, LabError
 
 if TYPE_CHECKING:
@@ -36,10 +37,6 @@ TEST_DEADLINE = 120.0
 _LOG_TAIL = 3000
 _MARK = "vmtap_tests="
 _PORT = "vport*p1"
-
-
-class MachineError(LabError):
-    """The machine did not start, or ended in the middle of a test; the text has the end of its console."""
 
 
 def inside() -> bool:
@@ -80,7 +77,7 @@ class Machine(Closing):
             )
         try:
             if self._receive(BOOT_DEADLINE) != "ready":
-                raise MachineError(f"the emulated machine did not boot{self._tail()}")
+                raise LabError(f"the emulated machine did not boot{self._tail()}")
         except BaseException:
             self.close()
             raise
@@ -90,7 +87,7 @@ class Machine(Closing):
         try:
             self._socket.sendall(json.dumps(order).encode() + b"\n")
         except OSError as error:
-            raise MachineError(f"the emulated machine has ended{self._tail()}") from error
+            raise LabError(f"the emulated machine has ended{self._tail()}") from error
         while (answer := self._receive(TEST_DEADLINE)) is not None:
             yield answer
 
@@ -108,9 +105,9 @@ class Machine(Closing):
             try:
                 line = self._lines.readline()
             except TimeoutError as error:
-                raise MachineError(f"no answer in {seconds:g} s{self._tail()}") from error
+                raise LabError(f"no answer in {seconds:g} s{self._tail()}") from error
         if not line:
-            raise MachineError(f"the emulated machine has ended{self._tail()}")
+            raise LabError(f"the emulated machine has ended{self._tail()}")
         return json.loads(line)
 
     def _tail(self) -> str:
@@ -120,8 +117,8 @@ class Machine(Closing):
 
 def _command(made: hardware.Hardware, tests: str, control: int) -> list[str]:
     words = {
-        "vmtap_checkout": assets.CHECKOUT,
-        "vmtap_cache": assets.CACHE.resolve(),
+        "vmtap_checkout": CHECKOUT,
+        "vmtap_cache": CACHE.resolve(),
         "vmtap_python": sys.executable,
         _MARK.rstrip("="): tests,
     }
@@ -132,7 +129,7 @@ def _command(made: hardware.Hardware, tests: str, control: int) -> list[str]:
         # another's memory is being mapped, as a new VF's is, now and then ends QEMU 10.0 (iotlb_to_section).
         *("-accel", "tcg", "-M", "q35", "-smp", "1", "-m", "1024", "-nodefaults", "-no-user-config"),
         *("-no-reboot", "-display", "none", "-serial", "stdio"),
-        *("-kernel", os.fspath(made.kernel), "-initrd", os.fspath(made.initramfs), "-append"),
+        *("-kernel", os.fspath(made.boot.kernel), "-initrd", os.fspath(made.boot.initramfs), "-append"),
         # no_timer_check: on a busy machine an emulated timer is late, and the kernel would give up for it.
         "console=ttyS0 quiet panic=-1 no_timer_check net.ifnames=0 bonding.max_bonds=0 dummy.numdummies=0 "
         + " ".join(f"{name}={value}" for name, value in words.items()),

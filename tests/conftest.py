@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
-from lab import assets
+from lab.assets.programs import CLIENTS
 from lab.wire import Lab
 from tests.runner import Plugin
 
@@ -41,4 +41,4 @@ def plugin(lab: Lab, tmp_path: Path) -> Plugin:
 @pytest.fixture(scope="session")
 def reference_plugins() -> Path:
     """The folder with cnitool, host-local, tuning and bandwidth, as their project released them."""
-    return assets.clients()
+    return CLIENTS.get()

@@ -17,7 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lab.assets import CHECKOUT, AssetError, bench, guest
+from lab.assets import guest
+from lab.assets.cache import CHECKOUT
+from lab.assets.programs import BENCH
 from lab.bench import chart, guests, node, report
 from lab.bench.contenders import (
     AGENT,
@@ -26,13 +28,11 @@ from lab.bench.contenders import (
     ONE_SHOT,
     TMPFS,
     Agent,
-    BenchError,
     Floor,
     contenders,
 )
 from lab.bench.figures import number, spread
-from lab.bench.spawn import Spawner, SpawnError
-from lab.guest import GuestError
+from lab.bench.spawn import Spawner
 from lab.process import LabError
 from lab.wire import Lab
 
@@ -77,7 +77,7 @@ def measure(extent: Extent, show: Show, peer: Path | None, *, quick: bool) -> re
             pods = [lab.pod(f"pod{number}") for number in range(extent.at_once)]
             agent = stack.enter_context(Agent(lab.node))
             floor = stack.enter_context(Floor(lab.node, pods[0]))
-            spawner = stack.enter_context(Spawner(bench() / "spawn", lab.node, log))
+            spawner = stack.enter_context(Spawner(BENCH.get() / "spawn", lab.node, log))
             every = contenders(agent, folder / "one-shot", floor, peer)
         with show.step(f"one call at a time, {extent.rounds} rounds"):
             single = node.one_by_one(spawner, every, floor, pods[0], extent.rounds)
@@ -165,10 +165,10 @@ def main() -> int:
         show.say(f"kubevirt/macvtap-cni is left out: {report.NO_PEER}")
     about = report.machine()
     try:
-        guest()  # before minutes of measuring: is it there?
+        guest.files()  # before minutes of measuring: is it there?
         extent = node.QUICK if options.quick else node.FULL
         measured = measure(extent, show, peer, quick=options.quick)
-    except (LabError, GuestError, AssetError, BenchError, SpawnError) as error:
+    except LabError as error:
         print(f"lab.bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from cni.kernel import macvtap, rtnl
-from lab import assets
+from lab.assets.programs import BENCH
 from lab.bench.spawn import Job
+from lab.process import Closing, LabError
 from lab.wire import BRIDGE, NIC
 
 if TYPE_CHECKING:
@@ -34,10 +35,6 @@ TMPFS = "/dev/shm"  # noqa: S108 - a TemporaryDirectory is made in it
 _SETTLE_SECONDS = 10.0
 _LOOK_SECONDS = 0.002
 _START_SECONDS = 20.0
-
-
-class BenchError(RuntimeError):
-    """Something did not do what it has to do to be measured; the text says what it answered."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Sample:
     peak: int
 
 
-class Agent:
+class Agent(Closing):
     """vmtapd on the node; a context manager."""
 
     def __init__(self, node: Netns) -> None:
@@ -82,7 +79,7 @@ class Agent:
                 ready.wait()
             except TimeoutError:
                 self.close()
-                raise BenchError(f"vmtapd is not ready after {_START_SECONDS:g} s") from None
+                raise LabError(f"vmtapd is not ready after {_START_SECONDS:g} s") from None
 
     def cpu(self) -> int:
         """Nanoseconds of CPU that all its threads have had, the ended ones too (clock_getcpuclockid(3))."""
@@ -99,7 +96,7 @@ class Agent:
         quiet = 0
         while quiet < 2:
             if time.monotonic() > until:
-                raise BenchError(f"vmtapd has been at work for {_SETTLE_SECONDS:g} s after it answered")
+                raise LabError(f"vmtapd has been at work for {_SETTLE_SECONDS:g} s after it answered")
             time.sleep(_LOOK_SECONDS)
             states = {_state(task / "stat") for task in Path(f"/proc/{self.process.pid}/task").iterdir()}
             quiet = quiet + 1 if states <= {"S", ""} else 0
@@ -118,7 +115,7 @@ class Agent:
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1])
-        raise BenchError("vmtapd has ended")
+        raise LabError("vmtapd has ended")
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -128,12 +125,6 @@ class Agent:
             self.process.kill()
             self.process.wait()
         self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _state(stat: Path) -> str:
@@ -178,7 +169,7 @@ class Contender:
     """Who makes the link that this one only moves; that counts, too."""
 
     def call(self, spawner: Spawner, command: str, places: Sequence[Place]) -> Sample:
-        """One call for each place, all at once. Raises BenchError if one fails."""
+        """One call for each place, all at once. Raises LabError if one fails."""
         before = 0
         if self.floor and command == "ADD":
             before = sum(self.floor.prepare(_device(place)) for place in places)
@@ -215,7 +206,7 @@ class Contender:
         for each in outcomes:
             if each.status != 0:
                 said = each.stdout.decode(errors="replace").strip() or "nothing"
-                raise BenchError(f"{self.name}: {command} ended with status {each.status}, said: {said}")
+                raise LabError(f"{self.name}: {command} ended with status {each.status}, said: {said}")
 
 
 def _device(place: Place) -> str:
@@ -223,7 +214,7 @@ def _device(place: Place) -> str:
     return f"{place.container[-8:]}Mvp0"
 
 
-class Floor:
+class Floor(Closing):
     """The kernel alone: the one message that makes or deletes a macvtap, sent by this process."""
 
     def __init__(self, node: Netns, pod: Netns) -> None:
@@ -254,12 +245,6 @@ class Floor:
         self._node.close()
         self._pod.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _new(name: str, lower: bytes, *, up: bool) -> tuple[int, int, bytes]:
     mode = rtnl.u32(rtnl.IFLA_MACVLAN_MODE, macvtap.MODES["bridge"])
@@ -286,7 +271,7 @@ KERNEL = "kernel alone"
 
 def contenders(agent: Agent, state: Path, floor: Floor, peer: Path | None) -> dict[str, Contender]:
     """All of them, by name. state: a folder for the one-shot's; peer: macvtap-cni, where it is given."""
-    made = assets.bench()
+    made = BENCH.get()
     bridge = {"interface": "wire", "device": "macvtap", "mode": "bridge", "type": "vmtap"}
     shim = {"VMTAP_RUN": str(agent.run)}
     one_shot = {"VMTAP_STATE": str(state), "VMTAP_POLICY": str(state / "none.yaml")}

@@ -14,9 +14,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lab.bench.contenders import AGENT, BenchError, Contender, Place
+from lab.bench.contenders import AGENT, Contender, Place
 from lab.bench.node import turns
 from lab.guest import Guest, Image, Nic
+from lab.process import LabError
 from lab.wire import NIC, PEER_ADDRESS
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def throughput(
     extent: Extent,
     progress: Callable[[str], None],
 ) -> Rates:
-    """Bounded in seconds for each medium and direction. Raises GuestError, BenchError."""
+    """Bounded in seconds for each medium and direction. Raises GuestError, LabError."""
     macvtap, tap = lab.pod("macvtap"), lab.pod("tap")
     on_bridge = Contender(
         AGENT,
@@ -119,7 +120,7 @@ def _rate(lab: Lab, guest: Guest, direction: str, seconds: float) -> float:
         answer = guest.run(f"timeout {int(seconds) + 10} nc {_PEER} {port} -e {dd}", seconds + 30)
         thread.join(seconds + _BEGIN_SECONDS)
     if traffic.error or not traffic.bytes:
-        raise BenchError(f"no traffic of the guest: {traffic.error or answer.output.strip()}")
+        raise LabError(f"no traffic of the guest: {traffic.error or answer.output.strip()}")
     return traffic.bytes / traffic.seconds / 1e6
 
 
@@ -154,4 +155,4 @@ def _mac(agent: Agent, place: Place) -> str:
         said = json.loads(record.read_bytes())
         if said["container_id"] == place.container:
             return str(said["mac"])
-    raise BenchError(f"vmtapd has no record of {place.container}")
+    raise LabError(f"vmtapd has no record of {place.container}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab import assets
+from lab.assets.programs import BENCH
 from lab.bench.contenders import (
     AGENT,
     AGENT_TAP,
@@ -23,11 +23,11 @@ from lab.bench.contenders import (
     KERNEL,
     ONE_SHOT,
     Agent,
-    BenchError,
     Place,
     Sample,
 )
 from lab.bench.spawn import Job
+from lab.process import LabError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,7 +123,7 @@ def one_by_one(
 
 def empty_processes(spawner: Spawner, rounds: int) -> list[float]:
     """Milliseconds that a static program takes that does nothing."""
-    outcomes = [spawner.run([Job([str(assets.bench() / "moment")], {})])[0] for _ in range(rounds)]
+    outcomes = [spawner.run([Job([str(BENCH.get() / "moment")], {})])[0] for _ in range(rounds)]
     return [(each.end - each.begin) / 1e6 for each in outcomes]
 
 
@@ -178,7 +178,7 @@ def soak(
     """That many pairs of ADD and DEL, a few at once."""
     agent = contender.agent
     if agent is None:
-        raise BenchError(f"{contender.name} has no agent whose memory could grow")
+        raise LabError(f"{contender.name} has no agent whose memory could grow")
     places = [Place(pod.path, f"bench-soak-{number}") for number, pod in enumerate(pods)]
     seen = Soak([(0, agent.memory())])
     step = max(1, pairs // 40)
@@ -201,13 +201,13 @@ def launches(spawner: Spawner, contender: Contender, agent: Agent, pod: Netns, c
     taken = []
     with tempfile.TemporaryDirectory(prefix=f"vmtap-bench-{os.getpid()}-", dir="/run") as folder:
         Path(folder).chmod(0o755)  # for the launcher's unprivileged user
-        program = shutil.copy(assets.bench() / "moment", folder)
+        program = shutil.copy(BENCH.get() / "moment", folder)
         env = {"PATH": os.environ["PATH"], "VMTAP_STATE": str(agent.run), "VMTAP_RUN": str(agent.run)}
         job = Job([str(BIN / "vmtap-launch"), "--netns", str(pod.path), "--", program], env)
         for _ in range(count):
             (outcome,) = spawner.run([job])
             if outcome.status != 0:
-                raise BenchError(f"vmtap-launch ended with status {outcome.status}")
+                raise LabError(f"vmtap-launch ended with status {outcome.status}")
             taken.append((int(outcome.stdout) - outcome.begin) / 1e6)
     contender.call(spawner, "DEL", [place])
     return taken

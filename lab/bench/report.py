@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab import assets
+from lab.assets.programs import PLUGINS_VERSION
 from lab.bench.contenders import AGENT, GO_MACVLAN, KERNEL, ONE_SHOT, PEER
 from lab.bench.figures import Budget, Row, Spread, number, ratios, spread
 from lab.bench.guests import DIRECTIONS, MACVTAP, TAP, USER
@@ -121,7 +121,7 @@ def machine() -> dict[str, str]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "vmtap": version("vmtap-cni"),
-        "reference plugins": assets.PLUGINS_VERSION,
+        "reference plugins": PLUGINS_VERSION,
         "load when it began": Path("/proc/loadavg").read_text().split()[0],
     }
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 import subprocess
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING
+
+from lab.process import Closing, LabError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,10 +17,6 @@ if TYPE_CHECKING:
 
 _JOB = struct.Struct("=IIII")
 _OUTCOME = struct.Struct("=iIQQQQ")
-
-
-class SpawnError(RuntimeError):
-    """The measuring process ended; the text says with what."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Outcome:
     peak: int
 
 
-class Spawner:
+class Spawner(Closing):
     """spawn.c, running in a namespace; a context manager."""
 
     def __init__(self, program: Path, netns: Netns, log: IO[bytes]) -> None:
@@ -71,8 +69,8 @@ class Spawner:
             raise self._ended()
         return data
 
-    def _ended(self) -> SpawnError:
-        return SpawnError(f"the process that starts the others ended with status {self._process.wait(10)}")
+    def _ended(self) -> LabError:
+        return LabError(f"the process that starts the others ended with status {self._process.wait(10)}")
 
     def close(self) -> None:
         self._process.kill()
@@ -80,12 +78,6 @@ class Spawner:
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             stream.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _encode(job: Job) -> bytes:

@@ -13,7 +13,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from lab import assets
+from lab.assets.programs import CLUSTER, MANIFESTS
 from lab.process import PATIENCE, Closing, LabError, Program, wait_for
 from lab.runtimes.containerd import SANDBOX, SOCKET, Containerd
 from lab.runtimes.machine import Machine
@@ -91,11 +91,11 @@ class Cluster(Closing):
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         self.lab = lab
-        self.programs = assets.cluster()
+        self.programs = CLUSTER.get()
         self._folder = folder
         with contextlib.ExitStack() as stack:
             self.machine = stack.enter_context(Machine(lab.node))
-            self._path = f"{self.programs}:{assets.manifests()}:{os.environ['PATH']}"
+            self._path = f"{self.programs}:{MANIFESTS.get()}:{os.environ['PATH']}"
             self._env = {"PATH": self._path, "HOME": "/root"}
             self._prepare()
             self.kubelet = self._program("kubelet", f"--config={_HOME}/kubelet.yaml", *_kubelet_flags())

@@ -6,41 +6,25 @@ An API server drops a field that it does not know; here it is a fault. Schemas a
 from __future__ import annotations
 
 import json
-import subprocess
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jsonschema
 import yaml
 
-from lab import assets
-
-if TYPE_CHECKING:
-    pass
+from lab import process
+from lab.assets.programs import MANIFESTS
 
 Document = dict[str, Any]
 
 _METADATA = {"$ref": "#/definitions/io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"}
 
 
-class ManifestError(Exception):
-    """helm or kustomize refused; its words."""
-
-
 def run(program: str, *words: str | Path, values: Document | None = None) -> str:
-    """What helm or kustomize says; helm takes values by `-f -`. Raises ManifestError."""
-    done = subprocess.run(
-        [assets.manifests() / program, *words],
-        input=json.dumps(values),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    if done.returncode:
-        raise ManifestError(done.stdout + done.stderr)
-    return done.stdout
+    """The output of helm or kustomize; helm takes values by `-f -`. Raises LabError."""
+    command = [MANIFESTS.get() / program, *words]
+    return process.run(command, stdin=json.dumps(values), timeout=120).stdout
 
 
 def objects(text: str) -> list[Document]:
@@ -61,7 +45,7 @@ def faults(document: Document) -> list[str]:
 @cache
 def _schemas() -> dict[tuple[Any, Any], Document]:
     """By apiVersion and kind."""
-    folder = assets.manifests()
+    folder = MANIFESTS.get()
     definitions = json.loads((folder / "swagger.json").read_text())["definitions"]
     schemas = {}
     for name, definition in definitions.items():

@@ -8,7 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lab import assets, ownimage
+from lab.assets.cache import CHECKOUT
+from lab.assets.images import archives
 from lab.kubernetes import multus
 from lab.kubernetes.cluster import Cluster
 from lab.wire import Lab
@@ -22,18 +23,18 @@ The images are imported; a stand-in for Multus attaches what a NetworkAttachment
 
 
 def main() -> int:
-    images = ownimage.images()
+    images = archives()
     with Lab() as lab, tempfile.TemporaryDirectory(prefix="vmtap-cluster-") as logs:
         print("starting …", file=sys.stderr)
         with Cluster(lab, Path(logs)) as cluster:
             multus.install(cluster)
-            cluster.load(images.agent, ownimage.NAMES["agent"])
-            cluster.load(images.launcher, ownimage.NAMES["launcher"])
+            for name, archive in images.items():
+                cluster.load(archive, name)
             print(_WELCOME.format(logs=logs), file=sys.stderr)
             shell = shutil.which(os.environ.get("SHELL", "")) or "/bin/sh"
             # script: a terminal of the node's own, since job control needs a session of its pid namespace.
             process = cluster.machine.popen(
-                ["script", "-qec", shell, "/dev/null"], env=cluster.environment(), cwd=assets.CHECKOUT
+                ["script", "-qec", shell, "/dev/null"], env=cluster.environment(), cwd=CHECKOUT
             )
             process.wait()  # its status is the last command's, and nobody's failure
     return 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cni
-from lab import assets
+from lab.assets.guest import files as guest_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -58,7 +58,7 @@ def busybox(target: Path, name: str) -> None:
 
 def machine(target: Path, name: str) -> None:
     """For VMs: vmtap-launch, QEMU, a guest's kernel and initramfs in /guest, and a shell."""
-    guest = assets.guest()
+    guest = guest_files()
     python = Path(sys.executable).resolve()
     package = Path(cni.__file__).parent
     tree: dict[str, Path | bytes | str] = {

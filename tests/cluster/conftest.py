@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lab import ownimage
+from lab.assets import images
 from lab.kubernetes import multus
 from lab.kubernetes.cluster import NETCONF, NODE, PLUGINS, Cluster
 from lab.process import LabError
@@ -39,7 +39,7 @@ class Release:
                 {"name": "dataplane", "source": {"dev": NIC}, "capacity": CAPACITY},
                 {"name": "narrow", "source": {"dev": NIC}, "capacity": 1},
             ],
-            "image": {"tag": ownimage.VERSION},
+            "image": {"tag": images.VERSION},
         }
         self.before: dict[str, Any] = {}
         """node(), as it was without the agent."""
@@ -63,7 +63,7 @@ class Release:
 
     def upgrade(self) -> None:
         """To another version: the same image by another name."""
-        repository, _, now = ownimage.NAMES["agent"].rpartition(":")
+        repository, _, now = images.NAMES["agent"].rpartition(":")
         tag = f"{self.values['image']['tag']}x"
         self.cluster.run(["ctr", "images", "tag", f"{repository}:{now}", f"{repository}:{tag}"])
         self.cluster.cri.wait_image(f"{repository}:{tag}")
@@ -199,9 +199,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def release(cluster: Cluster) -> Release:
     """Installed from the images of the Dockerfile."""
-    built = ownimage.images()
-    cluster.load(built.agent, ownimage.NAMES["agent"])
-    cluster.load(built.launcher, ownimage.NAMES["launcher"])
+    for name, archive in images.archives().items():
+        cluster.load(archive, name)
     made = Release(cluster)
     made.before = made.node()
     made.install()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cni.state import deviceid
-from lab import assets, ownimage
+from lab.assets import guest, images
 from lab.runtimes import image
 from tests.cluster.conftest import CAPACITY, RESOURCES, pod
 from tests.runtimes.test_vm import InPod
@@ -65,8 +65,8 @@ def shared(release: Release) -> Path:
     path = release.cluster.machine.path("/run/lab")
     for name in ("guest", "channel"):
         (path / name).mkdir()
-    shutil.copy(assets.guest().kernel, path / "guest/vmlinuz")
-    shutil.copy(assets.guest().initramfs, path / "guest/initramfs")
+    shutil.copy(guest.files().kernel, path / "guest/vmlinuz")
+    shutil.copy(guest.files().initramfs, path / "guest/initramfs")
     (path / "channel").chmod(0o777)
     return path
 
@@ -118,7 +118,7 @@ def _vm() -> dict[str, Any]:
     document: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
     spec = document["spec"]
     [container] = spec["containers"]
-    container["image"] = ownimage.NAMES["launcher"]
+    container["image"] = images.NAMES["launcher"]
     container["resources"]["limits"] = {f"{RESOURCES}/dataplane": 1}
     container["volumeMounts"].append({"name": "guest", "mountPath": "/guest", "readOnly": True})
     volumes = [each for each in spec["volumes"] if each["name"] != "channel"]

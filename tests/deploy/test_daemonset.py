@@ -17,7 +17,7 @@ import yaml
 
 from cni.config import nodefile, policy, schema
 from cni.ctl.__main__ import make_parser
-from lab import ownimage
+from lab.assets import images
 from tests.deploy.test_systemd import CAPABILITIES as SYSTEMDS
 from tests.deploy.test_systemd import Host, use
 
@@ -133,8 +133,8 @@ def test_one_version_everywhere() -> None:
     assert (chart["version"], chart["appVersion"]) == (VERSION, VERSION)
     for path in (BASE.parent).rglob("kustomization.yaml"):
         for image in yaml.safe_load(path.read_text()).get("images", ()):
-            assert f"{image['newName']}:{image['newTag']}" == ownimage.NAMES["agent"], path
-    assert f"{VALUES['image']['repository']}:{VERSION}" == ownimage.NAMES["agent"]
+            assert f"{image['newName']}:{image['newTag']}" == images.NAMES["agent"], path
+    assert f"{VALUES['image']['repository']}:{VERSION}" == images.NAMES["agent"]
 
 
 def test_the_chart_has_no_value_that_nobody_reads() -> None:

@@ -14,7 +14,9 @@ from _pytest.runner import runtestprotocol
 
 from cni.attach.call import Request
 from cni.plugin import handle
-from lab import assets, hardware, hw
+from lab import hw
+from lab.assets import hardware
+from lab.assets.cache import CHECKOUT, AssetError
 from lab.wire import Netns
 from tests.hw import nic
 from tests.hw.nic import Root
@@ -32,7 +34,7 @@ try:
     if not hw.inside():
         hardware.files()
     left_out = ""
-except assets.AssetError as error:
+except AssetError as error:
     left_out = str(error)
     collect_ignore_glob = ["test_*.py"]
 
@@ -71,7 +73,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def _run_inside(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[pytest.TestReport]:
     config = item.config
     if _MACHINE not in config.stash:
-        config.stash[_MACHINE] = hw.Machine(str(_HERE.relative_to(assets.CHECKOUT)))
+        config.stash[_MACHINE] = hw.Machine(str(_HERE.relative_to(CHECKOUT)))
         config.add_cleanup(lambda: _close(config))
     for answer in config.stash[_MACHINE].ask(_name(item), nextitem and _name(nextitem)):
         report: pytest.TestReport = config.hook.pytest_report_from_serializable(config=config, data=answer)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from cni.config import netconf, policy
-from lab import assets
+from lab.assets.programs import KUBEVIRT
 from tests.kubevirt.conftest import DEPLOY, LauncherPod
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def test_every_file_is_looked_at() -> None:
     assert sorted(path.name for path in FOLDER.iterdir()) == sorted([*EXAMPLES, "binding.yaml"])
 
 
-@pytest.mark.parametrize("shapes", assets.KUBEVIRT_VERSIONS)
+@pytest.mark.parametrize("version", KUBEVIRT)
 @pytest.mark.parametrize("name", [*EXAMPLES, "binding.yaml"])
-def test_kubevirt_knows_every_field(name: str, shapes: str) -> None:
-    (folder,) = [path for path in assets.kubevirt() if path.name.endswith(shapes)]
+def test_kubevirt_knows_every_field(name: str, version: str) -> None:
+    folder = KUBEVIRT[version].get()
     for document in documents(name):
         if document["apiVersion"] == "kubevirt.io/v1":
             shape = json.loads((folder / f"kubevirt.io.v1.{document['kind']}.json").read_text())
@@ -74,7 +74,7 @@ def test_kubevirt_knows_every_field(name: str, shapes: str) -> None:
 
 
 def test_a_misspelt_field_is_noticed() -> None:
-    shape = json.loads((assets.kubevirt()[0] / "kubevirt.io.v1.VirtualMachine.json").read_text())
+    shape = json.loads((KUBEVIRT["v1.5.0"].get() / "kubevirt.io.v1.VirtualMachine.json").read_text())
     (machine, *_) = documents("macvtap.yaml", "VirtualMachine")
     domain = machine["spec"]["template"]["spec"]["domain"]
     domain["devices"]["networkInterfaceMultiQueue"] = True

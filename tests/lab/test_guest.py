@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from lab import assets
+from lab.assets import guest as assets
 from lab.guest import Conversation, Guest, GuestError, Image
 from lab.wire import Netns
 
@@ -48,8 +48,8 @@ def test_a_guest_that_was_killed_in_the_midst_of_an_answer_has_ended(said: bytes
 
 
 def test_the_initramfs_is_an_archive_that_cpio_reads() -> None:
-    image = gzip.decompress(assets.guest().initramfs.read_bytes())
-    busybox = assets.guest().kernel.with_name("busybox")
+    image = gzip.decompress(assets.files().initramfs.read_bytes())
+    busybox = assets.files().kernel.with_name("bin") / "busybox"
     listed = subprocess.run([busybox, "cpio", "-t"], input=image, capture_output=True, check=True)
     names = listed.stdout.decode().split()
     assert {"init", "bin/busybox", "modules/nic.order", "modules/virtio_net.ko"} <= set(names)

@@ -16,7 +16,8 @@ import yaml
 
 from cni.config import nodefile, schema
 from lab.kubernetes import manifests
-from lab.kubernetes.manifests import Document, ManifestError
+from lab.kubernetes.manifests import Document
+from lab.process import LabError
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 CHART = DEPLOY / "helm/vmtap"
@@ -219,7 +220,7 @@ def test_one_release_keeps_off_anothers_pods() -> None:
     ],
 )
 def test_wrong_values_are_refused(values: Document, word: str) -> None:
-    with pytest.raises(ManifestError, match=word):
+    with pytest.raises(LabError, match=word):
         chart(values)
 
 

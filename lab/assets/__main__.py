@@ -1,0 +1,74 @@
+"""Lists and makes the assets. Quiet: lab/setup shows the progress."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from lab.assets import guest, hardware, images, programs
+from lab.assets.cache import Asset
+from lab.process import LabError
+
+
+@dataclass(frozen=True)
+class Step:
+    """Assets that lab/setup makes in one step. text: describes it; without: what is left out if the step may fail."""
+
+    text: str
+    assets: tuple[Asset, ...]
+    without: str = ""
+
+    def needed(self, target: str) -> bool:
+        """Whether `lab/setup TARGET` makes them. Those of the demo are everybody's."""
+        return any(asset.setup in ("demo", target) for asset in self.assets)
+
+    def missing(self) -> bool:
+        return not all(asset.path.exists() for asset in self.assets)
+
+
+STEPS = {
+    "guest": Step("guest: Debian's cloud kernel, a busybox initramfs", (guest.KERNEL, guest.INITRAMFS)),
+    "clients": Step("cnitool and the reference plugins", (programs.CLIENTS,)),
+    "kubevirt": Step("the fields of KubeVirt's objects", tuple(programs.KUBEVIRT.values())),
+    "bench": Step("the benchmark's peers, and the programs that measure", (programs.BENCH,)),
+    # Newer than this Debian release: there may be no such packages.
+    "hardware": Step(
+        "emulated machine with an SR-IOV NIC: QEMU and kernel of Debian's backports",
+        (hardware.QEMU, hardware.INITRAMFS),
+        without="tests/hw",
+    ),
+    "manifests": Step("helm, kustomize, and the schemas of what they generate", (programs.MANIFESTS,)),
+    "cluster": Step(
+        "Kubernetes, etcd and containerd from their Go modules: ten minutes, once", (programs.CLUSTER,)
+    ),
+    "images": Step("the images of the Dockerfile, on a base image made here", (images.IMAGES,)),
+}
+
+
+def main(words: list[str]) -> int:
+    match words:
+        case []:
+            for name, step in STEPS.items():
+                print(f"{name:10} {'missing' if step.missing() else 'there':8} {step.text}")
+        case ["missing", target]:
+            for name, step in STEPS.items():
+                if step.needed(target) and step.missing():
+                    print(name, step.text, step.without, sep="\t")
+        case ["make", *names] if names and set(names) <= set(STEPS):
+            try:
+                for asset in (asset for name in names for asset in STEPS[name].assets):
+                    asset.ensure()
+            except LabError as error:
+                print(f"lab.assets: {error}", file=sys.stderr)
+                return 1
+        case _:
+            print(
+                f"usage: python -m lab.assets [missing TARGET | make NAME...]; names: {', '.join(STEPS)}",
+                file=sys.stderr,
+            )
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
