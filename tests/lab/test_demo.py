@@ -11,19 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lab import demo as demo_module
-from lab.demo import (
-    CASES,
-    ENDING,
-    EXAMPLES,
-    IFNAMES,
-    Case,
-    Outcome,
-    Seen,
-    _ask_again,
-    _cell,
-    as_expected,
-)
+from lab.demo import reach
+from lab.demo.__main__ import EXAMPLES
+from lab.demo.cases import CASES, IFNAMES, Case, Outcome, Seen, as_expected
+from lab.demo.ending import ENDING
+from lab.demo.reach import _ask_again
+from lab.demo.show import _cell
 
 DEMO = [sys.executable, "-u", "-m", "lab.demo"]
 GOOD = [(case, {kind: {"a": yes, "b": yes} for kind, yes in asdict(case.expected).items()}) for case in CASES]
@@ -89,7 +82,7 @@ def test_who_should_answer_is_asked_again_and_who_should_not_have_is_not_forgott
     [good] = [seen for each, seen in GOOD if each == case]
     late = {**good, "guest_unicast": {"a": False, "b": True}}
     answers = [{**late, "peer_unicast": {"a": False, "b": False}}, good, good]
-    monkeypatch.setattr(demo_module, "_ask", lambda *_: lambda: answers.pop(0))
+    monkeypatch.setattr(reach, "_ask", lambda *_: lambda: answers.pop(0))
     seen = dict(late)
     _ask_again(case, seen, {}, {})
     assert as_expected(case, seen)
