@@ -1,7 +1,7 @@
-"""cnitool, CNI's reference client, on a lab's node, without a trace of it on the machine.
+"""cnitool, CNI's reference client, on a lab's node. It leaves nothing on the machine.
 
-libcni keeps its cache, and host-local its leases, in /var/lib/cni: each call has a mount namespace of its own in
-which a folder of ours lies there. Must not know what the plugin does.
+libcni keeps its cache, and host-local its leases, in /var/lib/cni: each call runs in a mount namespace in which a
+temporary folder is mounted there. Must not know what the plugin does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lab.wire import Netns
 
-# Where there is no /var/lib/cni none is made: what is above it gives way for the time of the call.
+# If /var/lib/cni does not exist it is not created: the mount then covers /var/lib during the call.
 _SCRIPT = """
 if [ -d /var/lib/cni ]; then mount --bind "$1/cni" /var/lib/cni; else mount --bind "$1" /var/lib; fi
 shift
@@ -30,7 +30,7 @@ exec "$@"
 
 
 class Cnitool(Closing):
-    """Calls cnitool on the node; a context manager.
+    """Runs cnitool on the node; a context manager.
 
     netconf: the folder with the network configs; policy: the node's policy file.
     """
@@ -49,12 +49,12 @@ class Cnitool(Closing):
             "VMTAP_POLICY": str(policy),
             "VMTAP_STATE": str(self._files / "state"),
         }
-        """Of every call; the launcher needs VMTAP_STATE too."""
+        """The environment of every call. The launcher needs VMTAP_STATE, too."""
 
     def __call__(
         self, command: str, network: str, netns: Path, ifname: str = "net1", *, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Any command: check, del, gc, status; LabError if check and it failed."""
+        """Runs a command: check, del, gc or status. Raises LabError if check is set and the command fails."""
         inside = self._node.argv([self._program, command, network, netns])
         return run(
             ["unshare", "--mount", "sh", "-euc", _SCRIPT, "sh", self._files, *inside],
@@ -63,14 +63,14 @@ class Cnitool(Closing):
         )
 
     def add(self, network: str, netns: Path, ifname: str = "net1") -> dict[str, Any]:
-        """The result of an ADD."""
+        """Runs an ADD and returns its result. Raises LabError if it fails."""
         result: dict[str, Any] = json.loads(self("add", network, netns, ifname).stdout)
         return result
 
     def left(self) -> list[str]:
-        """What is remembered of attachments: state, leases, cached results; [] at the baseline.
+        """The files that attachments have left: state, leases, cached results. [] if all were deleted.
 
-        Not counted: locks, which outlive what they guard, and host-local's note of the last address it gave.
+        Lock files stay, and so does host-local's file with the last address it reserved; these are left out.
         """
         files = (path.relative_to(self._files) for path in self._files.rglob("*") if not path.is_dir())
         return sorted(

@@ -1,7 +1,7 @@
 """Frames without a guest: built, written to tap fds or packet sockets, and collected with a deadline.
 
-A frame carries a token that a test chose, so that what arrives can be told from anything else. That a frame
-did *not* arrive is shown by a marker sent after it: collect() returns what came with the marker.
+A frame carries a token that a test chose, which tells it from other traffic. A marker that is sent after a frame shows
+that the frame did *not* arrive: collect() returns the frames that arrived before the marker.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lab.wire import Netns
 
 ETHERTYPE = 0x88B5
-"""IEEE 802's local experimental ethertype: no stack answers it and no firewall looks into it."""
+"""IEEE 802's local experimental ethertype: no stack answers it and no firewall inspects it."""
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 VNET_HEADER = 10
 """struct virtio_net_hdr, before each frame on a macvtap's or tap's fd (TUNSETVNETHDRSZ changes it)."""
@@ -27,7 +27,7 @@ _ETHERNET_HEADER = 14
 _SHORTEST = 60
 _LONGEST = 65536 + 128
 _SETTLE = 0.02
-"""How long all must be quiet after the marker: another CPU may deliver a frame a moment late."""
+"""Seconds without a frame after the marker: another CPU may deliver a frame a moment late."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ def mac_bytes(mac: str) -> bytes:
 
 
 def write_tap(fd: int, frame: Frame, *, header: int = VNET_HEADER) -> None:
-    """Sends as the guest behind fd would."""
+    """Sends a frame as the guest behind the tap fd does. header: the size of the vnet header, in bytes."""
     os.write(fd, bytes(header) + frame.pack())
 
 
 def packet_socket(netns: Netns, link: str, ethertype: int = ETHERTYPE) -> socket.socket:
     """A socket that sends and captures whole frames on a link of netns; the caller closes it.
 
-    Ethertype 0x0003 (ETH_P_ALL) captures everything, also what others in netns send on the link.
+    Ethertype 0x0003 (ETH_P_ALL) captures everything, including what other sockets in netns send on the link.
     """
 
     def open_there() -> socket.socket:
@@ -83,12 +83,12 @@ def collect(
     timeout: float = 30,
     header: int = VNET_HEADER,
 ) -> dict[str, list[Frame]]:
-    """What arrives on each port: tap fds (int, with a vnet header) and packet sockets (without one).
+    """The frames that arrive on each port: a tap fd (int, with a vnet header) or a packet socket (without one).
 
-    until: a token that must arrive on each port, and is left out of the answer; TimeoutError names the ports
-    that have not seen it when the time is up. Without it, collects for the whole timeout.
-    enough: says of what has come if all that must is among it: on a busy machine the marker can overtake what was sent
-    before it, when the sender was moved to another CPU in between. Where it never says so, the time is used up.
+    until: the marker's token, which must arrive on each port and is left out of the result; TimeoutError names the
+    ports where it has not arrived within the timeout. Without it, collects for the whole timeout.
+    enough: returns whether the frames so far are all that must arrive. On a busy machine the marker can overtake an
+    earlier frame, if the sender moves to another CPU in between. While it returns False, collects until the timeout.
     """
     got: dict[str, list[Frame]] = {name: [] for name in ports}
     missing = set(ports) if until is not None else set()

@@ -1,7 +1,7 @@
-"""A virtual machine that boots on a pod's attachments and does as it is told.
+"""A virtual machine that boots on a pod's attachments and runs commands.
 
-vmtap-launch opens the attachments' fds and becomes QEMU; lab/guest.init runs in the guest and answers
-commands over QEMU's stdin and stdout. Everything that waits has a deadline. Must not make attachments.
+vmtap-launch opens the attachments' fds and becomes QEMU; lab/guest.init runs in the guest and answers commands over
+QEMU's stdin and stdout. Everything that waits has a deadline. Must not make attachments.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ T = TypeVar("T")
 
 LAUNCHER = Path(sys.executable).with_name("vmtap-launch")
 BOOT_DEADLINE = 240.0
-"""Seconds; three or four are usual, but ten guests may boot at once on two processors."""
+"""Seconds. A boot takes three or four, but ten guests may boot at once on two processors."""
 ANSWER_DEADLINE = 60.0
 _LOG_TAIL = 1500
 
 
 class GuestError(LabError):
-    """The guest did not start, does not answer or has ended; the text has the end of its logs."""
+    """The guest did not start, does not answer or has ended; the text has the end of its output."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Answer:
 
 
 class Image(Closing):
-    """The guest's kernel and initramfs where the user that QEMU runs as can read them; a context manager."""
+    """Copies of the guest's kernel and initramfs that QEMU's unprivileged user can read; a context manager."""
 
     def __init__(self) -> None:
         made = assets.files()
@@ -75,7 +75,7 @@ class Image(Closing):
 def qemu_command(
     image: Image, nics: Sequence[Nic], *, words: Sequence[str] = (), memory: int = 96, processors: int = 1
 ) -> list[str]:
-    """QEMU without a network: the launcher adds that. words go on the kernel's command line."""
+    """QEMU's command line without a network, which the launcher adds. words: for the kernel's command line."""
     addresses = [f"nic={nic.mac},{nic.address}" for nic in nics if nic.address]
     return [
         "qemu-system-x86_64",
@@ -90,9 +90,9 @@ def qemu_command(
             "-initrd",
             str(image.initramfs),
         ),
-        # no_timer_check: on a busy machine an emulated timer is late, and the kernel would give up for it.
+        # no_timer_check: on a busy machine an emulated timer is late, and the kernel would panic.
         *("-append", " ".join(["console=ttyS0", "quiet", "panic=-1", "no_timer_check", *addresses, *words])),
-        # stderr is a log of ours: what the guest's kernel has to say goes there too.
+        # stderr is the log: the guest's kernel writes to it, too.
         *("-chardev", "file,id=console,path=/dev/stderr,append=on", "-serial", "chardev:console"),
         *("-chardev", "stdio,id=control,signal=off", "-device", "virtio-serial-pci"),
         *("-device", "virtserialport,chardev=control"),
@@ -102,8 +102,8 @@ def qemu_command(
 class Conversation(Closing):
     """Commands to a guest and its answers, over two text streams; a context manager.
 
-    Who makes one starts the guest, hands over the streams by _listen(), and says in _tail() what can be told of a
-    guest that does not answer.
+    A subclass starts the guest, passes the streams to _listen(), and implements _tail(), which describes a guest that
+    does not answer.
     """
 
     _commands: IO[str]
@@ -121,7 +121,7 @@ class Conversation(Closing):
         self._result(self._ready, timeout, "boot")
 
     def ask(self, command: str, timeout: float = ANSWER_DEADLINE) -> Callable[[], Answer]:
-        """Sends a shell command; call what it returns for the answer. Commands run side by side in the guest."""
+        """Sends a shell command and returns a function that waits for its answer. Commands run side by side."""
         number = str(next(self._numbers))
         answer: Future[Answer] = Future()
         with self._lock:
@@ -136,16 +136,14 @@ class Conversation(Closing):
         return self.ask(command, timeout)()
 
     def must(self, command: str) -> str:
-        """The output of a command that has to work; GuestError if its status is not 0."""
+        """The output of a shell command. Raises GuestError if its status is not 0."""
         answer = self.run(command)
         if answer.status != 0:
-            raise GuestError(
-                f"{command!r} in the guest: status {answer.status}, said: {answer.output.strip()}"
-            )
+            raise GuestError(f"{command!r} in the guest: status {answer.status}: {answer.output.strip()}")
         return answer.output
 
     def ping(self, address: str, *, wait: int = 20) -> bool:
-        """Does one echo request get its reply within wait seconds? QEMU may have to wait for a processor."""
+        """Whether an echo request is answered within `wait` seconds; QEMU may have to wait for a processor."""
         return self.run(f"ping -c 1 -W {wait} {address}", wait + ANSWER_DEADLINE).status == 0
 
     def _listen(self, commands: IO[str], answers: IO[str]) -> None:
@@ -162,10 +160,10 @@ class Conversation(Closing):
             raise GuestError(f"the guest has ended{self._tail()}") from error
 
     def _read(self, answers: IO[str]) -> None:
-        """Hands each answer to who waits for it, and at the end tells those who wait in vain."""
+        """Passes each answer to its caller. At the end, raises GuestError in the callers that still wait."""
         with answers, contextlib.suppress(ConnectionResetError):  # a socket whose other end was killed
             for line in answers:
-                if not line.endswith("\n"):  # it was killed in the midst of an answer
+                if not line.endswith("\n"):  # the guest was killed in the middle of an answer
                     break
                 words = line.split()
                 if words == ["ready"]:
@@ -191,17 +189,17 @@ class Conversation(Closing):
             raise GuestError(f"{error}{self._tail()}") from error
 
     def _tail(self) -> str:
-        """ "; it said: …", for an error."""
+        """The end of the guest's output, for an error message: "; its output ends with: …"."""
         raise NotImplementedError
 
 
 class Guest(Conversation):
     """A started guest; close() kills it if it still runs.
 
-    netns: the pod's; None: the one that the launcher runs in. under: the command that runs the launcher, if it is not
-    to run as we do; launch_options: its further options; words: further kernel command line; user_network: no
-    launcher but QEMU's own network, for comparison, on the first NIC; netns is then where its connections come from.
-    Several guests boot at once if they are all made before ready() is asked of the first.
+    netns: the pod's path, or None for the namespace of the launcher itself. under: a command that runs the launcher.
+    launch_options: further options of the launcher. words: for the kernel's command line. user_network: QEMU's user
+    networking on the first NIC instead of the launcher; its connections then begin in netns. Several guests boot at
+    once if all are created before the first call of ready().
     """
 
     def __init__(
@@ -219,7 +217,7 @@ class Guest(Conversation):
     ) -> None:
         super().__init__()
         self._log = tempfile.TemporaryFile(mode="a+", errors="replace")  # noqa: SIM115 - until close()
-        os.fchmod(self._log.fileno(), 0o666)  # QEMU opens it once more, without privilege
+        os.fchmod(self._log.fileno(), 0o666)  # QEMU opens it again, without privilege
         qemu = qemu_command(image, nics, words=words, processors=processors)
         where = ["--netns", netns] if netns else []
         argv: list[str | os.PathLike[str]] = [*under, LAUNCHER, *where, *launch_options, "--", *qemu]
@@ -242,7 +240,7 @@ class Guest(Conversation):
         self._listen(self.process.stdin, self.process.stdout)
 
     def power_off(self, timeout: float = ANSWER_DEADLINE) -> int:
-        """Ends the guest from inside; QEMU's exit status."""
+        """Powers the guest off from inside and returns QEMU's exit status. Raises GuestError after the timeout."""
         self._send("0 poweroff -f\n")
         try:
             return self.process.wait(timeout)
@@ -253,12 +251,12 @@ class Guest(Conversation):
         self.process.kill()
         self.process.wait()
         self._reader.join()
-        with contextlib.suppress(OSError):  # a line that the guest did not take before it ended
+        with contextlib.suppress(OSError):  # a line that the guest did not read before it ended
             self._commands.close()
         self._log.close()
 
     def _tail(self) -> str:
-        """The end of what the launcher, QEMU and the guest's kernel said."""
+        """The end of the output of the launcher, QEMU and the guest's kernel."""
         self._log.seek(0)
-        said = self._log.read().strip()[-_LOG_TAIL:]
-        return f"; it said: {said}" if said else "; it said nothing"
+        output = self._log.read().strip()[-_LOG_TAIL:]
+        return f"; its output ends with: {output}" if output else "; it has no output"

@@ -3,8 +3,8 @@
     pf0, pf1    QEMU's igb, each alone on a wire whose other end is
     wire0, wire1    a NIC of the same machine
 
-Its root is the host's own, read-only, with a fresh /tmp, /run and /dev: no image has to be made, and what was installed
-for the tests is there. Inside, pytest collects tests/hw and runs one test for each request of the host's pytest
+Its root is the host's, read-only, with a new /tmp, /run and /dev: no image has to be built, and the programs for the
+tests are there. Inside, pytest collects tests/hw and runs one test for each request of the host's pytest
 (tests/hw/conftest.py). Everything that waits has a deadline. Must not know what a test is.
 """
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NICS = {"pf0": "52:54:00:00:01:00", "pf1": "52:54:00:00:02:00"}
-"""The PFs' MACs; the first bytes of the VFs' are the PF driver's to choose."""
+"""The MACs of the PFs. The PF driver chooses those of the VFs."""
 WIRES = {"wire0": "52:54:00:00:01:01", "wire1": "52:54:00:00:02:01"}
 """The NICs at the other end of each PF's wire, in the same order."""
 BOOT_DEADLINE = 180.0
-"""Seconds; ten are usual on an idle machine."""
+"""Seconds. A boot takes ten on an idle machine."""
 TEST_DEADLINE = 120.0
 _LOG_TAIL = 3000
 _MARK = "vmtap_tests="
@@ -44,8 +44,8 @@ def inside() -> bool:
     return _MARK in Path("/proc/cmdline").read_text()
 
 
-def orders() -> Iterator[tuple[list[Any], Any]]:
-    """Inside: what the host asks for, each with a function that sends one answer; ends with the host's run."""
+def requests() -> Iterator[tuple[list[Any], Any]]:
+    """Inside: the host's requests, each with a function that sends one answer. Ends when the host hangs up."""
     (path,) = Path("/dev").glob(_PORT)
     with path.open("r+b", buffering=0) as port:
 
@@ -60,7 +60,7 @@ def orders() -> Iterator[tuple[list[Any], Any]]:
 
 
 class Machine(Closing):
-    """A started machine that runs tests (what pytest calls them on its command line); close() ends it."""
+    """A started machine; close() ends it. tests: pytest's arguments that name the tests to collect."""
 
     def __init__(self, tests: str) -> None:
         ours, theirs = socket.socketpair()
@@ -82,10 +82,10 @@ class Machine(Closing):
             self.close()
             raise
 
-    def ask(self, *order: object) -> Iterator[Any]:
-        """Sends an order; its answers, of which null is the last and left out."""
+    def ask(self, *request: object) -> Iterator[Any]:
+        """Sends a request and yields its answers. A null ends them and is not yielded."""
         try:
-            self._socket.sendall(json.dumps(order).encode() + b"\n")
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
         except OSError as error:
             raise LabError(f"the emulated machine has ended{self._tail()}") from error
         while (answer := self._receive(TEST_DEADLINE)) is not None:
@@ -112,7 +112,7 @@ class Machine(Closing):
 
     def _tail(self) -> str:
         self._log.seek(0)
-        return f"; its console said: {self._log.read().strip()[-_LOG_TAIL:]}"
+        return f"; its console ends with: {self._log.read().strip()[-_LOG_TAIL:]}"
 
 
 def _command(made: hardware.Hardware, tests: str, control: int) -> list[str]:
@@ -125,12 +125,12 @@ def _command(made: hardware.Hardware, tests: str, control: int) -> list[str]:
     command = [
         os.fspath(made.qemu),
         *(word for folder in made.firmware for word in ("-L", os.fspath(folder))),
-        # Always tcg: a /dev/kvm may be there and not run this kernel. One CPU: with more, an access to a device while
-        # another's memory is being mapped, as a new VF's is, now and then ends QEMU 10.0 (iotlb_to_section).
+        # Always tcg: /dev/kvm may exist and be unable to run this kernel. One CPU: with more, QEMU 10.0 sometimes
+        # crashes (iotlb_to_section) when one CPU accesses a device while another maps the memory of a new VF.
         *("-accel", "tcg", "-M", "q35", "-smp", "1", "-m", "1024", "-nodefaults", "-no-user-config"),
         *("-no-reboot", "-display", "none", "-serial", "stdio"),
         *("-kernel", os.fspath(made.boot.kernel), "-initrd", os.fspath(made.boot.initramfs), "-append"),
-        # no_timer_check: on a busy machine an emulated timer is late, and the kernel would give up for it.
+        # no_timer_check: on a busy machine an emulated timer is late, and the kernel would panic.
         "console=ttyS0 quiet panic=-1 no_timer_check net.ifnames=0 bonding.max_bonds=0 dummy.numdummies=0 "
         + " ".join(f"{name}={value}" for name, value in words.items()),
         *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),

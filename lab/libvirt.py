@@ -1,8 +1,8 @@
-"""libvirt in a pod, as KubeVirt's virt-launcher has it: an unprivileged session daemon, a /dev of its own, a domain.
+"""libvirt in a pod, as KubeVirt's virt-launcher runs it: an unprivileged session daemon, a private /dev, a domain.
 
-KubeVirt itself is not here; what it does is taken from its sources (1.5: pkg/network/namescheme and domainspec,
-pkg/virt-launcher/virtwrap/converter/network and util). The daemon is Debian's monolithic libvirtd in place of
-virtqemud: the QEMU driver is the same. There is no device cgroup around it. Must not make attachments.
+KubeVirt itself does not run here; this follows its sources (1.5: pkg/network/namescheme and domainspec,
+pkg/virt-launcher/virtwrap/converter/network and util). The daemon is Debian's monolithic libvirtd instead of
+virtqemud: the QEMU driver is the same. There is no device cgroup. Must not make attachments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 QEMU_USER = 107
 """uid and gid of KubeVirt's qemu user."""
 _INSIDE = Path("/mnt")
-"""Where a daemon sees its folder; the same in each, so that a domain that moves finds its files."""
+"""The path of a daemon's folder inside its pod; equal in all pods, so that a migrated domain finds its files."""
 _VIRSH_SECONDS = 120
 _TAIL = 2000
 
@@ -40,7 +40,7 @@ set -eu
 exec 3<&0 </dev/null
 user=$1 folder=$2 count=$3
 shift 3
-# The container's /dev, as runc makes one: a DeviceSpec's node gets the owner and the mode of the host's.
+# The container's /dev as runc makes it: the node of a DeviceSpec gets the owner and mode of the host's node.
 mount -t tmpfs -o nosuid,noexec,mode=755 tmpfs /dev
 mkdir /dev/pts /dev/shm /dev/net
 mount -t devpts -o newinstance,ptmxmode=0666,mode=0620 devpts /dev/pts
@@ -52,7 +52,7 @@ mknod -m 666 /dev/full c 1 7
 mknod -m 666 /dev/random c 1 8
 mknod -m 666 /dev/urandom c 1 9
 mknod -m 666 /dev/tty c 5 0
-mknod -m 666 /dev/net/tun c 10 200 # KubeVirt's own device plugin hands it to every launcher
+mknod -m 666 /dev/net/tun c 10 200 # KubeVirt's own device plugin gives it to every launcher
 while [ "$count" -gt 0 ]; do
     numbers=$(stat -c '0x%t 0x%T' "$1")
     mknod "/dev/${1##*/}" c ${numbers}
@@ -65,29 +65,29 @@ mount -t sysfs -o ro sysfs /sys
 mount --bind "$folder/passwd" /etc/passwd
 mount --bind "$folder/group" /etc/group
 mount --bind "$folder" /mnt
-echo "${folder##*/}" >/proc/sys/kernel/hostname # libvirt moves no domain to the host that it is on
+echo "${folder##*/}" >/proc/sys/kernel/hostname # libvirt migrates no domain to a host of the same name
 umask 022
-# Not exec: the first process of a pod takes in the daemons that lost their parents.
+# Not exec: the first process of a pod becomes the parent of orphaned daemons, and reaps them.
 sh -euc 'export LISTEN_PID=$$; exec "$@"' sh \
     setpriv --reuid="$user" --regid="$user" --clear-groups --no-new-privs \
     --bounding-set=-all,+net_bind_service --inh-caps=-all,+net_bind_service --ambient-caps=-all,+net_bind_service \
     "$@" &
 wait $!
 """
-"""Runs in the pod's namespaces, its stdin being the socket that the daemon will listen on.
+"""A script for the pod's namespaces; its stdin is the socket that the daemon will listen on.
 
-Arguments: the user, the folder, the number of nodes, the nodes, the daemon's command line.
+Arguments: the user, the folder, the number of device nodes, the device nodes, the daemon's command line.
 """
 
 
 def ifname(network: str) -> str:
-    """The name of the pod's interface for a network of the VM's spec (namescheme: 14 characters)."""
+    """The ifname in the pod for a network of the VM's spec (namescheme: 14 characters)."""
     return f"pod{hashlib.sha256(network.encode()).hexdigest()[:11]}"
 
 
 @dataclass(frozen=True)
 class Nic:
-    """interfaces[] and networks[] of a VM's spec, as far as they matter here; address: the guest's own doing."""
+    """An interface and a network of a VM's spec. address: one that the guest sets itself."""
 
     network: str
     address: str | None = None
@@ -95,11 +95,11 @@ class Nic:
 
 
 def interface(link: Mapping[str, Any], nic: Nic, queues: int = 1) -> str:
-    """<interface> as virt-launcher writes it for a binding with domainAttachmentType tap.
+    """The element <interface> that virt-launcher writes for a binding with domainAttachmentType tap.
 
-    link: what `ip -d -j link` says of the pod's. The MTU is always its; so is the MAC if the VM's spec has none.
-    queues: the VM's number of processors if its spec has networkInterfaceMultiqueue; the driver is vhost even where
-    there is none, which libvirt overlooks in a domain of type qemu.
+    link: the pod's link, from `ip -d -j link`. It gives the MTU, and the MAC if the VM's spec has none.
+    queues: the VM's number of processors if its spec has networkInterfaceMultiqueue. The driver is vhost even where
+    there is none: libvirt ignores it in a domain of type qemu.
     """
     driver = f'<driver name="vhost" queues="{queues}"/>' if queues > 1 else ""
     return f"""<interface type="ethernet">
@@ -116,7 +116,7 @@ def interface(link: Mapping[str, Any], nic: Nic, queues: int = 1) -> str:
 class Daemon(Closing):
     """libvirtd in a pod's network namespace and a mount and process namespace of its own; a context manager.
 
-    nodes: device nodes of the host (/run/vmtap/dev/tapN) that the container gets as /dev/tapN, copied as they are now.
+    nodes: device nodes of the host (/run/vmtap/dev/tapN); the container gets a copy of each as /dev/tapN.
     """
 
     def __init__(self, pod: Netns, nodes: Sequence[str | os.PathLike[str]] = ()) -> None:
@@ -128,7 +128,7 @@ class Daemon(Closing):
             (self.folder / "group").write_text(f"root:x:0:\nqemu:x:{QEMU_USER}:\n")
             conf = self.folder / "conf/libvirt"
             conf.mkdir(parents=True)
-            # The first is ours, for there is no virtlogd; the others are virt-launcher's.
+            # There is no virtlogd, hence the first setting; the others are virt-launcher's.
             (conf / "qemu.conf").write_text(
                 'stdio_handler = "file"\nremember_owner = 0\nnamespaces = []\ncgroup_controllers = []\n'
             )
@@ -144,7 +144,7 @@ class Daemon(Closing):
             self._stack = stack.pop_all()
 
     def _start(self, nodes: Sequence[str | os.PathLike[str]]) -> subprocess.Popen[bytes]:
-        """A client connects whenever it likes: the socket is there before its daemon is."""
+        """Starts the daemon on a socket that listens already, so that a client need not wait for it."""
         env = {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": str(_INSIDE),
@@ -169,14 +169,14 @@ class Daemon(Closing):
             )
 
     def virsh(self, *words: str) -> str:
-        """What virsh says; LabError with the daemon's log if it fails."""
+        """Runs virsh and returns its output. Raises LabError with the daemon's log if it fails."""
         try:
             return run(["virsh", "-q", "-c", self.uri, *words], timeout=_VIRSH_SECONDS).stdout
         except LabError as error:
             raise LabError(f"{error}{self.tail()}") from error
 
     def processes(self, name: str) -> list[int]:
-        """Pids, as the host sees them, of what runs in the pod under that name."""
+        """The pids, in the host's namespace, of the pod's processes of that name."""
         init = Path(f"/proc/{self._process.pid}/ns/pid_for_children").readlink()
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
@@ -186,14 +186,16 @@ class Daemon(Closing):
         return found
 
     def tail(self) -> str:
-        """The end of what the daemon said."""
+        """The end of the daemon's and QEMU's output, for an error message."""
         self._log.seek(0)
-        said = [self._log.read()]
-        said += [log.read_text(errors="replace") for log in self.folder.glob("cache/libvirt/qemu/log/*")]
-        return f"; libvirtd and QEMU said: {' … '.join(text.strip()[-_TAIL:] for text in said) or 'nothing'}"
+        logs = [self._log.read()]
+        logs += [log.read_text(errors="replace") for log in self.folder.glob("cache/libvirt/qemu/log/*")]
+        return (
+            f"; the output of libvirtd and QEMU ends with: {' … '.join(log.strip()[-_TAIL:] for log in logs)}"
+        )
 
     def _stop(self) -> None:
-        """The first process of a namespace is gone, for its parent to see, when all the others are."""
+        """Kills the first process of the pid namespace. The kernel reports its end when all others have ended."""
         pid = self._process.pid
         first = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         for process in first or [pid]:
@@ -201,7 +203,7 @@ class Daemon(Closing):
         self._process.wait()
 
     def close(self) -> None:
-        """Ends the daemon, and with the process namespace every guest of it."""
+        """Ends the daemon and, with the pid namespace, each of its guests."""
         self._stack.close()
 
 
@@ -259,7 +261,7 @@ class Domain(Conversation):
         return pid
 
     def migrate(self, target: Daemon) -> None:
-        """Live to another daemon, as virt-handler has it done. No command must be on its way."""
+        """Migrates the domain live to another daemon, as virt-handler does. No command may be pending."""
         way = f"unix://{target.folder / 'migration'}"
         self._daemon.virsh("migrate", "--live", "--p2p", "--migrateuri", way, self._name, target.uri)
         self._disconnect()  # from the QEMU that has ended
@@ -267,12 +269,12 @@ class Domain(Conversation):
         self._connect()
 
     def close(self) -> None:
-        with contextlib.suppress(LabError):  # it has ended by itself
+        with contextlib.suppress(LabError):  # it has powered off
             self._daemon.virsh("destroy", self._name)
         self._disconnect()
 
     def _connect(self) -> None:
-        """QEMU listens since before libvirt said that it runs."""
+        """Connects to the guest's port. QEMU listens on it before libvirt reports the domain as running."""
         self._ended = False
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(str(self._daemon.folder / "control"))
@@ -280,11 +282,11 @@ class Domain(Conversation):
 
     def _disconnect(self) -> None:
         self._reader.join()
-        with contextlib.suppress(OSError):  # a line that the guest did not take before it ended
+        with contextlib.suppress(OSError):  # a line that the guest did not read before it ended
             self._commands.close()
         self._socket.close()
 
     def _tail(self) -> str:
         console = self._daemon.folder / "console"
-        said = console.read_text(errors="replace").strip()[-_TAIL:] if console.exists() else ""
-        return f"; its console said: {said or 'nothing'}{self._daemon.tail()}"
+        output = console.read_text(errors="replace").strip()[-_TAIL:] if console.exists() else ""
+        return f"; its console ends with: {output}{self._daemon.tail()}"

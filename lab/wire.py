@@ -5,8 +5,8 @@
     br0 ── eth2 ──────────────── uplink ├ sw (a bridge)
                                  peer   ┘─────────────── eth0  10.77.0.254/24
 
-Each lab has names of its own, so many can run at once, and is gone when it is closed. The machines of the lab
-have IPv6 off: what a capture shows was sent by whom the test is about. Must not use anything of cni/.
+Each lab has names of its own, so that many can run at once; closing it removes all of it. IPv6 is off on its machines,
+so that a capture shows only frames of what a test is about. Must not use anything of cni/.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FOLDER = Path("/run")
-"""Not iproute2's /run/netns: the first `ip netns add` mounts that over itself, and what was in it sticks."""
+"""Not iproute2's /run/netns: the first `ip netns add` mounts that folder over itself, and mounts in it stay busy."""
 
 NIC = "eth1"
 """The node's NIC, for macvtaps."""
@@ -55,9 +55,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Netns(Closing):
-    """A network namespace with a path, as a container runtime hands it to a plugin.
+    """A network namespace with a path, as a container runtime passes it to a plugin.
 
-    With ipv6=False, IPv6 is off on every link that comes to be in it.
+    ipv6=False turns IPv6 off on every link that is created in it or moved into it.
     """
 
     def __init__(self, label: str, *, ipv6: bool = True) -> None:
@@ -92,16 +92,16 @@ class Netns(Closing):
         return subprocess.Popen(self.argv(argv), **options)
 
     def ip(self, *commands: str) -> None:
-        """ip(8) commands, without the word `ip`, in one process; the first that fails is a LabError."""
+        """Runs ip(8) commands, each without the word `ip`, in one process. Raises LabError at the first that fails."""
         self.run(["ip", "-batch", "-"], stdin="\n".join(commands))
 
     def links(self) -> dict[str, dict[str, Any]]:
-        """What `ip -d link show` knows, by the link's name; "promiscuity" is the kernel's counter."""
+        """The output of `ip -d -j link show`, by the link's name; "promiscuity" is the kernel's counter."""
         shown: list[dict[str, Any]] = json.loads(self.run(["ip", "-d", "-j", "link", "show"]).stdout)
         return {link["ifname"]: link for link in shown}
 
     def wait_until_up(self, *names: str) -> None:
-        """Until each of the links is there and has a carrier, which the kernel notes a moment after it was set up."""
+        """Waits until each of the links exists and has a carrier, which the kernel notes a moment after the link is up."""
         until = time.monotonic() + _CARRIER_DEADLINE
         with self.call(_link_events) as events:
             while True:
@@ -117,16 +117,16 @@ class Netns(Closing):
                         f"no carrier on {', '.join(late)} within {_CARRIER_DEADLINE:g} s"
                     ) from error
                 except OSError as error:
-                    if error.errno != errno.ENOBUFS:  # that: more has changed than there is room for
+                    if error.errno != errno.ENOBUFS:  # the socket's buffer has overflowed, so look again
                         raise
 
     def call(self, function: Callable[[], T]) -> T:
-        """Calls function in a thread that is in here: sockets that it opens stay in here for good."""
+        """Calls function in a thread of this namespace; sockets that it opens stay in the namespace."""
 
         return in_namespaces([self.path], function)
 
     def close(self) -> None:
-        """Removes the path; the kernel frees the namespace when its last process and fd are gone."""
+        """Removes the path. The kernel frees the namespace when its last process and fd are gone."""
         with contextlib.suppress(OSError):  # not a mount, if the constructor failed half-way
             _syscall("umount2", bytes(self.path), _MNT_DETACH)
         self.path.unlink(missing_ok=True)
@@ -140,7 +140,7 @@ class Switch(Netns):
         self.ip("link add sw up type bridge stp_state 0 forward_delay 0 mcast_snooping 0")
 
     def plug(self, port: str, machine: Netns, nic: str, mtu: int) -> None:
-        """A cable from a new port to a new NIC of the machine, both up."""
+        """Connects a new port to a new NIC of the machine; both are up."""
         self.ip(
             f"link add {port} mtu {mtu} type veth peer name {nic} mtu {mtu} netns {machine.path}",
             f"link set {port} master sw up",
@@ -148,12 +148,12 @@ class Switch(Netns):
         machine.ip(f"link set {nic} up")
 
     def reflect(self, on: bool, port: str = "node") -> None:
-        """Reflective relay (IEEE 802.1Qbg): may a frame go out of the port that it came in by?"""
+        """Sets reflective relay (IEEE 802.1Qbg): whether a frame may go out of the port that it came in by."""
         self.run(["bridge", "link", "set", "dev", port, "hairpin", "on" if on else "off"])
 
 
 class Lab(Closing):
-    """The whole picture of this file's head; a context manager. The switch does not reflect until told to."""
+    """The node, the switch and the peer of the picture above. Reflective relay is off at first."""
 
     def __init__(self, *, mtu: int = 1500) -> None:
         with contextlib.ExitStack() as stack:
@@ -174,7 +174,7 @@ class Lab(Closing):
             self._stack = stack.pop_all()
 
     def pod(self, label: str = "pod") -> Netns:
-        """A namespace for a pod, like a runtime's: IPv6 is on. Closed with the lab."""
+        """A namespace for a pod, as a runtime makes it: IPv6 is on. Closed with the lab."""
         return self._stack.enter_context(Netns(label))
 
     def close(self) -> None:
@@ -182,14 +182,13 @@ class Lab(Closing):
 
 
 def in_namespaces(namespaces: Sequence[Path], function: Callable[[], T]) -> T:
-    """Calls function in a thread of its own that is in them; of a pid namespace only what it starts is."""
+    """Calls function in a new thread in these namespaces. A pid namespace applies to processes that it starts only."""
 
     def inside() -> T:
-        _syscall(
-            "unshare", _CLONE_FS
-        )  # from the other threads: a mount namespace has a root folder of its own
+        # setns(2) into a mount namespace changes the root folder, which the other threads must not share.
+        _syscall("unshare", _CLONE_FS)
         with contextlib.ExitStack() as stack:
-            # All are opened first: in another mount namespace a path may mean something else.
+            # All are opened first: in another mount namespace their paths may name other files.
             for namespace in [stack.enter_context(path.open("rb")) for path in namespaces]:
                 _syscall("setns", namespace.fileno(), 0)
         return function()
@@ -198,7 +197,7 @@ def in_namespaces(namespaces: Sequence[Path], function: Callable[[], T]) -> T:
 
 
 def _link_events() -> socket.socket:
-    """A socket that the kernel tells of every change of a link in the calling thread's namespace."""
+    """A socket that receives every change of a link in the calling thread's namespace."""
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
     events.bind((0, _RTMGRP_LINK))
     return events
@@ -211,7 +210,7 @@ def _syscall(name: str, *args: object) -> None:
 
 
 def _in_thread(function: Callable[[], T]) -> T:
-    """Calls function in a thread of its own, whose namespaces it may change; returns or raises the same."""
+    """Calls function in a new thread, whose namespaces it may change. Returns its result, or raises its exception."""
     results: list[T] = []
     errors: list[BaseException] = []
 

@@ -1,7 +1,6 @@
-"""A container runtime's CRI, version 1, as a kubelet calls it: pods, and containers in them.
+"""A client of a container runtime's CRI, version 1: pods, and containers in them, as a kubelet makes them.
 
-lab/proto/cri.proto is the part of the API that is spoken. Must not know which runtime answers, nor what its pods are
-for.
+lab/proto/cri.proto has the part of the API that is used. Must not know which runtime it is, nor what its pods do.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ if TYPE_CHECKING:
 DEADLINE = 60.0
 """Seconds that a call may take."""
 _NAMESPACES = api.NamespaceOption(pid=api.CONTAINER)
-"""As a kubelet has it: each container has its own pids, and the pod's network."""
+"""A kubelet's default: each container has its own pid namespace, and the pod's network."""
 
 
 class CriError(LabError):
-    """The runtime refused; the text is its own."""
+    """The runtime returned an error; the text is the runtime's."""
 
 
 @dataclass(frozen=True)
 class Pod:
-    """A sandbox that runs, or did."""
+    """A sandbox, running or not."""
 
     id: str
     config: api.PodSandboxConfig
@@ -40,7 +39,7 @@ class Pod:
 
 @dataclass(frozen=True)
 class Container:
-    """What a kubelet would make of a container's part of a pod's spec."""
+    """What a kubelet passes to the runtime of a container's part of a pod's spec."""
 
     image: str
     command: Sequence[str]
@@ -61,8 +60,8 @@ class Container:
 class Cri(Closing):
     """A client; a context manager.
 
-    socket: the runtime's, as this process finds it; cgroup: the pods' parent; logs: a folder, as the runtime finds it,
-    for what containers say: POD/CONTAINER.log.
+    socket: the runtime's, by a path of this process. cgroup: the parent of the pods' control groups. logs: the folder
+    of the containers' output, by a path of the runtime: POD/CONTAINER.log.
     """
 
     def __init__(self, socket: Path, cgroup: str, logs: str) -> None:
@@ -70,7 +69,7 @@ class Cri(Closing):
         self._cgroup = cgroup
         self._channel = grpc.insecure_channel(
             f"unix:{socket}",
-            # A runtime that was killed is back soon.
+            # A runtime that was killed is started again soon.
             options=[("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)],
         )
         self._runtime = cri_pb2_grpc.RuntimeServiceStub(self._channel)
@@ -94,7 +93,7 @@ class Cri(Closing):
         wait_for(answers, lambda: failure)
 
     def wait_image(self, name: str) -> None:
-        """Until an image that was imported is known to the runtime's CRI part, which hears of it a moment later."""
+        """Waits until the runtime lists an image, which it does a moment after the import."""
         request = api.ImageStatusRequest(image=api.ImageSpec(image=name))
         wait_for(
             lambda: self._call("ImageStatus", request, self._images).HasField("image"),
@@ -102,7 +101,7 @@ class Cri(Closing):
         )
 
     def run_pod(self, name: str, *, annotations: Mapping[str, str] | None = None, attempt: int = 0) -> Pod:
-        """A sandbox with its networks attached. Raises CriError, with what the CNI plugin said."""
+        """Makes a sandbox with its networks attached. Raises CriError, with the CNI plugin's error."""
         config = api.PodSandboxConfig(
             metadata=api.PodSandboxMetadata(name=name, uid=f"uid-{name}", namespace="lab", attempt=attempt),
             hostname=name,
@@ -117,27 +116,27 @@ class Cri(Closing):
         return Pod(answer.pod_sandbox_id, config)
 
     def pods(self) -> dict[str, bool]:
-        """Whether it is ready, by the sandbox's id."""
+        """The sandbox's id → whether it is ready."""
         items = self._call("ListPodSandbox", api.ListPodSandboxRequest()).items
         return {each.id: each.state == api.SANDBOX_READY for each in items}
 
     def details(self, pod: Pod) -> dict[str, Any]:
-        """What the runtime itself knows of the pod; containerd's has cniResult and runtimeSpec."""
+        """The runtime's verbose status of the pod; containerd's has cniResult and runtimeSpec."""
         request = api.PodSandboxStatusRequest(pod_sandbox_id=pod.id, verbose=True)
         known: dict[str, Any] = json.loads(self._call("PodSandboxStatus", request).info["info"])
         return known
 
     def stop_pod(self, pod: str) -> None:
-        """Ends its containers and detaches its networks; may be repeated."""
+        """Stops a pod's containers and detaches its networks; may be repeated. pod: its id."""
         self._call("StopPodSandbox", api.StopPodSandboxRequest(pod_sandbox_id=pod))
 
     def remove_pod(self, pod: str) -> None:
-        """Stops it, and forgets it."""
+        """Stops and removes a pod. pod: its id."""
         self.stop_pod(pod)
         self._call("RemovePodSandbox", api.RemovePodSandboxRequest(pod_sandbox_id=pod))
 
     def create(self, pod: Pod, container: Container, name: str = "c") -> str:
-        """The new container's id."""
+        """Creates a container in the pod and returns its id."""
         context = api.LinuxContainerSecurityContext(
             capabilities=api.Capability(drop_capabilities=container.drop),
             namespace_options=_NAMESPACES,
@@ -170,7 +169,7 @@ class Cri(Closing):
         self._call("StartContainer", api.StartContainerRequest(container_id=container))
 
     def run(self, pod: Pod, container: Container, name: str = "c") -> str:
-        """create() and start()."""
+        """Creates and starts a container, and returns its id."""
         made = self.create(pod, container, name)
         self.start(made)
         return made
@@ -182,16 +181,16 @@ class Cri(Closing):
         return status
 
     def exec(self, container: str, command: Sequence[str]) -> str:
-        """What the command printed; CriError with what it said if its status is not 0."""
+        """Runs a command in a container and returns its output. Raises CriError if its status is not 0."""
         answer = self._call("ExecSync", api.ExecSyncRequest(container_id=container, cmd=command, timeout=30))
         if answer.exit_code != 0:
-            said = (answer.stderr or answer.stdout).decode(errors="replace").strip()
-            raise CriError(f"{command} in the container: status {answer.exit_code}, said: {said}")
+            output = (answer.stderr or answer.stdout).decode(errors="replace").strip()
+            raise CriError(f"{command} in the container: status {answer.exit_code}: {output}")
         printed: str = answer.stdout.decode(errors="replace")
         return printed
 
     def remove(self, container: str) -> None:
-        """Kills and forgets it."""
+        """Kills and removes a container, by its id."""
         self._call("StopContainer", api.StopContainerRequest(container_id=container, timeout=0))
         self._call("RemoveContainer", api.RemoveContainerRequest(container_id=container))
 

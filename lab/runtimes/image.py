@@ -1,7 +1,7 @@
-"""Container images of what lies on this machine: one layer, as an OCI image layout in one tar file.
+"""Container images of files of this machine: one layer, as an OCI image layout in one tar file.
 
-No registry and no base image: a program goes in with the shared libraries that ldd(1) names. Must not know who imports
-it.
+There is no registry and no base image: a program is added with the shared libraries that ldd(1) lists. Must not know
+which runtime imports it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -21,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import cni
 from lab.assets.guest import files as guest_files
+from lab.process import run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 BUSYBOX = Path("/bin/busybox")
-"""The static one, as the package busybox-static has it."""
+"""The static one of the package busybox-static."""
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 _QEMUS = (
     "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so",
@@ -36,7 +36,7 @@ _QEMUS = (
     "/usr/lib/ipxe/qemu/efi-virtio.rom",
 )
 _UNUSED = re.compile(r"/(config-[^/]*|test|lib2to3|pydoc_data|idlelib|ensurepip|__pycache__)(/|$)")
-"""Of Python's library; 25 of its 50 MB are a static libpython."""
+"""Files of Python's library that are left out; a static libpython is 25 of its 50 MB."""
 
 _LAUNCHER = """#!{python}
 import sys
@@ -47,7 +47,7 @@ _ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def busybox(target: Path, name: str) -> None:
-    """A shell and what goes with it; `sleep infinity` unless told otherwise, so that it is a sandbox's image, too."""
+    """Writes an image of busybox with a shell. Its command is `sleep infinity`, as a sandbox needs it."""
     write(
         target,
         name,
@@ -57,7 +57,7 @@ def busybox(target: Path, name: str) -> None:
 
 
 def machine(target: Path, name: str) -> None:
-    """For VMs: vmtap-launch, QEMU, a guest's kernel and initramfs in /guest, and a shell."""
+    """Writes an image for VMs: vmtap-launch, QEMU, a guest's kernel and initramfs in /guest, and a shell."""
     guest = guest_files()
     python = Path(sys.executable).resolve()
     package = Path(cni.__file__).parent
@@ -79,14 +79,15 @@ def machine(target: Path, name: str) -> None:
 
 
 def _libraries(program: Path) -> Iterator[Path]:
-    said = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
-    return (Path(found) for found in re.findall(r"(/\S+) \(0x", said))
+    listed = run(["ldd", program]).stdout
+    return (Path(found) for found in re.findall(r"(/\S+) \(0x", listed))
 
 
 def write(target: Path, name: str, tree: Mapping[str, Path | bytes | str], entrypoint: list[str]) -> None:
-    """An image of the tree, path → a file of this machine, an executable's text, or a link's target.
+    """Writes an image to target.
 
-    name: with registry and tag, as it will be asked for.
+    name: the image's, with registry and tag. tree: path in the image → a file of this machine, the text of an
+    executable (bytes), or the target of a symbolic link (str).
     """
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as archive:
@@ -139,7 +140,7 @@ def write(target: Path, name: str, tree: Mapping[str, Path | bytes | str], entry
 def _entry(
     path: str, kind: bytes = tarfile.REGTYPE, *, mode: int = 0o755, size: int = 0, link: str = ""
 ) -> tarfile.TarInfo:
-    """Root's, and of no time, so that the same files make the same image."""
+    """An entry of root's with no time, so that equal files make equal images."""
     entry = tarfile.TarInfo(path)
     entry.type, entry.mode, entry.size, entry.linkname = kind, mode, size, link
     return entry

@@ -1,9 +1,9 @@
 """A node for a container runtime: a mount and a pid namespace beside a lab node's network namespace.
 
-/run is empty and new, /var/lib is the machine's with everything that is written to it kept apart, /proc knows the
-node's own processes. All of it goes when the node's first process ends, which it does when it is told to, and when the
-process that made it is no more. So nothing that a runtime starts, mounts or writes can outlive a test; whether the
-runtime itself leaves something, a test sees before that. Must not know which runtime.
+/run is empty, /var/lib is the host's under an overlay that takes what is written, /proc shows the node's processes. All
+of it ends with the node's first process, which ends when close() is called and when the process that made it ends. So
+nothing that a runtime starts, mounts or writes outlives a test; a test looks for what the runtime leaves before that.
+Must not know which runtime it is.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
-# Process 1 of the node: `cat` ends with its stdin, and the kernel then ends every process of the node. SIGCHLD
-# ignored has the kernel reap what falls to it, which is how a shim starts its container.
+# Process 1 of the node: `cat` ends with its stdin, and the kernel then kills every process of the node. SIGCHLD is
+# ignored so that the kernel reaps orphans, such as the shims of containers.
 _FIRST = """
 mount -t tmpfs -o mode=755 none /run
 mkdir -p /run/lock /run/lab/upper /run/lab/work
@@ -42,12 +42,12 @@ exec cat
 
 
 class Machine(Closing):
-    """A context manager. netns: a lab's node; must be closed after this."""
+    """A node; a context manager. netns: a lab's node, to be closed after this."""
 
     def __init__(self, netns: Netns) -> None:
         self.netns = netns
         self.cgroup = f"/vmtap-lab-{os.getpid()}-{secrets.token_hex(4)}"
-        """A parent for the containers' control groups; removed with the node."""
+        """The parent of the containers' control groups; removed with the node."""
         self._started: list[subprocess.Popen[Any]] = []
         self._first = subprocess.Popen(
             netns.argv(
@@ -63,18 +63,18 @@ class Machine(Closing):
         assert self._first.stdout
         assert self._first.stderr
         if not self._first.stdout.readline():
-            said = self._first.stderr.read().decode().strip()
+            output = self._first.stderr.read().decode().strip()
             self.close()
-            raise LabError(f"the node's namespaces could not be made: {said or 'nothing was said'}")
+            raise LabError(f"the node's namespaces could not be made: {output or 'no output'}")
         self._proc = Path(f"/proc/{self._first.pid}")
         self._mounted = {number for number, _ in self._mountinfo()}
 
     def path(self, inside: str | os.PathLike[str]) -> Path:
-        """Where this process finds a path of the node, sockets included."""
+        """The path by which this process reaches a path of the node, sockets included."""
         return self._proc / "root" / os.fspath(inside).lstrip("/")
 
     def call(self, function: Callable[[], T]) -> T:
-        """Calls function in a thread that is in the node's network and mount namespaces.
+        """Calls function in a thread in the node's network and mount namespaces.
 
         Processes that it starts are in the node's pid namespace, too.
         """
@@ -83,7 +83,7 @@ class Machine(Closing):
         )
 
     def popen(self, argv: Sequence[Word], **options: Any) -> subprocess.Popen[Any]:
-        """subprocess.Popen of a program on the node; its pid is ours to signal. Killed with the node at the latest."""
+        """subprocess.Popen on the node. Its pid is that of this process's namespace; close() kills it."""
         started = self.call(lambda: subprocess.Popen(argv, **options))
         self._started.append(started)
         return started
@@ -94,7 +94,7 @@ class Machine(Closing):
         return self.call(lambda: run(argv, **options))
 
     def processes(self) -> dict[int, str]:
-        """The command of each process of the node but its first, by the pid that it has there."""
+        """The command line of each process of the node but its first, by its pid on the node."""
         found = {}
         for entry in self.path("proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended
@@ -104,11 +104,11 @@ class Machine(Closing):
         return found
 
     def mounts(self) -> list[str]:
-        """The mount points that came to be since the node was made."""
+        """The mount points that were added after the node was made."""
         return sorted(point for number, point in self._mountinfo() if number not in self._mounted)
 
     def cgroups(self) -> list[Path]:
-        """The folders below our control group, the deepest first."""
+        """The folders below the node's control group, the deepest first."""
         return [
             Path(parent, name)
             for top in self._cgroup_tops()
@@ -121,12 +121,12 @@ class Machine(Closing):
         return [(int(words[0]), words[4]) for words in map(str.split, lines)]
 
     def _cgroup_tops(self) -> list[Path]:
-        """Our control group in each hierarchy: of version 2 there is one, of version 1 one for each controller."""
+        """The node's control group in each hierarchy: version 2 has one, version 1 has one for each controller."""
         name = self.cgroup.lstrip("/")
         return [top for top in (_CGROUPS / name, *_CGROUPS.glob(f"*/{name}")) if top.exists()]
 
     def close(self) -> None:
-        for each in self._started:  # who started a process must wait for it, or its namespace stays
+        for each in self._started:  # a process that is not waited for keeps its namespace
             each.kill()
             each.wait()
         assert self._first.stdin

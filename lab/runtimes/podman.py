@@ -1,6 +1,6 @@
-"""Debian's podman with its CNI backend and runc on a lab's machine: containers of a folder, with nothing of the host's.
+"""Debian's podman, with its CNI backend and runc, on a lab's machine. Its containers' root is a folder with busybox.
 
-Must not know what is attached to them.
+Nothing of the host's podman is used or changed. Must not know what is attached to the containers.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ graphroot = "/run/lab/podman/graph"
 runroot = "/run/lab/podman/run"
 """
 _LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
-"""Else podman raises them to its own, which a test's machine may not allow."""
+"""Without these, podman raises the limits to its own, which may not be permitted."""
 
 
 class Podman:
-    """Its command line. folder: for its configuration and the containers' root; the rest is as Containerd's."""
+    """podman's command line.
+
+    folder: for its configuration and the containers' root; netconf, plugins: the folders of network configs and of CNI
+    plugins; env: for podman, and so for the CNI plugins.
+    """
 
     def __init__(
         self, machine: Machine, folder: Path, *, netconf: Path, plugins: Path, env: Mapping[str, str]
@@ -57,13 +61,13 @@ class Podman:
         shutil.copy(image.BUSYBOX, self._root / "bin")
 
     def __call__(self, *words: str | os.PathLike[str]) -> str:
-        """What the command printed; LabError, with what it said, if it failed."""
+        """Runs a podman command and returns its output. Raises LabError if it fails."""
         return self._machine.run(["podman", *words], env=self._env).stdout.strip()
 
     def run(self, name: str, networks: Sequence[str], *options: str) -> str:
-        """The id of a container that sleeps, attached as eth0, eth1 …"""
+        """Starts a container that sleeps, with the networks as eth0, eth1 …, and returns its id."""
         attached: list[str] = []
-        for number, network in enumerate(networks):  # podman itself numbers them in no order
+        for number, network in enumerate(networks):  # podman itself numbers them in any order
             attached += ["--network", f"{network}:interface_name=eth{number}"]
         place: list[str | os.PathLike[str]] = [
             "--cgroup-parent",
@@ -89,5 +93,5 @@ class Podman:
         return self("exec", name, "/bin/busybox", *command)
 
     def remove(self, *names: str) -> None:
-        """Kills and forgets them."""
+        """Kills and removes containers."""
         self("rm", "--force", "--time", "0", *names)

@@ -97,7 +97,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         return None
     items = {item.nodeid: item for item in session.items}
     to_serializable = session.config.hook.pytest_report_to_serializable
-    for (name, following), answer in hw.orders():
+    for (name, following), answer in hw.requests():
         for report in runtestprotocol(items[name], log=False, nextitem=items.get(following)):
             answer(to_serializable(config=session.config, report=report))
         answer(None)

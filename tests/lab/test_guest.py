@@ -16,7 +16,9 @@ from lab.wire import Netns
 @pytest.mark.vm
 def test_a_launcher_that_fails_is_quoted() -> None:
     with Image() as image, Netns("pod") as pod, Guest(image, pod.path, []) as guest:
-        with pytest.raises(GuestError, match=r"the guest has ended; it said: vmtap-launch: .*no attachment"):
+        with pytest.raises(
+            GuestError, match=r"the guest has ended; its output ends with: vmtap-launch: .*no attachment"
+        ):
             guest.ready()
         with pytest.raises(GuestError, match="the guest has ended"):
             guest.run("true")
