@@ -101,7 +101,7 @@ class Netns(Closing):
         return {link["ifname"]: link for link in shown}
 
     def wait_until_up(self, *names: str) -> None:
-        """Waits until each of the links exists and has a carrier, which the kernel notes a moment after the link is up."""
+        """Waits until each of the links exists and has a carrier, which the kernel notes a moment after `set up`."""
         until = time.monotonic() + _CARRIER_DEADLINE
         with self.call(_link_events) as events:
             while True:

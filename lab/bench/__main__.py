@@ -55,18 +55,21 @@ class Show:
 
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[Callable[[str], None]]:
-        """A line when it is done, a spinner while it runs; yields what to call with what is being done now."""
+        """Prints a line when a step is done, and shows a spinner while it runs.
+
+        Yields a function that adds a text to the spinner.
+        """
         begin = time.monotonic()
         with self._console.status(f"{text} …") as status:
             yield lambda now: status.update(f"{text}: {now} …")
         self._console.print(f"[green]✓[/] {text:60}[dim]{time.monotonic() - begin:>7.1f} s[/]")
 
-    def say(self, text: str) -> None:
+    def note(self, text: str) -> None:
         self._console.print(text, style="dim")
 
 
 def measure(extent: Extent, show: Show, peer: Path | None, *, quick: bool) -> report.Measured:
-    """All of it; what it made is gone when it returns or raises."""
+    """Measures everything, and removes all that it made before it returns or raises."""
     with contextlib.ExitStack() as stack:
         folder = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix=f"vmtap-bench-{os.getpid()}-", dir=TMPFS))
@@ -100,7 +103,7 @@ def measure(extent: Extent, show: Show, peer: Path | None, *, quick: bool) -> re
 
 
 def panels(measured: report.Measured) -> list[chart.Panel]:
-    """What the picture shows."""
+    """The panels of the chart."""
 
     def bars(samples: Samples, command: str, of: Callable[[Sample], float]) -> list[chart.Bar]:
         return [
@@ -150,9 +153,9 @@ def _interrupt(*_: object) -> None:
 
 
 def main() -> int:
-    """0 if everything was measured, whatever the verdicts; 1 if something failed, 130 if interrupted."""
+    """Returns the exit status: 0 if all was measured, whatever the verdicts; 1 on an error; 130 if interrupted."""
     parser = argparse.ArgumentParser(
-        prog="python -m lab.bench", description="What vmtap costs, beside its peers."
+        prog="python -m lab.bench", description="Measures vmtap beside other CNI plugins."
     )
     parser.add_argument("--quick", action="store_true", help="under a minute; writes nothing into docs/")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
@@ -162,10 +165,10 @@ def main() -> int:
     show = Show()
     peer = Path(os.environ["PEER_MACVTAP_CNI"]).resolve() if os.environ.get("PEER_MACVTAP_CNI") else None
     if not peer:
-        show.say(f"kubevirt/macvtap-cni is left out: {report.NO_PEER}")
+        show.note(f"kubevirt/macvtap-cni is left out: {report.NO_PEER}")
     about = report.machine()
     try:
-        guest.files()  # before minutes of measuring: is it there?
+        guest.files()  # raises before minutes of measuring
         extent = node.QUICK if options.quick else node.FULL
         measured = measure(extent, show, peer, quick=options.quick)
     except LabError as error:
@@ -182,7 +185,7 @@ def main() -> int:
         note = f"logarithmic; medians, p10 to p90; {about['processor']}, kernel {about['kernel']}, {about['date']}"
         (DOCS / "benchmark.svg").write_text(chart.draw(panels(measured), note))
         (DOCS / "benchmark.md").write_text(report.page(measured, about))
-        show.say("docs/benchmark.md and docs/benchmark.svg are written")
+        show.note("docs/benchmark.md and docs/benchmark.svg are written")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A bar chart as SVG, legible on a light and on a dark page. Knows numbers and names, and nothing of what they are."""
+"""A bar chart as SVG, legible on a light and on a dark page. Must not know what the numbers mean."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ text { font: 13px system-ui, sans-serif; fill: #24292f; }
 
 @dataclass(frozen=True)
 class Bar:
-    """kind: "ours", "floor" or "bar"."""
+    """One bar. kind: its CSS class, "ours", "floor" or "bar"."""
 
     name: str
     value: Spread

@@ -1,6 +1,6 @@
-"""Those who are compared: ours, the reference plugins, and the kernel alone; and one measured call of each.
+"""The contenders: ours, the reference plugins, and the kernel alone; and one measured call of each.
 
-Must not choose how often or in which order: node.py does.
+Must not choose the number or the order of calls: node.py does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 BIN = Path(sys.executable).parent
 TMPFS = "/dev/shm"  # noqa: S108 - a TemporaryDirectory is made in it
-"""Where state is: a host's /run is a tmpfs, a container's often is not."""
+"""The folder for state: /run is a tmpfs on a host, but often not in a container."""
 _SETTLE_SECONDS = 10.0
 _LOOK_SECONDS = 0.002
 _START_SECONDS = 20.0
@@ -39,7 +39,7 @@ _START_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Place:
-    """Where an attachment goes."""
+    """The sandbox and ifname of an attachment."""
 
     netns: Path
     container: str
@@ -48,7 +48,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one call, or several at once, cost: milliseconds, milliseconds of CPU, KiB at the peak."""
+    """The cost of one call or of several at once: wall and CPU in milliseconds, peak memory in KiB."""
 
     wall: float
     cpu: float
@@ -82,27 +82,27 @@ class Agent(Closing):
                 raise LabError(f"vmtapd is not ready after {_START_SECONDS:g} s") from None
 
     def cpu(self) -> int:
-        """Nanoseconds of CPU that all its threads have had, the ended ones too (clock_getcpuclockid(3))."""
+        """CPU time of all its threads, including ended ones, in nanoseconds (clock_getcpuclockid(3))."""
         return time.clock_gettime_ns((~self.process.pid << 3) | 2)
 
     def settle(self) -> None:
-        """Until all its threads are asleep, waiting for work.
+        """Waits until all its threads sleep, waiting for requests.
 
-        A DEL is answered when the link is gone, and a thread of the agent stays in the kernel for another 15 to 40 ms.
-        That is let end before anybody else's turn: nobody else pays for it, and the agent's CPU time has it. There is
-        no event to wait for.
+        The agent answers a DEL when the link is gone, and a thread of it stays in the kernel for another 15 to 40 ms.
+        This waits for that thread, so that its CPU time counts for the agent and does not slow down the next contender.
+        There is no event to wait for.
         """
         until = time.monotonic() + _SETTLE_SECONDS
         quiet = 0
         while quiet < 2:
             if time.monotonic() > until:
-                raise LabError(f"vmtapd has been at work for {_SETTLE_SECONDS:g} s after it answered")
+                raise LabError(f"vmtapd is still running {_SETTLE_SECONDS:g} s after its answer")
             time.sleep(_LOOK_SECONDS)
             states = {_state(task / "stat") for task in Path(f"/proc/{self.process.pid}/task").iterdir()}
             quiet = quiet + 1 if states <= {"S", ""} else 0
 
     def handled(self, command: str, container: str) -> list[float]:
-        """Milliseconds that each request of a container took by the agent's own log, without the way to it and back."""
+        """The duration of each request of a container, from the agent's log, in milliseconds, without transport."""
         lines = map(json.loads, self._log.read_text().splitlines())
         return [
             float(line["ms"])
@@ -111,7 +111,7 @@ class Agent(Closing):
         ]
 
     def memory(self, field: str = "VmRSS") -> int:
-        """KiB. VmHWM is the peak."""
+        """A field of /proc/PID/status in KiB: VmRSS is the resident memory, VmHWM its peak."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1])
@@ -128,7 +128,7 @@ class Agent(Closing):
 
 
 def _state(stat: Path) -> str:
-    """A thread's, as proc(5) has it; "" if it has ended."""
+    """A thread's state (proc(5)), or "" if it has ended."""
     try:
         return stat.read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -136,7 +136,7 @@ def _state(stat: Path) -> str:
 
 
 class _ReadySocket:
-    """sd_notify(3)'s receiver."""
+    """The receiver of sd_notify(3)."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -157,19 +157,19 @@ class _ReadySocket:
 
 @dataclass(frozen=True)
 class Contender:
-    """A CNI plugin with the network config that it is called with."""
+    """A CNI plugin and its network config."""
 
     name: str
     program: Path
     config: Mapping[str, object]
     env: Mapping[str, str] = field(default_factory=dict)
     agent: Agent | None = None
-    """Whose CPU and memory count, too."""
+    """The agent whose CPU time and memory are added."""
     floor: Floor | None = None
-    """Who makes the link that this one only moves; that counts, too."""
+    """Makes the link, if the plugin only moves one; the time is added."""
 
     def call(self, spawner: Spawner, command: str, places: Sequence[Place]) -> Sample:
-        """One call for each place, all at once. Raises LabError if one fails."""
+        """Makes one call for each place, all at once. Raises LabError if one fails."""
         before = 0
         if self.floor and command == "ADD":
             before = sum(self.floor.prepare(_device(place)) for place in places)
@@ -205,17 +205,17 @@ class Contender:
     def _check(self, command: str, outcomes: Sequence[Outcome]) -> None:
         for each in outcomes:
             if each.status != 0:
-                said = each.stdout.decode(errors="replace").strip() or "nothing"
-                raise LabError(f"{self.name}: {command} ended with status {each.status}, said: {said}")
+                output = each.stdout.decode(errors="replace").strip() or "no output"
+                raise LabError(f"{self.name}: {command}: exit status {each.status}: {output}")
 
 
 def _device(place: Place) -> str:
-    """The link that macvtap-cni is to move, named as its device plugin names them."""
+    """The link for macvtap-cni to move, named as its device plugin names links."""
     return f"{place.container[-8:]}Mvp0"
 
 
 class Floor(Closing):
-    """The kernel alone: the one message that makes or deletes a macvtap, sent by this process."""
+    """The kernel alone: this process sends the one message that creates or deletes a macvtap."""
 
     def __init__(self, node: Netns, pod: Netns) -> None:
         lower = node.links()[NIC]["ifindex"]
@@ -227,7 +227,7 @@ class Floor(Closing):
         self._lower_of_pod = self._lower + rtnl.s32(rtnl.IFLA_LINK_NETNSID, nsid)
 
     def call(self, command: str) -> Sample:
-        """Into the pod, as ours does."""
+        """Creates the link in the pod, or deletes it, as our plugin does."""
         begin, cpu = time.perf_counter_ns(), time.thread_time_ns()
         if command == "ADD":
             self._pod.do(_new("floor0", self._lower_of_pod, up=True))
@@ -236,7 +236,7 @@ class Floor(Closing):
         return Sample((time.perf_counter_ns() - begin) / 1e6, (time.thread_time_ns() - cpu) / 1e6, 0)
 
     def prepare(self, name: str) -> int:
-        """A link on the node, for a plugin that moves it; nanoseconds."""
+        """Makes a link on the node, for a plugin that moves it. Returns the time in nanoseconds."""
         begin = time.perf_counter_ns()
         self._node.do(_new(name, self._lower, up=False))
         return time.perf_counter_ns() - begin
@@ -270,7 +270,7 @@ KERNEL = "kernel alone"
 
 
 def contenders(agent: Agent, state: Path, floor: Floor, peer: Path | None) -> dict[str, Contender]:
-    """All of them, by name. state: a folder for the one-shot's; peer: macvtap-cni, where it is given."""
+    """All contenders by name. state: the one-shot's state folder; peer: the program of macvtap-cni, if there is one."""
     made = BENCH.get()
     bridge = {"interface": "wire", "device": "macvtap", "mode": "bridge", "type": "vmtap"}
     shim = {"VMTAP_RUN": str(agent.run)}

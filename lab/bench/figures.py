@@ -1,4 +1,4 @@
-"""Numbers into figures: medians with their spread, ratios pair by pair, and the verdict of the budget. Pure."""
+"""Medians with their spread, ratios pair by pair, and verdicts of the budget. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """The median, and between which values the middle 80 % lie (p10 to p90)."""
+    """The median, and the range of the middle 80 % (p10 to p90)."""
 
     median: float
     low: float
@@ -21,7 +21,7 @@ class Spread:
 
 
 def quantile(values: Sequence[float], part: float) -> float:
-    """The value below which that part (0 to 1) of them lies, between two of them by proportion."""
+    """The value below which a part (0 to 1) of the values lies; interpolates between two of them."""
     ordered = sorted(values)
     place = part * (len(ordered) - 1)
     below = math.floor(place)
@@ -30,20 +30,20 @@ def quantile(values: Sequence[float], part: float) -> float:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """ValueError if there are none."""
+    """The spread of values. Raises ValueError if there are none."""
     if not values:
         raise ValueError("nothing was measured")
     return Spread(quantile(values, 0.5), quantile(values, 0.1), quantile(values, 0.9), len(values))
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Round by round: what slowed the machine down in a round slowed both. ValueError if a round has one only."""
+    """The ratios round by round, since a slow round slows both down. Raises ValueError if the lengths differ."""
     return [own / other for own, other in zip(ours, theirs, strict=True)]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A figure to reach. unit: what follows a number, "" for a ratio; more: is more better?"""
+    """Limits of a figure. unit: "" for a ratio; more: whether more is better."""
 
     figure: str
     must: float
@@ -61,7 +61,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the budget's table. value None: not measured in this run, and why says so."""
+    """A row of the budget's table. value: None if this run has not measured it; why: the reason."""
 
     budget: Budget
     value: Spread | None
@@ -73,7 +73,7 @@ class Row:
 
 
 def number(value: float) -> str:
-    """Three significant digits, no exponent: 0.0412, 1.23, 45.6, 1234."""
+    """Formats with three significant digits and no exponent: 0.0412, 1.23, 45.6, 1234."""
     if value == 0:
         return "0"
     digits = 2 - math.floor(math.log10(abs(value)))

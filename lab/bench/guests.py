@@ -1,7 +1,7 @@
-"""What a guest sends and receives: over our macvtap's fd, our tap's on a bridge, and QEMU's user networking.
+"""A guest's throughput: over the fd of our macvtap, of our tap on a bridge, and QEMU's user networking.
 
-Three guests of one kind, each on one medium, one measured at a time, in turn. The other end is a socket of the
-peer machine; the guest's is busybox' nc. Must not make attachments in a way of its own.
+There are three guests, each on one medium. They are measured one at a time, in turn. The other end is a socket on the
+peer machine; the guest's end is busybox' nc. Must not make attachments but by contenders.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Rates = dict[str, dict[str, list[float]]]
 
 @dataclass
 class _Traffic:
-    """What passed the peer's socket."""
+    """The traffic of the peer's socket."""
 
     bytes: int = 0
     seconds: float = 0.0
@@ -60,7 +60,7 @@ def throughput(
     extent: Extent,
     progress: Callable[[str], None],
 ) -> Rates:
-    """Bounded in seconds for each medium and direction. Raises GuestError, LabError."""
+    """Measures every medium and direction for extent.guest_seconds in each round. Raises LabError."""
     macvtap, tap = lab.pod("macvtap"), lab.pod("tap")
     on_bridge = Contender(
         AGENT,
@@ -70,7 +70,7 @@ def throughput(
         agent,
     )
     attached = [(contender, Place(macvtap.path, "bench-macvtap")), (on_bridge, Place(tap.path, "bench-tap"))]
-    lab.node.ip(f"address add 10.77.0.253/24 dev {NIC}")  # user networking's connections are the node's own
+    lab.node.ip(f"address add 10.77.0.253/24 dev {NIC}")  # connections of user networking begin on the node
     for plugin, place in attached:
         plugin.call(spawner, "ADD", [place])
     env = {"VMTAP_STATE": str(agent.run), "VMTAP_RUN": str(agent.run)}
@@ -102,7 +102,7 @@ def _rounds(lab: Lab, guests: Mapping[str, Guest], extent: Extent, progress: Cal
                 progress(f"round {number} of {extent.guest_rounds}: {medium}, {direction}")
                 seconds = (
                     extent.guest_seconds if number else 0.5
-                )  # the first warms up, and finds the peer's MAC
+                )  # the first round warms up, and resolves the peer's MAC
                 rate = _rate(lab, guests[medium], direction, seconds)
                 if number:
                     rates[medium][direction].append(rate)
@@ -115,12 +115,12 @@ def _rate(lab: Lab, guest: Guest, direction: str, seconds: float) -> float:
         port = listener.getsockname()[1]
         thread = threading.Thread(target=_exchange, args=(listener, direction, seconds, traffic))
         thread.start()
-        # -e: dd has the socket itself; nc's own copying is of 1 KiB at a time.
+        # -e gives the socket to dd; nc itself copies 1 KiB at a time.
         dd = "dd if=/dev/zero bs=64k" if direction == "TX" else "dd of=/dev/null bs=64k"
         answer = guest.run(f"timeout {int(seconds) + 10} nc {_PEER} {port} -e {dd}", seconds + 30)
         thread.join(seconds + _BEGIN_SECONDS)
     if traffic.error or not traffic.bytes:
-        raise LabError(f"no traffic of the guest: {traffic.error or answer.output.strip()}")
+        raise LabError(f"the guest had no traffic: {traffic.error or answer.output.strip()}")
     return traffic.bytes / traffic.seconds / 1e6
 
 
@@ -133,7 +133,7 @@ def _listener() -> socket.socket:
 
 
 def _exchange(listener: socket.socket, direction: str, seconds: float, traffic: _Traffic) -> None:
-    """The peer's side: takes or gives for so long, and hangs up."""
+    """The peer's end: receives or sends for the given seconds, and closes the connection."""
     try:
         connection, _ = listener.accept()
         with connection:
@@ -150,9 +150,9 @@ def _exchange(listener: socket.socket, direction: str, seconds: float, traffic: 
 
 
 def _mac(agent: Agent, place: Place) -> str:
-    """The guest's MAC, from the attachment's record: a tap's own is another."""
+    """The guest's MAC, from the attachment's record: the tap itself has another."""
     for record in (agent.run / "attachments").glob("*.json"):
-        said = json.loads(record.read_bytes())
-        if said["container_id"] == place.container:
-            return str(said["mac"])
+        fields = json.loads(record.read_bytes())
+        if fields["container_id"] == place.container:
+            return str(fields["mac"])
     raise LabError(f"vmtapd has no record of {place.container}")

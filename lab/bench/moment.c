@@ -1,4 +1,4 @@
-/* Stands for QEMU where the launcher's start is measured: says when it was started, on CLOCK_MONOTONIC, and ends. */
+/* Replaces QEMU in the measurement of the launcher's start: prints the time of CLOCK_MONOTONIC, and ends. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <time.h>

@@ -1,6 +1,6 @@
-"""What is measured on the node: calls one by one, many at once, on a crowded NIC, for long; the launcher's start.
+"""Measurements on the node: calls one by one, many at once, on a crowded NIC, and for long; the launcher's start.
 
-Everybody in turn, round by round, the order turned by one each round: what slows the machine down slows all.
+Every round has all contenders, and each round begins with another one, so that a slow machine slows all of them.
 Must not judge: figures.py and report.py do.
 """
 
@@ -45,7 +45,7 @@ Samples = dict[str, dict[str, list[Sample]]]
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured."""
+    """The numbers of rounds and calls of a run."""
 
     rounds: int
     at_once: int
@@ -84,27 +84,27 @@ QUICK = Extent(
 
 @dataclass
 class Soak:
-    """An agent's memory while it makes and ends attachments: (pairs so far, KiB resident)."""
+    """An agent's memory during ADDs and DELs: (pairs so far, resident KiB)."""
 
     resident: list[tuple[int, int]] = field(default_factory=list)
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
-    """Everybody's order in each round: each begins as often as the others."""
+    """The order in each round; it rotates, so that each name comes first equally often."""
     for number in range(rounds):
         first = number % len(names)
         yield [*names[first:], *names[:first]]
 
 
 def container(name: str) -> str:
-    """The container's id in the calls of that contender, by which a log knows them."""
+    """The container id in a contender's calls, which finds them in the agent's log."""
     return "bench-" + re.sub("[^a-z]+", "-", name).strip("-")
 
 
 def one_by_one(
     spawner: Spawner, every: Mapping[str, Contender], floor: Floor, pod: Netns, rounds: int
 ) -> Samples:
-    """An ADD and a DEL of each in each round, on a node where nothing else is attached. One round more, unmeasured."""
+    """An ADD and a DEL of each contender in each round. A first round is not counted: its caches are cold."""
     names = [*every, KERNEL]
     samples: Samples = {name: {command: [] for command in COMMANDS} for name in names}
     places = {name: Place(pod.path, container(name)) for name in every}
@@ -116,19 +116,19 @@ def one_by_one(
                     if name == KERNEL
                     else every[name].call(spawner, command, [places[name]])
                 )
-                if number:  # the first has cold caches
+                if number:
                     samples[name][command].append(sample)
     return samples
 
 
 def empty_processes(spawner: Spawner, rounds: int) -> list[float]:
-    """Milliseconds that a static program takes that does nothing."""
+    """The duration of a static program that does nothing, in milliseconds, for each round."""
     outcomes = [spawner.run([Job([str(BENCH.get() / "moment")], {})])[0] for _ in range(rounds)]
     return [(each.end - each.begin) / 1e6 for each in outcomes]
 
 
 def at_once(spawner: Spawner, every: Mapping[str, Contender], pods: Sequence[Netns], rounds: int) -> Samples:
-    """An ADD in each pod at once, then a DEL. The one-shot in the first round only: it takes seconds."""
+    """An ADD in each pod, all at once, then a DEL. The one-shot takes seconds: it is in the first round only."""
     places = [Place(pod.path, f"bench-many-{number:04}") for number, pod in enumerate(pods)]
     samples: Samples = {name: {command: [] for command in COMMANDS} for name in every}
     for number, order in enumerate(turns(list(every), rounds)):
@@ -149,7 +149,7 @@ def crowded(
     extent: Extent,
     progress: Callable[[str], None],
 ) -> dict[int, Samples]:
-    """one_by_one() with that many attachments on the node and its NIC; made by the agent, spread over the pods."""
+    """one_by_one() with each number of attachments on the NIC. The agent makes them, spread over the pods."""
     compared = {name: each for name, each in every.items() if name not in (AGENT_TAP, GO_TAP)}
     crowd = [
         Place(pods[number % len(pods)].path, f"bench-crowd-{number:05}", f"c{number // len(pods)}")
@@ -162,7 +162,7 @@ def crowded(
         _in_parts(spawner, every[AGENT], "ADD", crowd[there:size])
         there = size
         seen[size] = one_by_one(spawner, compared, floor, pod, extent.crowd_rounds)
-    progress("the crowd leaves")
+    progress("DEL of them")
     _in_parts(spawner, every[AGENT], "DEL", crowd[:there])
     return seen
 
@@ -175,7 +175,7 @@ def _in_parts(spawner: Spawner, contender: Contender, command: str, places: Sequ
 def soak(
     spawner: Spawner, contender: Contender, pods: Sequence[Netns], pairs: int, progress: Callable[[str], None]
 ) -> Soak:
-    """That many pairs of ADD and DEL, a few at once."""
+    """So many pairs of ADD and DEL, a few at once; returns the agent's memory over time."""
     agent = contender.agent
     if agent is None:
         raise LabError(f"{contender.name} has no agent whose memory could grow")
@@ -195,7 +195,7 @@ def soak(
 
 
 def launches(spawner: Spawner, contender: Contender, agent: Agent, pod: Netns, count: int) -> list[float]:
-    """Milliseconds from the launcher's start to that of what it becomes, which is a program that says when."""
+    """The time from the launcher's start to its exec, in milliseconds. It execs moment.c, which prints the time."""
     place = Place(pod.path, "bench-launch")
     contender.call(spawner, "ADD", [place])
     taken = []

@@ -1,6 +1,6 @@
-"""What was measured, judged and written down: the budget's rows, the Markdown page, the JSON document.
+"""The results of a run: the budget's rows with verdicts, the Markdown page, the JSON document.
 
-Must not measure. chart.py draws the picture.
+Must not measure. chart.py draws the chart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lab.bench.guests import Rates
     from lab.bench.node import Extent, Samples, Soak
 
-NO_PEER = "PEER_MACVTAP_CNI=PATH was not given, and macvtap-cni is in no registry"
+NO_PEER = "PEER_MACVTAP_CNI=PATH is not set, and no registry has macvtap-cni"
 
 ADD = Budget("agent ADD ÷ Go macvlan without IPAM", 0.35, 0.20)
 DEL = Budget("agent DEL ÷ Go macvlan", 0.15, 0.05)
@@ -43,7 +43,7 @@ GUEST = Budget("guest TX + RX, macvtap ÷ user networking", 2, 3, more=True)
 
 @dataclass(frozen=True)
 class Measured:
-    """One run."""
+    """The measurements of one run."""
 
     quick: bool
     extent: Extent
@@ -54,16 +54,16 @@ class Measured:
     launches: list[float]
     guests: Rates
     empty: list[float]
-    """Milliseconds of a static program that does nothing."""
+    """Durations of a static program that does nothing, in milliseconds."""
     handled: list[float]
-    """Milliseconds of ADD by the agent's own log."""
+    """Durations of ADD in the agent's log, in milliseconds."""
 
     def walls(self, name: str, command: str) -> list[float]:
         return [sample.wall for sample in self.single[name][command]]
 
 
 def rows(measured: Measured) -> list[Row]:
-    """The budget's table (design: Performance), judged."""
+    """The rows of the budget's table, with verdicts."""
     one, many, extent = measured.walls, measured.many, measured.extent
 
     def at_once(of: Callable[[Sample], float]) -> Spread:
@@ -96,7 +96,7 @@ def rows(measured: Measured) -> list[Row]:
 
 
 def both_ways(guests: Rates, medium: str) -> list[float]:
-    """TX + RX of each round."""
+    """TX + RX of each round, in megabytes a second."""
     return [sum(pair) for pair in zip(*(guests[medium][way] for way in DIRECTIONS), strict=True)]
 
 
@@ -111,7 +111,7 @@ def _counted(budget: Budget, count: int) -> Budget:
 
 
 def machine() -> dict[str, str]:
-    """What the run was on, and which versions were compared."""
+    """The machine of the run, and the versions that were compared."""
     processors = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory = int(re.findall(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())[0])
     return {
@@ -127,7 +127,7 @@ def machine() -> dict[str, str]:
 
 
 def document(measured: Measured, about: dict[str, str]) -> dict[str, Any]:
-    """For programs."""
+    """The JSON document of `--json`."""
 
     def cells(samples: Samples) -> dict[str, Any]:
         return {
@@ -170,7 +170,7 @@ MARKS = {"aim": "✓✓ aim", "must": "✓ must", "missed": "✗ missed", "not m
 
 
 def page(measured: Measured, about: dict[str, str]) -> str:
-    """docs/benchmark.md."""
+    """The text of docs/benchmark.md."""
     extent = measured.extent
     return TEXT.format(
         about="\n".join(f"| {name} | {value} |" for name, value in about.items()),
@@ -241,7 +241,7 @@ def _calls(samples: Samples) -> str:
 
 
 def _spent(measured: Measured) -> str:
-    """Where the time of the agent's ADD goes, by medians."""
+    """The parts of the time of the agent's ADD, by medians."""
     whole = spread(measured.walls(AGENT, "ADD")).median
     start, work = spread(measured.empty).median, spread(measured.handled).median
     kernel = spread(measured.walls(KERNEL, "ADD")).median
@@ -315,15 +315,15 @@ Medians; ratios are of two calls of the same round, and their spread is from the
 
 ## How it is measured
 
-Every contender's turn comes once a round, and another one begins each round; so what slows the machine down slows
-all of them. A call is a process as a runtime starts it, from vfork(2) to wait4(2), by a small C program in the node's
-network namespace. CPU is user and system time of the process, and for the agent its own as well, with what the
-kernel does for it after a DEL was answered. Peak memory is the process's, and the agent's whole resident memory is
-added to its shim's. No contender has IPAM. The agent has a policy file, as on a node, and the one-shot none, as on
-a laptop. "Kernel alone" is one RTM_NEWLINK or RTM_DELLINK of a macvtap, to its ACK, on an open socket.
+Every round has one call of each contender, and each round begins with another one, so that a slow machine slows all of
+them. A call is a process as a runtime starts it, from vfork(2) to wait4(2), by a small C program in the node's network
+namespace. CPU is the user and system time of the process. For the agent, its own CPU time is added, including the
+kernel's work after the answer to a DEL. Peak memory is that of the process; the agent's resident memory is added to its
+shim's. No contender has IPAM. The agent has a policy file, as on a node; the one-shot has none, as on a laptop.
+"Kernel alone" is one RTM_NEWLINK or RTM_DELLINK of a macvtap, until its ACK, on an open socket.
 
-macvlan and tap are the CNI project's reference plugins. They make another device (a macvlan, which a pod's own
-kernel uses) or the same without a wire; they are the yardstick because every cluster runs them.
+macvlan and tap are the CNI project's reference plugins. They make another device (a macvlan, which the pod's kernel
+uses) or a tap without a NIC. The comparison is with them because most clusters run the reference plugins.
 
 ## One call at a time, {rounds} rounds
 
@@ -333,7 +333,7 @@ kernel uses) or the same without a wire; they are the yardstick because every cl
 
 ## {at_once} at once, {at_once_rounds} rounds
 
-Each into a pod of its own; wall is from the first start to the last end, CPU is the sum. The one-shot has one round.
+Each call is for another pod. Wall is from the first start to the last end, CPU is the sum. The one-shot has one round.
 
 {many}
 
@@ -343,12 +343,12 @@ Each into a pod of its own; wall is from the first start to the last end, CPU is
 
 ## The agent's memory over {pairs} pairs of ADD and DEL
 
-{first} MB at its start, {middle} MB after half of them, {last} MB at the end.
+{first} MB at the start, {middle} MB after half of the pairs, {last} MB at the end.
 
 ## Guests, {guest_rounds} rounds
 
-QEMU in software emulation (TCG), one processor each, no vhost where the host has none; a TCP stream between the guest
-and another machine of the lab. Absolute numbers are this machine's emulation, not a NIC's.
+QEMU in software emulation (TCG), one processor each, vhost only if the host has it; a TCP stream between the guest and
+another machine of the lab. The absolute numbers measure this machine's emulation, not a NIC.
 
 {guests}
 """

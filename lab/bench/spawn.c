@@ -1,7 +1,7 @@
-/* Starts processes for the benchmark and measures them: small, so that starting one is cheap and the same for all.
+/* Starts processes for the benchmark and measures them.
  *
- * A child starts with vfork, and its ru_maxrss begins at its parent's (exec_mmap in fs/exec.c): both are why this is
- * not Python. Runs in the node's network namespace, so that no nsenter is in the measure. Ends when stdin does.
+ * It is C and small because a child starts by vfork, and the child's ru_maxrss begins at its parent's (exec_mmap in
+ * fs/exec.c). It runs in the node's network namespace, so that no nsenter is measured. It ends at the end of stdin.
  *
  * Request:  uint32 jobs; for each: struct job, arguments and environment (each ends with a NUL), stdin of the child.
  * Answer:   for each job: struct outcome, stdout of the child. All jobs of a request run at once.

@@ -1,4 +1,4 @@
-"""Runs processes through spawn.c and says what each of them cost; must not know what they are for."""
+"""Runs processes through spawn.c and returns the cost of each. Must not know what they do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job. Times are nanoseconds, begin and end on CLOCK_MONOTONIC; peak is KiB resident."""
+    """The result of a job. Times in nanoseconds, begin and end of CLOCK_MONOTONIC; peak: resident KiB."""
 
     status: int
     stdout: bytes
@@ -49,7 +49,7 @@ class Spawner(Closing):
         )
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """All of them at once, to their ends; bounded by spawn.c."""
+        """Runs all jobs at once until they end; spawn.c has a time limit. Raises LabError if spawn.c ends."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(struct.pack("=I", len(jobs)) + b"".join(map(_encode, jobs)))
@@ -70,7 +70,7 @@ class Spawner(Closing):
         return data
 
     def _ended(self) -> LabError:
-        return LabError(f"the process that starts the others ended with status {self._process.wait(10)}")
+        return LabError(f"spawn.c ended with status {self._process.wait(10)}")
 
     def close(self) -> None:
         self._process.kill()

@@ -26,24 +26,24 @@ if TYPE_CHECKING:
     from lab.wire import Lab
 
 NODE = "node"
-"""Its name; also the machine's in the lab."""
+"""The node's name in Kubernetes."""
 ADDRESS = "10.78.0.2"
 BUSYBOX = SANDBOX
 """An image with a shell, for pods."""
 NETCONF = "/etc/cni/net.d"
 PLUGINS = "/opt/cni/bin"
-"""On the node; the reference plugins loopback, bridge and host-local are in it."""
+"""On the node. It has the reference plugins loopback, bridge and host-local."""
 _BRIDGE = "cni0"
 _HOME = "/run/lab/cluster"
-"""On the node: what the programs keep and write."""
+"""The folder, on the node, of the programs' configs and data."""
 _EVENTS_TAIL = 3000
 _SERVER = f"https://{ADDRESS}"
 _SERVICE = "10.96.0.1"
-"""Where pods find the API server: an address of the node, in place of a proxy."""
+"""The address at which pods reach the API server. It is one of the node's, because there is no proxy."""
 _CERTIFICATE = f"{_HOME}/tls/apiserver.crt"
 
-# Folders that the programs write to are the machine's, with what is written kept apart; mounts spread, as on a host
-# with systemd. What a kubelet would tune is shown to it as tuned: the kernel is not the lab's.
+# Folders that the programs write to are the host's under overlays. Mounts are shared, as on a host with systemd. Files
+# of /proc/sys that a kubelet sets are covered by files with its values: the host's kernel is not changed.
 _PREPARE = """
 mount --make-rshared /
 for name in etc opt var/log; do
@@ -83,10 +83,10 @@ _PODS_NETWORK = {
 
 
 class Cluster(Closing):
-    """Started, with its node Ready; a context manager, to be closed before its lab.
+    """A started cluster whose node is Ready; a context manager, to be closed before its lab.
 
-    folder: for logs, on the host. The node has eth0 for the cluster beside the lab's NICs. Pods have a bridge as their
-    first network; each further config in NETCONF is attached, too, by name.
+    folder: for logs, on the host. The node has eth0 for the cluster beside the lab's NICs. A pod's first network is a
+    bridge; each further config in NETCONF is attached, too, in the order of the names.
     """
 
     def __init__(self, lab: Lab, folder: Path) -> None:
@@ -103,7 +103,7 @@ class Cluster(Closing):
             self._stack = stack.pop_all()
 
     def kubectl(self, *words: str, stdin: str = "", check: bool = True, timeout: float = 2 * PATIENCE) -> str:
-        """What it printed; LabError with what it said if check and it failed."""
+        """The output of kubectl. Raises LabError if check is set and it fails. timeout: seconds."""
         return self.run(["kubectl", *words], stdin=stdin, check=check, timeout=timeout)
 
     def get(self, *words: str) -> Any:
@@ -115,7 +115,7 @@ class Cluster(Closing):
         self.kubectl("apply", "-f", "-", stdin=json.dumps(listed))
 
     def wait(self, what: str, condition: str, *words: str, seconds: float = 2 * PATIENCE) -> None:
-        """kubectl wait; condition: its --for, condition=Ready or jsonpath=…. LabError with what there is instead."""
+        """Runs kubectl wait. condition: its option --for. Raises LabError with the pods and events."""
         try:
             self.kubectl(
                 "wait", what, f"--for={condition}", f"--timeout={seconds:g}s", *words, timeout=seconds + 10
@@ -124,7 +124,7 @@ class Cluster(Closing):
             raise LabError(f"{error}\n{self.story()}") from error
 
     def story(self) -> str:
-        """The pods and the last events, for an error."""
+        """The pods and the last events, for an error message."""
         pods = self.kubectl("get", "pods", "-A", "-o", "wide", check=False)
         events = self.kubectl("get", "events", "-A", "--sort-by=.lastTimestamp", check=False)
         ended = [each.tail() for each in (self.kubelet, self.containerd) if not each.alive()]
@@ -138,18 +138,18 @@ class Cluster(Closing):
         check: bool = True,
         timeout: float = 2 * PATIENCE,
     ) -> str:
-        """What a command printed that runs on the node, as the cluster's administrator."""
+        """Runs a command on the node as the cluster's administrator and returns its output. Raises LabError."""
         return self.machine.run(
             argv, stdin=stdin, check=check, env=self.environment(), timeout=timeout
         ).stdout
 
     def environment(self) -> dict[str, str]:
-        """For commands on the node."""
+        """The environment of commands on the node."""
         return {
             **os.environ,
             "PATH": self._path,
             "KUBECONFIG": f"{_HOME}/admin.kubeconfig",
-            "KUBECACHEDIR": f"{_HOME}/kubectl",  # else the host's, where another cluster of this address may be known
+            "KUBECACHEDIR": f"{_HOME}/kubectl",  # the host's may know another cluster at this address
             "CONTAINERD_ADDRESS": SOCKET,
             "CONTAINERD_NAMESPACE": "k8s.io",
             "HELM_CACHE_HOME": f"{_HOME}/helm",
@@ -162,20 +162,20 @@ class Cluster(Closing):
         self.containerd.load(archive, name)
 
     def network(self, name: str, *plugins: dict[str, Any]) -> None:
-        """A network config in the node's folder, complete from the first moment on."""
+        """Adds a network config to the node's folder, by a rename, so that no part of it is read."""
         text = json.dumps({"cniVersion": "1.0.0", "name": name, "plugins": plugins})
         part = self.machine.path(f"{NETCONF}/.{name}")
         part.write_text(text)
         part.rename(self.machine.path(f"{NETCONF}/{name}.conflist"))
 
     def plugin(self, name: str, script: str) -> None:
-        """An executable in the node's CNI folder."""
+        """Adds an executable to the node's CNI folder."""
         path = self.machine.path(f"{PLUGINS}/{name}")
         path.write_text(script)
         path.chmod(0o755)
 
     def wait_kind(self, kind: str) -> None:
-        """Until kubectl finds objects of a kind, which the API server lists a moment after it is Established."""
+        """Waits until the API server lists a kind, which it does a moment after the kind is Established."""
         wait_for(
             lambda: self.kubectl("get", kind, "-o", "json", check=False),
             lambda: f"the API server does not list {kind}",
@@ -192,7 +192,7 @@ class Cluster(Closing):
             f"address add {ADDRESS}/24 dev eth0",
             "route add default via 10.78.0.1",
             f"address add {_SERVICE}/32 dev lo",
-            f"link add {_BRIDGE} up type bridge",  # the plugin would make it, and leave it
+            f"link add {_BRIDGE} up type bridge",  # else the plugin makes it and leaves it
         )
         self.lab.node.wait_until_up("eth0")
         self.network("10-pods", _PODS_NETWORK)
@@ -205,7 +205,7 @@ class Cluster(Closing):
         self._write("kubelet.yaml", json.dumps(_kubelet(self.machine.cgroup)))
 
     def _start(self, stack: contextlib.ExitStack) -> None:
-        """containerd takes its images while the API server starts; what needs that one is started after it."""
+        """Starts the programs. containerd imports its image while the API server starts; its clients start after it."""
         etcd = self._program("etcd", f"--data-dir={_HOME}/etcd", "--unsafe-no-fsync", "--log-level=warn")
         server = self._program("kube-apiserver", *_server_flags())
         for program in (etcd, server):
@@ -226,11 +226,11 @@ class Cluster(Closing):
         self._program("kube-controller-manager", *_controller_flags()).start()
         self.kubelet.start()
         self.wait_node()
-        # The controllers make it, and without it the API server takes no pod.
+        # The controllers make it, and without it the API server refuses every pod.
         self.kubectl("wait", "serviceaccount/default", "--for=create", f"--timeout={PATIENCE:g}s")
 
     def wait_node(self) -> None:
-        """Until the node is Ready, as far as the API server has been told."""
+        """Waits until the API server reports the node as Ready."""
         try:
             self.kubectl("wait", f"node/{NODE}", "--for=create", f"--timeout={PATIENCE:g}s")
             self.wait(f"node/{NODE}", "condition=Ready", seconds=PATIENCE)
@@ -273,7 +273,7 @@ def _kubeconfig(token: str) -> dict[str, Any]:
 
 
 def _kubelet(cgroup: str) -> dict[str, Any]:
-    """Its configuration. Whoever reaches its port may use it: only the node can."""
+    """The kubelet's configuration. Its port needs no authentication: only the node can reach it."""
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
@@ -283,7 +283,7 @@ def _kubelet(cgroup: str) -> dict[str, Any]:
         "nodeStatusUpdateFrequency": "1s",
         "syncFrequency": "2s",
         "maxPods": 250,
-        # Its own control groups would be outside of the machine's.
+        # By default its control groups are outside of the machine's.
         "cgroupDriver": "cgroupfs",
         "cgroupRoot": cgroup,
         "cgroupsPerQOS": False,
@@ -291,7 +291,7 @@ def _kubelet(cgroup: str) -> dict[str, Any]:
         "failCgroupV1": False,
         "failSwapOn": False,
         "makeIPTablesUtilChains": False,
-        # The disk is the host's, and how full it is not the lab's matter.
+        # The disk is the host's: how full it is must not end pods.
         "localStorageCapacityIsolation": False,
         "evictionHard": {"imagefs.available": "0%", "memory.available": "0%", "nodefs.available": "0%"},
         "imageGCHighThresholdPercent": 100,
@@ -314,7 +314,7 @@ def _server_flags() -> list[str]:
         "--etcd-servers=http://127.0.0.1:2379",
         f"--advertise-address={ADDRESS}",
         "--kubelet-preferred-address-types=InternalIP",
-        f"--cert-dir={_HOME}/tls",  # it makes its certificate by itself
+        f"--cert-dir={_HOME}/tls",  # it generates its certificate there
         "--secure-port=443",
         "--service-cluster-ip-range=10.96.0.0/16",
         "--service-account-issuer=https://kubernetes.default.svc",

@@ -1,8 +1,8 @@
-"""A kubelet, as device plugins see one: registration, ListAndWatch, Allocate, and who has which device (pod-resources).
+"""A stand-in for a kubelet's device manager: registration, ListAndWatch, Allocate, and the pod-resources API.
 
-It does what the real one's device manager does: a new one deletes every socket in its folder before it makes its own;
-it calls a plugin back on the socket that the plugin registered, a later registration takes an earlier one's place, and
-a resource whose stream has ended is unhealthy. It runs no pods: that is the caller's part.
+It does what the real one does: at its start it deletes every socket in its folder before it makes its own; it calls a
+plugin back on the socket that the plugin registered; a later registration replaces an earlier one; a resource whose
+stream has ended is unhealthy. It runs no pods: the caller does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from cni.agent.deviceplugin import v1beta1_pb2 as api  # tells gRPC to be quiet, so it goes first
+from cni.agent.deviceplugin import v1beta1_pb2 as api  # sets gRPC's log level, so it comes first
 
 # isort: split
 import grpc
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 FOLDER = Path("/var/lib/kubelet/device-plugins")
-"""Where a real kubelet's is."""
+"""The folder of a real kubelet."""
 SOCKET = "kubelet.sock"
 _SECONDS = 30.0
-"""For what takes milliseconds."""
+"""The deadline of what takes milliseconds."""
 _OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
@@ -45,18 +45,18 @@ class Device:
 
 
 class PluginError(Exception):
-    """A plugin's refusal: the name of gRPC's code, and its words."""
+    """A plugin returned an error: the name of gRPC's code, and the message."""
 
 
 @dataclass
 class _Plugin:
-    """One registration, and what was heard from it."""
+    """A registration, and what the plugin has sent."""
 
     endpoint: str
     options: api.DevicePluginOptions
     channel: grpc.Channel
     devices: dict[str, Device] | None = None
-    """None: no list has come yet."""
+    """None until the first list arrives."""
     connected: bool = True
     stream: grpc.Call | None = None
     thread: threading.Thread | None = None
@@ -68,7 +68,7 @@ class _Plugin:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a container was given."""
+    """The devices of a container."""
 
     pod: tuple[str, str]
     """Namespace and name."""
@@ -81,8 +81,8 @@ class Claim:
 class Kubelet:
     """One node's device manager, running inside its with block.
 
-    folder: of the plugins' sockets, whose paths must fit into a unix socket's 107 bytes. The pod-resources socket is at
-    pod_resources, beside the folder as a real one's.
+    folder: of the plugins' sockets, whose paths must fit into the 107 bytes of a unix socket's address. The
+    pod-resources socket is at pod_resources, beside the folder, as with a real kubelet.
     """
 
     def __init__(self, folder: str | os.PathLike[str] = FOLDER) -> None:
@@ -90,9 +90,9 @@ class Kubelet:
         self.pod_resources = self.folder.parent / "pod-resources" / SOCKET
         self.claims: list[Claim] = []
         self.refuse = False
-        """Whether it refuses every registration."""
+        """Whether every registration is refused."""
         self.refused: list[str] = []
-        """Registrations that were, and why."""
+        """Why registrations were refused."""
         self._plugins: dict[str, _Plugin] = {}
         self._counts: dict[str, int] = {}
         self._changed = threading.Condition()
@@ -106,7 +106,7 @@ class Kubelet:
         self.stop()
 
     def start(self) -> None:
-        """Wipe the folder's sockets and serve; claims are kept, as in a real one's checkpoint."""
+        """Deletes the folder's sockets and serves. Claims are kept, as in a real kubelet's checkpoint."""
         for folder in (self.folder, self.pod_resources.parent):
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.iterdir():
@@ -122,10 +122,10 @@ class Kubelet:
             server.start()
 
     def stop(self) -> None:
-        """End, as a kubelet does: its own sockets go, the plugins' stay, and it forgets the plugins."""
+        """Ends as a kubelet does: removes its own sockets, keeps those of the plugins, and forgets the plugins."""
         for server, threads in self._servers:
             server.stop(None).wait(_SECONDS)
-            threads.shutdown()  # who is being registered still would be one of the next kubelet's
+            threads.shutdown()  # a registration in progress must not reach the next kubelet
         self._servers = []
         with self._changed:
             plugins, self._plugins, self._counts = self._plugins, {}, {}
@@ -133,14 +133,14 @@ class Kubelet:
             _hang_up(plugin)
 
     def restart(self) -> None:
-        """A new kubelet on the same node: every socket in the folder goes, and all plugins must register again."""
+        """Starts a new kubelet: it deletes every socket in the folder, and all plugins must register again."""
         self.stop()
         self.start()
 
-    # What is registered
+    # Registrations
 
     def wait_resource(self, resource: str, *, times: int = 1) -> dict[str, Device]:
-        """Until it was registered that often since start() and has sent a list; its devices."""
+        """Waits until a resource was registered that often since start() and has sent a list. Returns its devices."""
 
         def listed() -> bool:
             plugin = self._plugins.get(resource)
@@ -154,19 +154,21 @@ class Kubelet:
             return self._devices(resource)
 
     def wait_devices(self, resource: str, wanted: Callable[[dict[str, Device]], bool]) -> dict[str, Device]:
-        """Until the resource's devices are as wanted; what they are then."""
+        """Waits until wanted(devices of the resource) is true, and returns the devices."""
         with self._changed:
             if not self._changed.wait_for(lambda: wanted(self._devices(resource)), _SECONDS):
-                raise AssertionError(f"{resource} did not come to be as wanted: {self._devices(resource)}")
+                raise AssertionError(
+                    f"the devices of {resource} are not as wanted: {self._devices(resource)}"
+                )
             return self._devices(resource)
 
     def devices(self, resource: str) -> dict[str, Device]:
-        """By id, as last heard; all of them unhealthy if the plugin's stream has ended."""
+        """Id → device, from the last list. All are unhealthy if the plugin's stream has ended."""
         with self._changed:
             return self._devices(resource)
 
     def registrations(self, resource: str) -> int:
-        """How often the resource was registered since start()."""
+        """How many times the resource was registered since start()."""
         with self._changed:
             return self._counts.get(resource, 0)
 
@@ -177,7 +179,7 @@ class Kubelet:
             return dict(known)
         return {id: Device(False, device.nodes) for id, device in known.items()}
 
-    # What pods get
+    # Devices of pods
 
     def allocate(
         self,
@@ -187,7 +189,7 @@ class Kubelet:
         pod: tuple[str, str] = ("default", "pod"),
         container: str = "main",
     ) -> api.ContainerAllocateResponse:
-        """Ask the plugin for these devices, and note whose they are. Raises PluginError."""
+        """Calls the plugin's Allocate for these devices and records the claim. Raises PluginError."""
         request = api.AllocateRequest(container_requests=[api.ContainerAllocateRequest(devices_ids=ids)])
         try:
             answer: api.AllocateResponse = self._plugin(resource).stub.Allocate(request, timeout=_SECONDS)
@@ -199,27 +201,29 @@ class Kubelet:
         return response
 
     def admit(self, resource: str, count: int = 1, *, pod: tuple[str, str], container: str = "main") -> Claim:
-        """Choose that many devices as a kubelet does, healthy ones that nobody has and that the plugin prefers, and
-        allocate them. Raises LookupError if there are too few."""
+        """Allocates `count` devices that a kubelet would choose: healthy, free, and preferred by the plugin.
+
+        Raises LookupError if there are too few, PluginError if the plugin refuses.
+        """
         with self._changed:
             taken = {id for claim in self.claims if claim.resource == resource for id in claim.devices}
         free = [id for id, device in self.devices(resource).items() if device.healthy and id not in taken]
         if len(free) < count:
-            raise LookupError(f"{resource}: {count} devices are wanted and {len(free)} are left")
+            raise LookupError(f"{resource}: {count} devices are wanted and {len(free)} are free")
         if self._plugin(resource).options.get_preferred_allocation_available:
             free = self.preferred(resource, free, size=count)
         self.allocate(resource, free[:count], pod=pod, container=container)
         return self.claims[-1]
 
     def release(self, pod: tuple[str, str]) -> None:
-        """The pod is gone, and its devices are free. No plugin is told (there is no such call)."""
+        """Frees the devices of a pod that has ended. The API has no call that tells the plugin."""
         with self._changed:
             self.claims = [claim for claim in self.claims if claim.pod != pod]
 
     def preferred(
         self, resource: str, available: Sequence[str], *, must: Sequence[str] = (), size: int = 1
     ) -> list[str]:
-        """Which of the available devices the plugin would choose."""
+        """The ids that the plugin prefers among the available ones (GetPreferredAllocation)."""
         request = api.PreferredAllocationRequest(
             container_requests=[
                 api.ContainerPreferredAllocationRequest(
@@ -236,17 +240,17 @@ class Kubelet:
         with self._changed:
             return self._plugins[resource]
 
-    # What plugins say
+    # Calls of plugins
 
     def register(self, request: api.RegisterRequest) -> str | None:
-        """Take a plugin on, as Register asks; or why not."""
+        """Carries out a Register call. Returns None, or why it is refused."""
         path = self.folder / request.endpoint
         if self.refuse:
             return f"{request.resource_name}: not today"
         if request.version != "v1beta1" or "/" not in request.resource_name or "/" in request.endpoint:
             return f"{request.resource_name}: version {request.version}, endpoint {request.endpoint}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:  # the real one connects before it answers, too
+            try:  # a real kubelet connects before it answers, too
                 probe.connect(os.fspath(path))
             except OSError as error:
                 return f"{request.resource_name}: {path}: {error}"
@@ -267,7 +271,7 @@ class Kubelet:
         return None
 
     def _watch(self, resource: str, plugin: _Plugin) -> None:
-        """Note what the plugin lists, until it ends or is hung up on."""
+        """Keeps the plugin's devices up to date until its stream ends."""
         try:
             with self._changed:
                 if self._plugins.get(resource) is not plugin:
@@ -282,7 +286,7 @@ class Kubelet:
                         for each in message.devices
                     }
                     self._changed.notify_all()
-        except (grpc.RpcError, ValueError):  # ValueError: the channel was closed in between
+        except (grpc.RpcError, ValueError):  # ValueError: the channel was closed
             pass
         finally:
             with self._changed:

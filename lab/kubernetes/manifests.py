@@ -1,6 +1,6 @@
-"""What the chart and the kustomizations make, and whether it is good: judged by the APIs' own schemas, made strict.
+"""Validation of what the chart and the kustomizations generate, against the APIs' own schemas made strict.
 
-An API server drops a field that it does not know; here it is a fault. Schemas and tools: lab.assets.
+An API server drops a field that it does not know; here that is an error. lab/assets/programs.py has schemas and tools.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def run(program: str, *words: str | Path, values: Document | None = None) -> str
 
 
 def objects(text: str) -> list[Document]:
-    """Of `helm template` or `kustomize build`."""
+    """The objects in the output of `helm template` or `kustomize build`."""
     return [each for each in yaml.safe_load_all(text) if each]
 
 
 def faults(document: Document) -> list[str]:
-    """What its API would not understand, as path and reason."""
+    """The errors of an object against its schema, each with path and reason."""
     kind = document.get("apiVersion"), document.get("kind")
     schema = _schemas().get(kind)
     if schema is None:
@@ -44,7 +44,7 @@ def faults(document: Document) -> list[str]:
 
 @cache
 def _schemas() -> dict[tuple[Any, Any], Document]:
-    """By apiVersion and kind."""
+    """(apiVersion, kind) → JSON schema."""
     folder = MANIFESTS.get()
     definitions = json.loads((folder / "swagger.json").read_text())["definitions"]
     schemas = {}
@@ -67,7 +67,7 @@ def _schemas() -> dict[tuple[Any, Any], Document]:
 
 
 def _make_strict(schema: Any) -> None:
-    """Where it lists an object's fields, there are no others; what is a number or a string may be either."""
+    """Refuses fields that the schema does not list. Accepts either type where it has "int or string"."""
     if not isinstance(schema, dict):
         return
     if schema.get("format") == "int-or-string" or schema.get("x-kubernetes-int-or-string"):

@@ -1,15 +1,15 @@
-"""A stand-in for Multus, of which there is no package: what it does for a pod with an annotation, and no more.
+"""A stand-in for Multus, which has no Debian package: it attaches the networks in a pod's annotation, and no more.
 
-install() makes it a plugin of a cluster's node, with a network config of its own, and tells the API server what a
-NetworkAttachmentDefinition is:
+install() makes it a plugin of a cluster's node, with this network config, and adds the kind
+NetworkAttachmentDefinition to the API server:
 
     {"type": "multus", "kubeconfig": FILE, "podResources": SOCKET, "cache": FOLDER}
 
-For each NetworkAttachmentDefinition that the pod's annotation names, it asks the kubelet which device of its resource
-the pod has, and runs the delegate for net1, net2 … with it as deviceID. What it ran is kept: a DEL comes when the pod
-may be forgotten. Its own result is empty; it writes no network-status.
+For each NetworkAttachmentDefinition that the pod's annotation names, it gets the pod's device of that resource from the
+kubelet, and runs the delegate for net1, net2 … with the device as deviceID. It keeps the delegates in the cache folder,
+because the pod may be gone at the DEL. Its own result is empty; it writes no network-status.
 
-Where there is no API server, "networks" stands in place of "kubeconfig": [{"resource": NAME, "config": {…}}, …].
+Without an API server, "networks" replaces "kubeconfig": [{"resource": NAME, "config": {…}}, …].
 """
 
 from __future__ import annotations
@@ -65,15 +65,16 @@ _DEFINITION: dict[str, Any] = {
         ],
     },
 }
-"""The parts of Multus's that count here."""
+"""The parts of Multus's definition that are used."""
 
 
 def script() -> str:
-    """The plugin."""
+    """The text of the plugin's executable."""
     return f"#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()}\n"
 
 
 def install(cluster: Cluster) -> None:
+    """Installs it on the cluster's node."""
     cluster.plugin("multus", script())
     cluster.network(
         "20-multus",
@@ -107,10 +108,10 @@ def main() -> int:
         else:
             delegates = json.loads(kept.read_text()) if kept.exists() else []
     except (OSError, grpc.RpcError) as error:
-        return _say(f"the stand-in for Multus: {error}")
+        return _fail(f"the stand-in for Multus: {error}")
     for number, delegate in enumerate(delegates, start=1):
-        if said := _run(delegate, f"net{number}"):
-            print(said)
+        if failure := _run(delegate, f"net{number}"):
+            print(failure)
             return 1
     if command == "DEL":
         kept.unlink(missing_ok=True)
@@ -119,13 +120,13 @@ def main() -> int:
     return 0
 
 
-def _say(text: str) -> int:
+def _fail(text: str) -> int:
     print(json.dumps({"cniVersion": "1.0.0", "code": 11, "msg": text}))
     return 1
 
 
 def _run(delegate: dict[str, Any], ifname: str) -> str:
-    """What it said if it failed."""
+    """Runs a delegate. Returns its error document, or "" if it succeeds."""
     program = shutil.which(delegate["type"], path=os.environ["CNI_PATH"])
     if program is None:
         return json.dumps({"cniVersion": "1.0.0", "code": 11, "msg": f"no plugin {delegate['type']}"})
@@ -137,7 +138,7 @@ def _run(delegate: dict[str, Any], ifname: str) -> str:
 
 
 def _delegates(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """With the pod's devices, in the order of the networks."""
+    """The delegates' configs with the pod's devices, in the order of the networks."""
     args = dict(word.split("=", 1) for word in os.environ["CNI_ARGS"].split(";"))
     namespace, name = args["K8S_POD_NAMESPACE"], args["K8S_POD_NAME"]
     networks = config.get("networks") or _annotated(_Server(Path(config["kubeconfig"])), namespace, name)
@@ -152,7 +153,7 @@ def _delegates(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _annotated(ask: _Server, namespace: str, name: str) -> list[dict[str, Any]]:
-    """The definitions in the pod's namespace that its annotation names, in its order."""
+    """The definitions that the pod's annotation names, in its order, from the pod's namespace."""
     annotations = ask(f"api/v1/namespaces/{namespace}/pods/{name}")["metadata"].get("annotations", {})
     found = []
     for each in (word.strip() for word in annotations.get(NETWORKS, "").split(",") if word):
@@ -164,7 +165,7 @@ def _annotated(ask: _Server, namespace: str, name: str) -> list[dict[str, Any]]:
 
 
 def _devices(socket: str, namespace: str, name: str) -> dict[str, list[str]]:
-    """The pod's, by resource."""
+    """Resource → ids of the pod's devices."""
     asked = api.GetPodResourcesRequest(pod_name=name, pod_namespace=namespace)
     found: dict[str, list[str]] = {}
     with grpc.insecure_channel(f"unix:{socket}") as channel:
@@ -176,7 +177,7 @@ def _devices(socket: str, namespace: str, name: str) -> dict[str, list[str]]:
 
 
 class _Server:
-    """The API server, by the only kind of kubeconfig that the lab writes."""
+    """The API server, by a kubeconfig that the lab has written."""
 
     def __init__(self, kubeconfig: Path) -> None:
         known = json.loads(kubeconfig.read_text())

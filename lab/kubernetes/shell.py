@@ -1,4 +1,4 @@
-"""`make cluster`: a shell on the node of a Kubernetes of one's own, with kubectl, helm and ctr; all ends with it."""
+"""`make cluster`: a shell on the node of a new cluster, with kubectl, helm and ctr. The cluster ends with the shell."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lab.kubernetes import multus
 from lab.kubernetes.cluster import Cluster
 from lab.wire import Lab
 
-_WELCOME = """The node is Ready, and ends with this shell. Logs: {logs}. The peer on eth1's network: 10.77.0.254.
-The images are imported; a stand-in for Multus attaches what a NetworkAttachmentDefinition names. To install the agent:
+_WELCOME = """The node is Ready. The cluster ends with this shell. Logs: {logs}. The peer of eth1: 10.77.0.254.
+The project's images are imported. A stand-in for Multus attaches NetworkAttachmentDefinitions. To install the agent:
 
   helm install vmtap deploy/helm/vmtap --namespace vmtap-system --create-namespace \\
     --set-json 'interfaces=[{{"name": "dataplane", "source": {{"dev": "eth1"}}}}]'
@@ -32,11 +32,11 @@ def main() -> int:
                 cluster.load(archive, name)
             print(_WELCOME.format(logs=logs), file=sys.stderr)
             shell = shutil.which(os.environ.get("SHELL", "")) or "/bin/sh"
-            # script: a terminal of the node's own, since job control needs a session of its pid namespace.
+            # script(1): job control needs a terminal whose session is in the node's pid namespace.
             process = cluster.machine.popen(
                 ["script", "-qec", shell, "/dev/null"], env=cluster.environment(), cwd=CHECKOUT
             )
-            process.wait()  # its status is the last command's, and nobody's failure
+            process.wait()  # its status is that of the last command, which is no failure of this program
     return 0
 
 
