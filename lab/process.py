@@ -125,10 +125,20 @@ class Program(Closing):
             self._process = self._popen(self._argv, stdout=log, stderr=log, env=self.env)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Sends a signal and waits for the end of the program."""
+        """Sends a signal and waits for the end of the program; kills it if that takes too long."""
         if self._process:
             self._process.send_signal(number)
-            self._process.wait(PATIENCE)
+            try:
+                self._process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        """The pid, once it was started."""
+        assert self._process
+        return self._process.pid
 
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,13 +19,14 @@ from typing import TYPE_CHECKING, Self
 from cni.kernel import macvtap, rtnl
 from lab.assets.programs import BENCH
 from lab.bench.spawn import Job
-from lab.process import Closing, LabError
+from lab.process import Closing, LabError, Program
 from lab.wire import BRIDGE, NIC
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lab.bench.spawn import Outcome, Spawner
+    from lab.process import Word
     from lab.wire import Netns
 
 BIN = Path(sys.executable).parent
@@ -55,8 +55,8 @@ class Sample:
     peak: int
 
 
-class Agent(Closing):
-    """vmtapd on the node; a context manager."""
+class Agent(Program):
+    """vmtapd on the node, started; a context manager."""
 
     def __init__(self, node: Netns) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix=f"vmtap-bench-{os.getpid()}-", dir=TMPFS)
@@ -68,13 +68,11 @@ class Agent(Closing):
             {"name": "bridge", "source": {"dev": BRIDGE}, "type": "ethernet"},
         ]
         policy.write_text(json.dumps({"interfaces": entries}))  # JSON is YAML
-        self._log = folder / "log"
-        with self._log.open("wb") as log, _ReadySocket(folder / "ready") as ready:
-            self.process = subprocess.Popen(
-                node.argv([BIN / "vmtapd", "--run", self.run, "--policy", policy, "--metrics", ""]),
-                stderr=log,
-                env={"PATH": os.environ["PATH"], "NOTIFY_SOCKET": ready.path},
-            )
+        argv: list[Word] = [BIN / "vmtapd", "--run", self.run, "--policy", policy, "--metrics", ""]
+        with _ReadySocket(folder / "ready") as ready:
+            env = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": ready.path}
+            super().__init__(node.popen, argv, folder / "log", env)
+            self.start()
             try:
                 ready.wait()
             except TimeoutError:
@@ -83,7 +81,7 @@ class Agent(Closing):
 
     def cpu(self) -> int:
         """CPU time of all its threads, including ended ones, in nanoseconds (clock_getcpuclockid(3))."""
-        return time.clock_gettime_ns((~self.process.pid << 3) | 2)
+        return time.clock_gettime_ns((~self.pid << 3) | 2)
 
     def settle(self) -> None:
         """Waits until all its threads sleep, waiting for requests.
@@ -98,12 +96,12 @@ class Agent(Closing):
             if time.monotonic() > until:
                 raise LabError(f"vmtapd is still running {_SETTLE_SECONDS:g} s after its answer")
             time.sleep(_LOOK_SECONDS)
-            states = {_state(task / "stat") for task in Path(f"/proc/{self.process.pid}/task").iterdir()}
+            states = {_state(task / "stat") for task in Path(f"/proc/{self.pid}/task").iterdir()}
             quiet = quiet + 1 if states <= {"S", ""} else 0
 
     def handled(self, command: str, container: str) -> list[float]:
         """The duration of each request of a container, from the agent's log, in milliseconds, without transport."""
-        lines = map(json.loads, self._log.read_text().splitlines())
+        lines = map(json.loads, self.output().splitlines())
         return [
             float(line["ms"])
             for line in lines
@@ -112,18 +110,13 @@ class Agent(Closing):
 
     def memory(self, field: str = "VmRSS") -> int:
         """A field of /proc/PID/status in KiB: VmRSS is the resident memory, VmHWM its peak."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1])
         raise LabError("vmtapd has ended")
 
     def close(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(40)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.kill(signal.SIGTERM)
         self._folder.cleanup()
 
 

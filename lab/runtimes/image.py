@@ -1,4 +1,4 @@
-"""Container images of files of this machine: one layer, as an OCI image layout in one tar file.
+"""Container images of files of this machine: one layer, in an archive of the format docker-archive.
 
 There is no registry and no base image: a program is added with the shared libraries that ldd(1) lists. Must not know
 which runtime imports it.
@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cni
 from lab.assets.guest import files as guest_files
@@ -102,37 +102,18 @@ def write(target: Path, name: str, tree: Mapping[str, Path | bytes | str], entry
             archive.addfile(
                 _entry(path, mode=0o755 if executable else 0o644, size=len(data)), io.BytesIO(data)
             )
-    blobs: dict[str, bytes] = {}
-
-    def blob(kind: str, data: bytes) -> dict[str, Any]:
-        digest = hashlib.sha256(data).hexdigest()
-        blobs[digest] = data
-        return {
-            "mediaType": f"application/vnd.oci.image.{kind}",
-            "digest": f"sha256:{digest}",
-            "size": len(data),
-        }
-
-    described = blob("layer.v1.tar", layer.getvalue())
     config = {
         "architecture": _ARCHITECTURE[platform.machine()],
         "os": "linux",
         "config": {"Entrypoint": entrypoint, "Env": ["PATH=/usr/bin:/bin"]},
-        "rootfs": {"type": "layers", "diff_ids": [described["digest"]]},
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer.getvalue()).hexdigest()}"]},
     }
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": blob("config.v1+json", json.dumps(config).encode()),
-        "layers": [described],
-    }
-    named = blob("manifest.v1+json", json.dumps(manifest).encode())
-    named["annotations"] = {"io.containerd.image.name": name}
+    manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
     with tarfile.open(target, "w") as archive:
         for path, data in {
-            "oci-layout": b'{"imageLayoutVersion": "1.0.0"}',
-            "index.json": json.dumps({"schemaVersion": 2, "manifests": [named]}).encode(),
-            **{f"blobs/sha256/{digest}": data for digest, data in blobs.items()},
+            "manifest.json": json.dumps(manifest).encode(),
+            "config.json": json.dumps(config).encode(),
+            "layer.tar": layer.getvalue(),
         }.items():
             archive.addfile(_entry(path, size=len(data)), io.BytesIO(data))
 

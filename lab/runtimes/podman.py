@@ -69,25 +69,9 @@ class Podman:
         attached: list[str] = []
         for number, network in enumerate(networks):  # podman itself numbers them in any order
             attached += ["--network", f"{network}:interface_name=eth{number}"]
-        place: list[str | os.PathLike[str]] = [
-            "--cgroup-parent",
-            self._machine.cgroup,
-            *_LIMITS,
-            "--rootfs",
-            self._root,
-        ]
-        return self(
-            "run",
-            "--detach",
-            "--name",
-            name,
-            *attached,
-            *options,
-            *place,
-            "/bin/busybox",
-            "sleep",
-            "infinity",
-        )
+        place = ("--cgroup-parent", self._machine.cgroup, *_LIMITS, "--rootfs", self._root)
+        sleep = ("/bin/busybox", "sleep", "infinity")
+        return self("run", "--detach", "--name", name, *attached, *options, *place, *sleep)
 
     def exec(self, name: str, *command: str) -> str:
         return self("exec", name, "/bin/busybox", *command)
