@@ -1,4 +1,4 @@
-"""Lists and makes the assets. Quiet: lab/setup shows the progress."""
+"""Lists and makes the assets (lab/assets/__init__.py). Prints no progress: lab/setup does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Step:
     without: str = ""
 
     def needed(self, target: str) -> bool:
-        """Whether `lab/setup TARGET` makes them. Those of the demo are everybody's."""
+        """Whether `lab/setup TARGET` makes them. Every target includes those of the demo."""
         return any(asset.setup in ("demo", target) for asset in self.assets)
 
     def missing(self) -> bool:

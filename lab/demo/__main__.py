@@ -14,6 +14,7 @@ import itertools
 import json
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.assets.cache import CHECKOUT
@@ -28,7 +29,6 @@ from lab.wire import Lab
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
     from lab.wire import Netns
 

@@ -35,16 +35,16 @@ def measure(
         with show.step(
             f"who reaches whom while the switch {'reflects' if reflecting else 'does not reflect'}"
         ):
-            asked = {network: _ask(network, guests, attachments) for network in networks}
-            for network, answers in asked.items():
+            pinged = {network: _ping(network, guests, attachments) for network in networks}
+            for network, answers in pinged.items():
                 seen[network, reflecting] = answers()
             for case in CASES:
                 if case.reflecting == reflecting:
-                    _ask_again(case, seen[case.network, reflecting], guests, attachments)
+                    _ping_again(case, seen[case.network, reflecting], guests, attachments)
     return [(case, seen[case.network, case.reflecting]) for case in CASES]
 
 
-def _ask_again(
+def _ping_again(
     case: Case,
     seen: Seen,
     guests: Mapping[str, Guest],
@@ -57,11 +57,11 @@ def _ask_again(
     for _ in range(_TRIES):
         if all(not getattr(case.expected, kind) or all(reached.values()) for kind, reached in seen.items()):
             return
-        for kind, reached in _ask(case.network, guests, attachments)().items():
+        for kind, reached in _ping(case.network, guests, attachments)().items():
             seen[kind] = {name: seen[kind][name] or there for name, there in reached.items()}
 
 
-def _ask(
+def _ping(
     network: str, guests: Mapping[str, Guest], attachments: Mapping[str, Mapping[str, Attachment]]
 ) -> Callable[[], Seen]:
     """Starts the pings of both guests on one network; the function that it returns waits for their results."""
@@ -70,13 +70,13 @@ def _ask(
         other, own = (attachments[who][network] for who in (other_guest(name), name))
         addresses = {"guest": str(other.address.ip), "peer": own.gateway}
         replies = {who: guest.ask(f"{PING} {address}") for who, address in addresses.items()}
-        everybody = guest.ask(f"{PING} {own.address.network.broadcast_address}")
-        pings[name] = (addresses, replies, everybody)
+        broadcast = guest.ask(f"{PING} {own.address.network.broadcast_address}")
+        pings[name] = (addresses, replies, broadcast)
 
     def answers() -> Seen:
         seen: Seen = {field.name: {} for field in fields(Reach)}
-        for name, (addresses, replies, everybody) in pings.items():
-            answered = set(re.findall(r"bytes from ([\d.]+)", everybody().output))
+        for name, (addresses, replies, broadcast) in pings.items():
+            answered = set(re.findall(r"bytes from ([\d.]+)", broadcast().output))
             for who, address in addresses.items():
                 seen[f"{who}_unicast"][name] = replies[who]().status == 0
                 seen[f"{who}_broadcast"][name] = address in answered

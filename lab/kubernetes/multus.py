@@ -166,10 +166,10 @@ def _annotated(ask: _Server, namespace: str, name: str) -> list[dict[str, Any]]:
 
 def _devices(socket: str, namespace: str, name: str) -> dict[str, list[str]]:
     """Resource → ids of the pod's devices."""
-    asked = api.GetPodResourcesRequest(pod_name=name, pod_namespace=namespace)
+    request = api.GetPodResourcesRequest(pod_name=name, pod_namespace=namespace)
     found: dict[str, list[str]] = {}
     with grpc.insecure_channel(f"unix:{socket}") as channel:
-        pod = services.PodResourcesListerStub(channel).Get(asked, timeout=30).pod_resources
+        pod = services.PodResourcesListerStub(channel).Get(request, timeout=30).pod_resources
     for container in pod.containers:
         for devices in container.devices:
             found.setdefault(devices.resource_name, []).extend(devices.device_ids)

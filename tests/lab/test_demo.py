@@ -15,7 +15,7 @@ from lab.demo import reach
 from lab.demo.__main__ import EXAMPLES
 from lab.demo.cases import CASES, IFNAMES, Case, Outcome, Seen, as_expected
 from lab.demo.ending import ENDING
-from lab.demo.reach import _ask_again
+from lab.demo.reach import _ping_again
 from lab.demo.show import _cell
 
 DEMO = [sys.executable, "-u", "-m", "lab.demo"]
@@ -82,13 +82,13 @@ def test_who_should_answer_is_asked_again_and_who_should_not_have_is_not_forgott
     [good] = [seen for each, seen in GOOD if each == case]
     late = {**good, "guest_unicast": {"a": False, "b": True}}
     answers = [{**late, "peer_unicast": {"a": False, "b": False}}, good, good]
-    monkeypatch.setattr(reach, "_ask", lambda *_: lambda: answers.pop(0))
+    monkeypatch.setattr(reach, "_ping", lambda *_: lambda: answers.pop(0))
     seen = dict(late)
-    _ask_again(case, seen, {}, {})
+    _ping_again(case, seen, {}, {})
     assert as_expected(case, seen)
     assert answers == [good]
     wrong = {**late, "guest_broadcast": {"a": True, "b": False}}
-    _ask_again(case, wrong, {}, {})
+    _ping_again(case, wrong, {}, {})
     assert wrong == {**good, "guest_broadcast": {"a": True, "b": False}}
     assert answers == []
 
