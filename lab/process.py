@@ -20,7 +20,6 @@ Word = str | os.PathLike[str]
 """A word of a command line."""
 PATIENCE = 180.0
 """Seconds to wait for what usually takes one."""
-_LOOK_SECONDS = 0.02
 _TAIL = 3000
 
 
@@ -90,14 +89,21 @@ def run(
 
 
 def wait_for(
-    condition: Callable[[], object], failure: Callable[[], str], *, seconds: float = PATIENCE
+    condition: Callable[[], object],
+    failure: Callable[[], str],
+    *,
+    seconds: float = PATIENCE,
+    pause: float = 0.02,
 ) -> None:
-    """Polls until the condition is true, where there is no event to wait for. Raises LabError with failure()'s text."""
+    """Polls until the condition is true, where there is no event to wait for.
+
+    pause: seconds between two looks. Raises LabError with failure()'s text after the given seconds.
+    """
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
             raise LabError(f"{failure()} (waited {seconds:g} s)")
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(pause)
 
 
 class Program(Closing):

@@ -37,6 +37,8 @@ _BRIDGE = "cni0"
 _HOME = "/run/lab/cluster"
 """The folder, on the node, of the programs' configs and data."""
 _EVENTS_TAIL = 3000
+_KUBECTL_PAUSE = 0.2
+"""Seconds between two runs of kubectl, each of which takes a tenth of a second of CPU."""
 _SERVER = f"https://{ADDRESS}"
 _SERVICE = "10.96.0.1"
 """The address at which pods reach the API server. It is one of the node's, because there is no proxy."""
@@ -179,6 +181,7 @@ class Cluster(Closing):
         wait_for(
             lambda: self.kubectl("get", kind, "-o", "json", check=False),
             lambda: f"the API server does not list {kind}",
+            pause=_KUBECTL_PAUSE,
         )
 
     def _program(self, name: str, *flags: str) -> Program:
@@ -238,7 +241,7 @@ class Cluster(Closing):
             raise LabError(f"{error}\n{self.kubelet.tail()}\n{self.containerd.tail()}") from error
 
     def _wait_server(self, server: Program) -> None:
-        """The API server reports no event when it is ready."""
+        """Waits until the API server is ready, for which it has no event."""
 
         def ready() -> bool:
             if not server.alive():
@@ -248,7 +251,7 @@ class Cluster(Closing):
                 and self.kubectl("get", "--raw", "/readyz", check=False) == "ok"
             )
 
-        wait_for(ready, lambda: f"the API server is not ready; {server.tail()}")
+        wait_for(ready, lambda: f"the API server is not ready; {server.tail()}", pause=_KUBECTL_PAUSE)
 
     def _file(self, name: str) -> Path:
         return self.machine.path(f"{_HOME}/{name}")
