@@ -3,6 +3,8 @@
 SHELL := /bin/bash
 CACHE := $(or $(VMTAP_CACHE),$(CURDIR)/.cache)
 BIN := $(CACHE)/venv/bin
+# Compiled modules are kept: the tests start Python some thousand times, a part of them under emulation.
+unexport PYTHONDONTWRITEBYTECODE
 T ?=
 A ?=
 
@@ -24,7 +26,7 @@ bench: ## what it costs, beside the reference plugins: writes docs/benchmark.md;
 
 test: ## all tests, linters and types; T="tests/unit -k mac" for some
 	@lab/setup test
-	@$(BIN)/python -m pytest -n auto --dist loadgroup $(T)
+	@$(BIN)/python -m pytest -n auto $(T)
 
 test-hw: ## those that need an SR-IOV NIC, in a machine that emulates one; T="-k vlan" for some
 	@lab/setup test

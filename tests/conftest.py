@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,6 +24,33 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # No test measures time: on a busy machine an example may take any, and so may making it up.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+TOGETHER = ("tests/hw/", "tests/deploy/test_monitoring.py")
+"""What has one process for all of its tests, because it shares what takes long to start."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`: two for each processor, because half of a test's time is waiting for the kernel."""
+    return 2 * (os.cpu_count() or 1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out single tests, the largest of TOGETHER first."""
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415 - the emulated machine goes without xdist
+
+    scheduling = LoadScopeScheduling(config, log)
+    scheduling._split_scope = lambda nodeid: next(
+        (each for each in TOGETHER if nodeid.startswith(each)), nodeid
+    )
+    return scheduling
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Guests come first, so that the last tests of a run are short and all workers end together."""
+    items.sort(key=lambda item: item.get_closest_marker("vm") is None)
 
 
 @pytest.fixture

@@ -25,8 +25,6 @@ from tests.runner import Answer, Plugin
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-GROUP = "hw"
-"""One machine: with `pytest --dist loadgroup` all of these tests run by one worker."""
 _HERE = Path(__file__).resolve().parent
 _MACHINE = pytest.StashKey[hw.Machine]()
 
@@ -41,11 +39,6 @@ except AssetError as error:
 
 def pytest_report_header() -> str | None:
     return f"tests/hw is left out: {left_out}" if left_out else None
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    if item.config.pluginmanager.hasplugin("xdist"):
-        item.add_marker(pytest.mark.xdist_group(GROUP))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,7 +57,6 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         reports.append(pytest.TestReport.from_item_and_call(item, call))
         _close(item.config)
     for report in reports:
-        report.nodeid = item.nodeid  # where xdist added the group's name
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
@@ -75,7 +67,7 @@ def _run_inside(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[pyt
     if _MACHINE not in config.stash:
         config.stash[_MACHINE] = hw.Machine(str(_HERE.relative_to(CHECKOUT)))
         config.add_cleanup(lambda: _close(config))
-    for answer in config.stash[_MACHINE].ask(_name(item), nextitem and _name(nextitem)):
+    for answer in config.stash[_MACHINE].ask(item.nodeid, nextitem and nextitem.nodeid):
         report: pytest.TestReport = config.hook.pytest_report_from_serializable(config=config, data=answer)
         yield report
 
@@ -84,10 +76,6 @@ def _close(config: pytest.Config) -> None:
     if machine := config.stash.get(_MACHINE, None):
         del config.stash[_MACHINE]
         machine.close()
-
-
-def _name(item: pytest.Item) -> str:
-    return item.nodeid.removesuffix(f"@{GROUP}")
 
 
 @pytest.hookimpl(tryfirst=True)
