@@ -13,29 +13,29 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from tests.waiting import LIMIT
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-_LONGEST = 60.0
 
 _EXECUTABLE = """#!{python}
 import sys
 from pathlib import Path
 from cni.__main__ import main
-from tests.hanging import until
-with until(Path({mark!r})):
+from tests.hanging import deadline_after
+with deadline_after(Path({mark!r})):
     sys.exit(main())
 """
 
 
 @contextmanager
-def until(mark: Path) -> Iterator[None]:
+def deadline_after(mark: Path) -> Iterator[None]:
     """Inside the block no process runs into a timeout of communicate() until there is a file mark; it is used up."""
     communicate = subprocess.Popen.communicate
 
     def patiently(process: subprocess.Popen[Any], given: Any = None, timeout: float | None = None) -> Any:
-        longest = time.monotonic() + _LONGEST
+        longest = time.monotonic() + LIMIT
         while True:
             try:
                 return communicate(process, given, timeout)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cni.attach.call import Node
 from cni.config.policy import load as load_policy
 from cni.state.store import Store
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,7 +87,7 @@ class Plugin:
     def execute(self, variables: dict[str, str], stdin: bytes) -> Answer:
         """One execution of it."""
         done = subprocess.run(
-            self.argv(), input=stdin, env=variables, capture_output=True, timeout=60, check=False
+            self.argv(), input=stdin, env=variables, capture_output=True, timeout=LIMIT, check=False
         )
         return Answer(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
 

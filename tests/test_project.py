@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.runner import BIN, Plugin, config
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from lab.wire import Lab
@@ -90,7 +91,7 @@ def test_an_attachments_life_imports_nothing_heavy(lab: Lab, plugin: Plugin) -> 
             input=json.dumps(config(source="eth1", mode="bridge")).encode(),
             env=plugin.environment(command, pod),
             capture_output=True,
-            timeout=30,
+            timeout=LIMIT,
             check=False,
         )
         assert done.returncode == 0, done.stdout

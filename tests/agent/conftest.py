@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 import cni
 from lab.wire import Netns
 from tests.runner import Answer, Plugin
+from tests.waiting import LIMIT, watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 SHIM = Path(cni.__file__).parent / "shim" / "vmtap"
 """As the package's build made it."""
-_PATIENCE = 30.0
-"""Seconds: for what takes milliseconds."""
 
 
 @dataclass
@@ -69,9 +67,7 @@ class Agent:
         """The next log line with that msg; fails the test if the agent ends first, or is too slow (and is killed)."""
         assert self.process
         assert self.process.stderr
-        watchdog = threading.Timer(_PATIENCE, self.process.kill)
-        watchdog.start()
-        try:
+        with watched(self.process):
             for line in self.process.stderr:
                 try:
                     self.log.append(json.loads(line))
@@ -79,8 +75,6 @@ class Agent:
                     self.log.append({"msg": line})
                 if self.log[-1]["msg"] == msg:
                     return self.log[-1]
-        finally:
-            watchdog.cancel()
         raise AssertionError(f"the agent ended without saying {msg!r}: {self.log[-5:]}")
 
     def said(self, msg: str) -> dict[str, Any]:
@@ -96,7 +90,7 @@ class Agent:
         """(status, content type, body) of its HTTP server."""
 
         def ask() -> tuple[int, str, str]:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=LIMIT)
             with closing(connection):
                 connection.request(method, path)
                 answer = connection.getresponse()
@@ -110,11 +104,8 @@ class Agent:
         if self.process.poll() is None:
             self.process.send_signal(number)
         assert self.process.stderr
-        watchdog = threading.Timer(60, self.process.kill)
-        watchdog.start()
-        with self.process:
+        with watched(self.process), self.process:
             rest = self.process.stderr.read()  # not communicate(), which loses what wait_for() has read ahead
-        watchdog.cancel()
         self.log += [
             json.loads(line) if line.startswith("{") else {"msg": line} for line in rest.splitlines()
         ]
@@ -153,7 +144,7 @@ class Shim(Plugin):
             input=stdin,
             env={"CNI_COMMAND": command, **env},
             capture_output=True,
-            timeout=60,
+            timeout=LIMIT,
             check=False,
         )
         return Answer(done.returncode, done.stdout, done.stderr.decode(errors="replace"))

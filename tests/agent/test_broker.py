@@ -9,7 +9,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,7 +23,7 @@ from cni.state.store import Store, in_netns
 from lab.guest import Guest, Image, Nic
 from tests.agent import inpod
 from tests.runner import BIN, config
-from tests.waiting import until
+from tests.waiting import LIMIT, until, watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from lab.wire import Lab, Netns
     from tests.agent.conftest import Agent
 
-PATIENCE = 30
 ADDRESS, PEER = "10.77.0.5/24", "10.77.0.254"
 
 ASK = """
@@ -59,7 +57,6 @@ import json, socket, sys
 for line in sys.stdin:
     asked = json.loads(line)
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(30)
     connection.connect(sys.argv[1])
     lines = connection.makefile()
     if asked.get("early"):
@@ -101,11 +98,8 @@ class Client:
 
     def answer(self) -> Any:
         assert self.process.stdout
-        # Not select(2): two lines may have come at once.
-        watchdog = threading.Timer(PATIENCE, self.process.kill)
-        watchdog.start()
-        line = self.process.stdout.readline()
-        watchdog.cancel()
+        with watched(self.process):  # not select(2): two lines may have come at once
+            line = self.process.stdout.readline()
         assert line, "no answer"
         return json.loads(line)
 
@@ -401,7 +395,6 @@ connections = []
 for line in sys.stdin:
     for _ in range(int(json.loads(line)["number"])):
         connections.append(socket.socket(socket.AF_UNIX))
-        connections[-1].settimeout(30)
         connections[-1].connect(sys.argv[1])
     print(json.dumps([each.recv(4096).decode() for each in connections]), flush=True)
     print(json.dumps([each.recv(4096).decode() for each in connections[:-2]]), flush=True)
@@ -478,7 +471,7 @@ def launch(agent: Agent, pod: Netns, *arguments: str, uid: int = 107) -> subproc
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE,
+        timeout=LIMIT,
     )
 
 
@@ -572,8 +565,8 @@ def test_a_vm_of_an_unprivileged_pod_reaches_the_peer(
     mac = attach(agent, pod, **fields)
     with guest(agent, pod, image, mac, fields.get("queues", 1)) as vm:
         vm.ready()
-        assert vm.ping(PEER, wait=PATIENCE)
-        assert vm.run(f"ping -c 1 -W {PATIENCE} -s 8000 {PEER}", 2 * PATIENCE).status == 0
+        assert vm.ping(PEER, wait=LIMIT)
+        assert vm.run(f"ping -c 1 -W {LIMIT} -s 8000 {PEER}", 2 * LIMIT).status == 0
         proc = Path(f"/proc/{vm.process.pid}")
         assert (proc / "exe").readlink().name == "qemu-system-x86_64"
         status = (proc / "status").read_text()

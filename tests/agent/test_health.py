@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +13,7 @@ from cni.agent import health
 from cni.errors import CniError
 from tests.agent.conftest import Agent
 from tests.runner import config
+from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,12 +32,12 @@ def agent(lab: Lab, tmp_path: Path) -> Iterator[Agent]:
 
 def _reasons(agent: Agent, path: str, *, mute: bool = False) -> dict[str, str]:
     """{} for a 200. mute: nobody answers at its socket; else it is asked again if it was too slow for itself."""
-    end = time.monotonic() + 30
-    while True:
-        status, kind, body = agent.get(path)
-        document = json.loads(body)
-        if mute or "timed out" not in document["reasons"].get("socket", "") or time.monotonic() > end:
-            break
+
+    def in_time(answer: tuple[int, str, str]) -> bool:
+        return mute or "timed out" not in json.loads(answer[2])["reasons"].get("socket", "")
+
+    status, kind, body = until(lambda: agent.get(path), "it is too slow for itself", in_time)
+    document = json.loads(body)
     assert kind == "application/json"
     assert status == (200 if document["ok"] else 503)
     assert document["ok"] == (not document["reasons"])
@@ -116,7 +116,7 @@ def served() -> Iterator[health.Health]:
 
 
 def _ask(served: health.Health, request: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT) as connection:
         connection.sendall(request)
         answer = b""
         while got := connection.recv(65536):
@@ -151,7 +151,7 @@ def test_requests_good_and_bad(served: health.Health, request_: bytes, status: b
 
 def test_one_who_says_nothing_is_hung_up_on(served: health.Health, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "_SECONDS", 0.3)
-    mute = [socket.create_connection(("127.0.0.1", served.port), timeout=20) for _ in range(8)]
+    mute = [socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT) for _ in range(8)]
     try:
         for each in mute:
             each.sendall(b"GET /met")
@@ -176,7 +176,7 @@ def test_addresses(lab: Lab, address: str, to: str) -> None:
         made = health.Health(address, live={}, ready={}, metrics=bytes, content_type="")
         made.start()
         try:
-            with socket.create_connection((to, made.port), timeout=20) as connection:
+            with socket.create_connection((to, made.port), timeout=LIMIT) as connection:
                 connection.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
                 return connection.recv(15)
         finally:

@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from cni.state.store import IFINDEX_BASE, Store
 from lab.wire import BRIDGE, NIC
 from tests.agent.conftest import Agent
 from tests.runner import config
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -178,10 +177,7 @@ def test_an_id_that_is_used_again_misleads_nobody(node: Node) -> None:
         fd = netns.open_path(str(new.path))
         try:
             with Rtnl() as host:
-                deadline = time.monotonic() + 30
-                while record.nsid in host.nsids():
-                    assert time.monotonic() < deadline
-                    time.sleep(0.01)
+                until(host.nsids, "the old namespace's id stays", lambda nsids: record.nsid not in nsids)
                 return host.nsid(fd)
         finally:
             os.close(fd)
@@ -219,7 +215,7 @@ def test_an_add_in_flight_is_left_alone(node: Node) -> None:
         for _ in range(2):  # the first may have begun before the ADD did
             node.reconciled()
         (node.leases / "gate").write_text("go\n")
-        adding.result(30).ok()
+        adding.result(LIMIT).ok()
     node.reconciled()
     node.reconciled()
     assert "net1" in pod.links()
@@ -235,7 +231,7 @@ def test_an_add_that_was_killed_with_the_agent_is_ended(node: Node) -> None:
         assert (node.leases / "come").read_text() == "come\n"
         assert node.agent.process
         node.agent.process.kill()
-        adding.result(30).error(11)
+        adding.result(LIMIT).error(11)
     (node.leases / "gate").write_text("go\n")  # the delegate outlives the agent, and holds its stderr
     node.kill()
     (node.leases / "gate").unlink()
@@ -467,7 +463,7 @@ def test_kills_at_any_moment(node: Node) -> None:
             jobs = [pool.submit(delete, name) for name in list(wanted)[:4]]
             jobs += [pool.submit(add, f"t{turn}n{number}") for number in range(8)]
             for job in jobs:
-                job.result(60)
+                job.result(LIMIT)
         killer.join()
         node.kill()
         node.agent.start()

@@ -19,7 +19,7 @@ import pytest
 
 from tests.agent.conftest import Agent
 from tests.runner import config
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
     from lab.wire import Lab
@@ -214,7 +214,7 @@ def test_a_policy_that_was_never_good_closes(lab: Lab, tmp_path: Path) -> None:
 )
 def test_junk_hurts_nobody(agent: Agent, lab: Lab, sent: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-        peer.settimeout(20)
+        peer.settimeout(LIMIT)
         peer.connect(str(agent.run / "agent/cni.sock"))
         peer.sendall(sent)
         peer.shutdown(socket.SHUT_WR)
@@ -339,7 +339,7 @@ def test_threads_of_one_process_share_nothing(agent: Agent, lab: Lab) -> None:
 
     def many(command: str) -> None:
         for _ in range(10):
-            begin.wait(30)
+            begin.wait(LIMIT)
             shim(command, config(**WIRE), netns=pod)
 
     with ThreadPoolExecutor(2) as pool:

@@ -22,6 +22,7 @@ from cni.attach.call import Request
 from cni.spec import VERSIONS
 from tests.agent.conftest import SHIM, Agent
 from tests.runner import config
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -200,7 +201,7 @@ def test_it_waits_for_an_agent_that_starts(away: Agent, lab: Lab) -> None:
         away.start()
         assert waiting.stdout
         answer = json.loads(waiting.stdout.read())
-        assert waiting.wait(30) == 0
+        assert waiting.wait(LIMIT) == 0
     assert answer["interfaces"][0]["name"] == "net1"
     away.end()
 
@@ -236,7 +237,7 @@ def test_an_agent_that_hangs_meets_a_deadline(away: Agent) -> None:
     over = threading.Event()
 
     def hang(_: socket.socket) -> None:
-        over.wait(20)
+        over.wait(LIMIT)
 
     with Fake(away.run, [hang]):
         away.shim(wait=0)("ADD", config(), env={"VMTAP_DEADLINE": "1"}).error(11)
@@ -271,14 +272,14 @@ def test_a_shim_that_is_killed_takes_nothing_with_it(away: Agent) -> None:
 
     def wait(_: socket.socket) -> None:
         begun.set()
-        over.wait(20)
+        over.wait(LIMIT)
 
     with Fake(away.run, [wait]):
         shim = away.shim()
         with subprocess.Popen(
             shim.argv(), env=shim.environment("ADD", ""), stdin=subprocess.DEVNULL
         ) as process:
-            assert begun.wait(20)
+            assert begun.wait(LIMIT)
             process.send_signal(signal.SIGKILL)
         over.set()
     assert not (away.run / "pending").exists()
@@ -348,7 +349,7 @@ def test_any_request_under_the_sanitizers(
     sanitized: Path, echo: Path, *, command: str, stdin: bytes, args: str, netns: str
 ) -> None:
     env = {"CNI_COMMAND": command, "CNI_ARGS": args, "CNI_NETNS": netns, "VMTAP_RUN": str(echo)}
-    done = subprocess.run([sanitized], input=stdin, env=env, capture_output=True, timeout=60, check=False)
+    done = subprocess.run([sanitized], input=stdin, env=env, capture_output=True, timeout=LIMIT, check=False)
     assert (done.returncode, done.stdout) == (0, stdin), done.stderr.decode()
     assert done.stderr == args.encode()
 
@@ -362,7 +363,7 @@ def test_any_request_without_an_agent_under_the_sanitizers(
     sanitized: Path, tmp_path: Path, command: str, stdin: bytes
 ) -> None:
     env: dict[str, str] = {"CNI_COMMAND": command, "VMTAP_RUN": str(tmp_path), "VMTAP_WAIT": "0"}
-    done = subprocess.run([sanitized], input=stdin, env=env, capture_output=True, timeout=60, check=False)
+    done = subprocess.run([sanitized], input=stdin, env=env, capture_output=True, timeout=LIMIT, check=False)
     assert done.returncode == (0 if command in ("DEL", "VERSION") else 1), done.stderr.decode()
     assert b"Sanitizer" not in done.stderr
     if done.stdout:
@@ -385,6 +386,6 @@ def test_valgrind_finds_nothing(echo: Path, tmp_path: Path, command: str, there:
     argv = [valgrind, "-q", str(made)]
     argv[2:2] = ["--error-exitcode=99", "--leak-check=full", "--track-fds=yes"]
     done = subprocess.run(
-        argv, input=b'{"cniVersion":"1.1.0"}', env=env, capture_output=True, timeout=60, check=False
+        argv, input=b'{"cniVersion":"1.1.0"}', env=env, capture_output=True, timeout=LIMIT, check=False
     )
     assert done.returncode != 99, done.stderr.decode()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tests.agent.conftest import Agent
 from tests.runner import BIN, config
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from lab.wire import Lab
@@ -28,7 +29,7 @@ def _attach(agent: Agent, lab: Lab, *modes: str) -> list[dict[str, object]]:
 
 def _probe(agent: Agent, lab: Lab) -> int:
     argv = lab.node.argv([BIN / "vmtapctl", "probe", "eth1", "--run", agent.run])
-    return subprocess.run(argv, stdout=subprocess.DEVNULL, timeout=60, check=False).returncode
+    return subprocess.run(argv, stdout=subprocess.DEVNULL, timeout=LIMIT, check=False).returncode
 
 
 def test_vepa_on_a_source_that_was_not_seen_to_reflect(agent: Agent, lab: Lab) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from lab.wire import BRIDGE, NIC, Netns
 from tests.conformance.test_invocation import each_device
 from tests.hanging import executable
 from tests.runner import config
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,10 +119,11 @@ def test_item_27_hangs(plugin: Plugin, pod: Netns, delegates: Delegates, says: s
     assert delegates.log() == ["ADD c1 net1", "DEL c1 net1"]
     assert (list(pod.links()), plugin.leftovers()) == (["lo"], [])
     session = (delegates.folder / "seen" / "pid").read_text().strip()
-    until = time.monotonic() + 30  # what was killed ends a moment later
-    while session in [_session(stat) for stat in Path("/proc").glob("[0-9]*/stat")]:
-        assert time.monotonic() < until, "something that it started lives on"
-        time.sleep(0.01)
+    until(  # what was killed ends a moment later
+        lambda: [stat for stat in Path("/proc").glob("[0-9]*/stat") if _session(stat) == session],
+        "something that it started lives on",
+        lambda living: not living,
+    )
 
 
 def _session(stat: Path) -> str:

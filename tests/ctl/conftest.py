@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.runner import BIN, Plugin, config
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +52,7 @@ class Ctl:
     ) -> subprocess.CompletedProcess[str]:
         """Run it; its exit status must be that one, if one is given."""
         done = subprocess.run(
-            self.argv(*words), env=self.env(**env), capture_output=True, text=True, check=False, timeout=60
+            self.argv(*words), env=self.env(**env), capture_output=True, text=True, check=False, timeout=LIMIT
         )
         assert status is None or done.returncode == status, (done.returncode, done.stdout, done.stderr)
         return done
@@ -82,7 +83,7 @@ class Ctl:
                 [*argv, *QEMU, "-pidfile", pidfile, "-name", name],
                 env=self.env(),
                 check=True,
-                timeout=60,
+                timeout=LIMIT,
                 capture_output=True,
             )
             pid = int(pidfile.read_text())
@@ -92,7 +93,7 @@ class Ctl:
         finally:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(watch, signal.SIGKILL)
-            ended = select.select([watch], [], [], 30)[0]  # until then it has the fds
+            ended = select.select([watch], [], [], LIMIT)[0]  # until then it has the fds
             os.close(watch)
             assert ended
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.agent.conftest import SHIM, Agent
 from tests.runner import BIN
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from lab.wire import Lab, Netns
@@ -28,7 +29,7 @@ def install(folder: Path, *words: str, status: int = 0) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=LIMIT,
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
@@ -71,7 +72,7 @@ def test_a_runtime_never_finds_half_a_shim(tmp_path: Path) -> None:
                 input=b'{"cniVersion": "1.0.0"}',
                 capture_output=True,
                 check=False,
-                timeout=60,
+                timeout=LIMIT,
             )
             if done.returncode or b"supportedVersions" not in done.stdout:
                 failed.append(str(done))
@@ -171,7 +172,7 @@ def test_a_package_without_a_shim_says_so(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=LIMIT,
     )
     assert done.returncode == os.EX_IOERR
     assert "VMTAP_NO_SHIM" in done.stderr

@@ -19,6 +19,7 @@ from cni.ctl import lldp
 from cni.state import probe_results
 from lab import frames
 from tests.ctl.conftest import Ctl, announced, lldp_frame
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +30,6 @@ YES, NO, UNKNOWN = 0, 1, 2
 ALL = 0x0003
 """ETH_P_ALL."""
 _RTMGRP_LINK = 1
-_PATIENCE = 30.0
 EVB = bytes.fromhex("0080c20d")
 
 
@@ -149,7 +149,7 @@ def test_it_is_lost_meanwhile(ctl: Ctl, lab: Lab, *, machine: str, change: str, 
     with stopped(ctl) as running:
         getattr(lab, machine).ip(change)
         running.send_signal(signal.SIGCONT)
-        said, _ = running.communicate(timeout=_PATIENCE)
+        said, _ = running.communicate(timeout=LIMIT)
     assert running.returncode == UNKNOWN
     assert why in json.loads(said)["why"]
 
@@ -157,10 +157,10 @@ def test_it_is_lost_meanwhile(ctl: Ctl, lab: Lab, *, machine: str, change: str, 
 def test_frames_come_back_one_way_only(ctl: Ctl, lab: Lab) -> None:
     """The test is what reflects: the first frame, and no other."""
     with frames.packet_socket(lab.switch, "node", ALL) as port, stopped(ctl) as running:
-        port.settimeout(_PATIENCE)
+        port.settimeout(LIMIT)
         port.send(port.recv(2048))
         running.send_signal(signal.SIGCONT)
-        said, _ = running.communicate(timeout=_PATIENCE)
+        said, _ = running.communicate(timeout=LIMIT)
     assert running.returncode == UNKNOWN
     assert "one way only" in json.loads(said)["why"]
 
@@ -171,7 +171,7 @@ def test_several_at_once(ctl: Ctl, lab: Lab) -> None:
         subprocess.Popen(ctl.argv("probe", "eth1"), env=ctl.env(), stdout=subprocess.DEVNULL)
         for _ in range(4)
     ]
-    assert [each.wait(60) for each in running] == [YES] * 4
+    assert [each.wait(LIMIT) for each in running] == [YES] * 4
     assert [path.name for path in (ctl.plugin.state / "probes").iterdir()] == ["eth1.json"]
 
 
@@ -181,7 +181,7 @@ def test_nothing_else_is_sent_and_nothing_left(ctl: Ctl, lab: Lab) -> None:
         ctl("probe", "eth1", status=NO)
         with frames.packet_socket(lab.switch, "peer") as port:
             port.send(frames.Frame(frames.BROADCAST, "02:00:00:00:00:09", "end").pack())
-        seen = frames.collect({"peer": capture}, until="end", timeout=_PATIENCE)["peer"]
+        seen = frames.collect({"peer": capture}, until="end", timeout=LIMIT)["peer"]
     assert seen
     assert {frame.ethertype for frame in seen} == {frames.ETHERTYPE}
     after = lab.node.links()
@@ -195,7 +195,7 @@ def test_killed(ctl: Ctl, lab: Lab) -> None:
         with stopped(ctl) as running:
             assert lab.node.links()["eth1"]["promiscuity"] > 0
             running.send_signal(signal.SIGKILL)
-        events.settimeout(_PATIENCE)
+        events.settimeout(LIMIT)
         while lab.node.links()["eth1"]["promiscuity"]:
             events.recv(1 << 16)
     lab.node.ip("link add link eth1 name taker type macvtap mode passthru")

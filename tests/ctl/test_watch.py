@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,12 @@ import pytest
 
 from cni.ctl.execs import Execs
 from tests.ctl.conftest import Ctl
+from tests.waiting import LIMIT, watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lab.wire import Lab, Netns
-
-PATIENCE = 30.0
 
 
 class Watch:
@@ -34,11 +32,8 @@ class Watch:
 
     def line(self) -> str:
         assert self.process.stdout
-        # Not select(2): two lines may have come at once.
-        watchdog = threading.Timer(PATIENCE, self.process.kill)
-        watchdog.start()
-        line = self.process.stdout.readline()
-        watchdog.cancel()
+        with watched(self.process):  # not select(2): two lines may have come at once
+            line = self.process.stdout.readline()
         assert line, "nothing was told"
         return line
 
@@ -49,7 +44,7 @@ class Watch:
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
+        return self.process.wait(LIMIT)
 
 
 @contextmanager
@@ -128,12 +123,12 @@ def test_a_launcher_that_becomes_qemu_is_news(ctl: Ctl, pod: Netns) -> None:
     ear = Execs()
     try:
         subprocess.run(["true"], check=True)
-        assert select.select([ear], [], [], PATIENCE)[0]
+        assert select.select([ear], [], [], LIMIT)[0]
         ear.relevant()
         with sleeper(ctl, pod, "net1"):
             heard = False
             while not heard:
-                assert select.select([ear], [], [], PATIENCE)[0]
+                assert select.select([ear], [], [], LIMIT)[0]
                 heard = ear.relevant()
     finally:
         ear.close()

@@ -15,6 +15,7 @@ from cni.ctl import lldp
 from tests.ctl.conftest import Ctl
 from tests.ctl.test_inventory import KEYS
 from tests.runner import BIN
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from lab.wire import Netns
@@ -24,7 +25,7 @@ GOOD = {"cniVersion": "1.1.0", "name": "n", "type": "vmtap", "source": "eth1"}
 
 def lint(*words: str | Path, status: int = 0) -> list[str]:
     done = subprocess.run(
-        [BIN / "vmtapctl", "lint", *words], capture_output=True, text=True, check=False, timeout=60
+        [BIN / "vmtapctl", "lint", *words], capture_output=True, text=True, check=False, timeout=LIMIT
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout.splitlines()
@@ -98,7 +99,7 @@ def test_bash_completes(ctl: Ctl, pod: Netns, tmp_path: Path, line: str, offers:
     said = tmp_path / "said"
     env = ctl.env(_ARGCOMPLETE="1", COMP_LINE=line, COMP_POINT=str(len(line)), _ARGCOMPLETE_IFS="\n")
     env["_ARGCOMPLETE_STDOUT_FILENAME"] = str(said)
-    subprocess.run(ctl.argv(), env=env, check=True, timeout=60)
+    subprocess.run(ctl.argv(), env=env, check=True, timeout=LIMIT)
     assert {word.strip() for word in said.read_text().split("\n")} == offers
 
 
@@ -119,7 +120,13 @@ def test_colour_only_where_it_is_wanted(ctl: Ctl, pod: Netns) -> None:
 
     def said(env: dict[str, str]) -> str:
         return subprocess.run(
-            command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=60
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=LIMIT,
         ).stdout
 
     assert "\x1b[36m● idle" in said(coloured)

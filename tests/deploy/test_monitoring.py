@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -23,9 +22,10 @@ from lab.kubernetes.kubelet import Kubelet
 from lab.wire import NIC, Lab
 from tests.agent.conftest import Agent
 from tests.runner import config
+from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 FILES = Path(__file__).parents[2] / "deploy/helm/vmtap/files"
 TESTS = Path(__file__).with_name("alerts.test.yaml")
@@ -45,7 +45,7 @@ METRIC = re.compile(r"\b(?:vmtap|process)_\w+|\bup\b")
 def promtool(*words: str | Path) -> None:
     if not shutil.which("promtool"):
         pytest.fail("promtool is missing: lab/setup test installs it")
-    done = subprocess.run(["promtool", *words], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(["promtool", *words], capture_output=True, text=True, check=False, timeout=LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -81,7 +81,7 @@ class Prometheus:
 
         def get() -> Any:
             try:
-                with urllib.request.urlopen(url, timeout=30) as answer:
+                with urllib.request.urlopen(url, timeout=LIMIT) as answer:
                     return json.load(answer)
             except urllib.error.HTTPError as error:  # not ready yet: an answer too, with a socket to close
                 with error:
@@ -97,21 +97,12 @@ class Prometheus:
         return result
 
     def wait(self, expression: str) -> None:
-        """Until it answers with any."""
-        wait_for(lambda: bool(self.query(expression)), expression)
+        """Until it answers with any.
 
-
-def wait_for(condition: Callable[[], bool], what: str = "it") -> None:
-    """Until Prometheus has seen it: it tells nobody, so it is asked again and again.
-
-    What was there may be gone for a moment: a scrape that takes longer than a second counts as a failed one, after
-    which Prometheus knows nothing of the agent but that it is not up.
-    """
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.1)
-    pytest.fail(f"Prometheus did not see {what} in a minute")
+        A sample may be gone for a moment: a scrape that takes longer than a second counts as a failed one, after which
+        Prometheus knows nothing of the agent but that it is not up.
+        """
+        until(lambda: self.query(expression), f"no sample of {expression}")
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +154,7 @@ def prometheus(wired: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             yield found
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(LIMIT)
             agent.end()
 
 
@@ -188,9 +179,9 @@ def work(lab: Lab, agent: Agent, kubelet: Kubelet, prometheus: Prometheus) -> No
             return bool(prometheus.query("vmtap_reconcile_ended_total"))
         return False
 
-    wait_for(scraped)
+    until(scraped, "Prometheus has scraped nothing")
     once()
-    wait_for(lambda: bool(prometheus.query("increase(vmtap_reconcile_ended_total[1m]) > 0")))
+    prometheus.wait("increase(vmtap_reconcile_ended_total[1m]) > 0")
 
 
 @pytest.mark.parametrize("name", [rule["alert"] for rule in RULES])
@@ -206,12 +197,16 @@ def test_what_is_in_order_alerts_nobody(prometheus: Prometheus) -> None:
     groups = prometheus.ask("rules")["groups"]
     rules = {rule["name"]: rule for group in groups for rule in group["rules"]}
     assert rules.keys() == {rule["alert"] for rule in RULES}
-    wait_for(lambda: all(rule["health"] == "ok" for rule in prometheus.ask("rules")["groups"][0]["rules"]))
+    until(
+        lambda: [rule for rule in prometheus.ask("rules")["groups"][0]["rules"] if rule["health"] != "ok"],
+        "not every rule is in order",
+        lambda ailing: not ailing,
+    )
 
     def alerts() -> set[str]:
         return {alert["labels"]["alertname"] for alert in prometheus.ask("alerts")["alerts"]}
 
-    wait_for(lambda: alerts() <= {"VmtapAttachmentsFailing"}, "the end of the alerts")
+    until(alerts, "there are other alerts", lambda names: names <= {"VmtapAttachmentsFailing"})
 
 
 @pytest.mark.parametrize("name", QUERIES)

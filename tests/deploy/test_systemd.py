@@ -25,6 +25,7 @@ import pytest
 from tests.agent import inpod
 from tests.agent.conftest import SHIM, Shim
 from tests.runner import BIN, config
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,7 +107,7 @@ def launch(host: Host, pod: Netns) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=LIMIT,
     )
     return [done.stderr] if done.returncode else []
 
@@ -131,7 +132,7 @@ def test_a_restart_loses_no_request(host: Host) -> None:
         host.plugin("ADD", conf, netns=pod).ok()
         first.send_signal(signal.SIGTERM)
         host.hear(first, b"STOPPING=1")
-        assert first.wait(30) == 0
+        assert first.wait(LIMIT) == 0
     with socket.socket(socket.AF_UNIX) as somebody:
         somebody.connect(host.socket.getsockname())  # refused, if the agent had shut it down
     asked = subprocess.Popen(
@@ -144,7 +145,7 @@ def test_a_restart_loses_no_request(host: Host) -> None:
     asked.stdin.write(json.dumps(conf).encode())
     asked.stdin.close()
     with host.agent(CAPABILITIES):
-        assert asked.wait(30) == 0
+        assert asked.wait(LIMIT) == 0
         assert asked.stdout
         asked.stdout.close()
         assert host.plugin.leftovers() == []
@@ -232,5 +233,5 @@ def _analyze(*words: str | Path) -> subprocess.CompletedProcess[str]:
     if not shutil.which("systemd-analyze"):
         pytest.fail("systemd-analyze is missing: lab/setup test installs it")
     return subprocess.run(
-        ["systemd-analyze", *words], capture_output=True, text=True, check=False, timeout=60
+        ["systemd-analyze", *words], capture_output=True, text=True, check=False, timeout=LIMIT
     )

@@ -7,17 +7,15 @@ nodes of the attachments' ifindexes in the kernel's /dev, and processes of ours 
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.waiting import until_as_before
+
 if TYPE_CHECKING:
     from lab.wire import Netns
     from tests.runner import Plugin
-
-_PATIENCE = 30.0
-"""Seconds for what ends by itself a moment later: a process after its pipe, a link after its namespace."""
 
 DELEGATE = """#!/bin/sh
 # Leases one address to each attachment, as a file; does what the file `behave` says.
@@ -31,14 +29,14 @@ ADD)
     [ "$behave" != late ] || read -r line < gate
     touch "$lease"
     case "$behave" in
-    hang) touch hanging; exec sleep 100 ;;
+    hang) touch hanging; exec sleep 3600 ;;
     gate) read -r line < gate ;;
     fail) echo '{{"cniVersion":"1.1.0","code":11,"msg":"no address left"}}'; exit 1 ;;
     mute) exit 3 ;;
     junk) echo 'leased!'; exit 0 ;;
     list) echo '[]'; exit 0 ;;
     noip) echo '{{"ips":[{{"address":"10.6.0.500/24"}}]}}'; exit 0 ;;
-    linger) sleep 100 & touch hanging; exit 0 ;;
+    linger) sleep 3600 & touch hanging; exit 0 ;;
     esac
     echo '{{"cniVersion":"1.1.0","ips":[{{"address":"10.6.0.5/24","gateway":"10.6.0.1"}}]}}' ;;
 DEL)
@@ -85,12 +83,8 @@ class Baseline:
         self.before = self._now()
 
     def holds(self) -> None:
-        """Fails the test with what differs, after giving it a moment."""
-        deadline = time.monotonic() + _PATIENCE
-        while (now := self._now()) != self.before and time.monotonic() < deadline:
-            time.sleep(0.05)
-        differs = {key: (self.before[key], now[key]) for key in now if now[key] != self.before[key]}
-        assert not differs, f"before and now: {differs}"
+        """Fails the test with what differs, late ends included: of a process after its pipe, of a link."""
+        until_as_before(self._now, self.before)
 
     def _now(self) -> dict[str, Any]:
         state = self.plugin.state

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tests.runner import Answer
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,7 +71,7 @@ class Injector:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._warm.communicate(timeout=30)  # closes its stdin: it ends after the last job
+        self._warm.communicate(timeout=LIMIT)  # closes its stdin: it ends after the last job
 
     def __call__(
         self,
@@ -107,7 +108,7 @@ class Injector:
             os.kill(pid, signal.SIGCONT)
             status = os.waitstatus_to_exitcode(int(self._warm.stdout.readline()))
             rest = said.read()
-        strace.wait(timeout=30)
+        strace.wait(LIMIT)
         assert "attached" in attached, attached + rest
         with open(reading, "rb") as file:
             stderr = file.read().decode(errors="replace")

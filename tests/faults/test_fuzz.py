@@ -26,6 +26,7 @@ from cni.kernel import rtnl
 from lab.wire import BRIDGE, NIC, Lab
 from tests.faults.baseline import links
 from tests.runner import Plugin, config
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -252,7 +253,7 @@ def test_the_executable(world: World, command: str, odd: str) -> None:
     variables = {**world.plugin.environment(command, world.pod, ifname="net0"), **env}
     nsenter, *rest = world.plugin.argv()
     argv = [shutil.which(nsenter) or nsenter, *rest]
-    done = subprocess.run(argv, input=stdin, env=variables, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(argv, input=stdin, env=variables, capture_output=True, timeout=LIMIT, check=False)
     judge(done.stdout, done.returncode, variables["CNI_COMMAND"])
     assert b"Traceback" not in done.stderr
     cleaned = {**variables, "CNI_COMMAND": "DEL", "CNI_NETNS": str(world.pod.path)}

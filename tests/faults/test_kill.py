@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +22,7 @@ from lab.wire import BRIDGE, NIC
 from tests.faults.baseline import processes
 from tests.faults.inject import CHANGES, points
 from tests.runner import config
+from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,7 @@ def _reconcile(plugin: Plugin, delegate_seconds: float = 60) -> None:
         node = Node(Store(plugin.state), lambda: None, delegate_seconds)
         reconciler = Reconciler(node, unasked, Registry(), seconds=3600)
         reconciler.start()
-        reconciler.stop(60)
+        reconciler.stop(LIMIT)
 
     plugin.node.call(run)
 
@@ -114,10 +114,9 @@ def test_a_kill_at_each_step_of_add(
 
 def wait_for_orphans(plugin: Plugin) -> None:
     """Until no process of a delegate is left: where the test's own process runs the plugin, they outlive it."""
-    deadline = time.monotonic() + 30
-    while processes(plugin.state):
-        assert time.monotonic() < deadline, "a delegate of the killed plugin does not end"
-        time.sleep(0.01)
+    until(
+        lambda: processes(plugin.state), "a delegate of the killed plugin does not end", lambda left: not left
+    )
 
 
 def test_a_delegate_does_not_outlive_its_plugin(

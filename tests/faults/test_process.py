@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from lab.wire import BRIDGE, NIC
 from tests.faults.baseline import processes
 from tests.faults.inject import Point, points
 from tests.runner import config
+from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,23 +34,14 @@ if TYPE_CHECKING:
     from tests.runner import Answer, Plugin
 
 IPAM = {"type": "leaser"}
-DEADLINE = 20
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.01)
 
 
 def wait_until_it_catches_sigterm(pid: int) -> None:
-    deadline = time.monotonic() + DEADLINE
-    caught = 0
-    while not caught & 1 << (signal.SIGTERM - 1):
-        assert time.monotonic() < deadline, "it does not"
+    def caught() -> int:
         status = Path(f"/proc/{pid}/status").read_text()
-        caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+        return int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+
+    until(caught, "it does not catch SIGTERM", lambda signals: bool(signals & 1 << (signal.SIGTERM - 1)))
 
 
 @contextlib.contextmanager
@@ -81,9 +72,9 @@ def test_told_to_end_while_a_delegate_hangs(
         assert process.stdin
         process.stdin.close()
         process.stdin = None
-        wait_for(leaser.folder / "hanging")
+        until((leaser.folder / "hanging").exists, "the delegate does not hang")
         process.send_signal(number)
-        out, err = process.communicate(timeout=DEADLINE)
+        out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 1, err
     assert json.loads(out)["code"] == spec.TRY_AGAIN_LATER
     assert leaser.log() == ["ADD", "DEL"]
@@ -94,7 +85,7 @@ def test_told_to_end_while_it_reads(plugin: Plugin, pod: Netns, baseline: Baseli
     with started(plugin, "ADD", b'{"cniVersion": ', pod) as process:
         wait_until_it_catches_sigterm(process.pid)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=DEADLINE)
+        out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
     assert json.loads(out)["code"] == spec.TRY_AGAIN_LATER
     assert b"Traceback" not in err
@@ -149,7 +140,7 @@ def test_the_answer_cannot_be_written(
         input=conf,
         env=plugin.environment("ADD", pod),
         capture_output=True,
-        timeout=DEADLINE,
+        timeout=LIMIT,
         check=False,
     )
     assert done.returncode == 1
@@ -162,7 +153,7 @@ def test_a_broken_pipe_undoes(plugin: Plugin, leaser: Leaser, pod: Netns, baseli
     os.close(read)
     with started(plugin, "ADD", config(source=NIC, ipam=IPAM), pod, stdout=write) as process:
         os.close(write)
-        process.communicate(timeout=DEADLINE)
+        process.communicate(timeout=LIMIT)
     assert process.returncode == 1
     assert leaser.log() == ["ADD", "DEL"]
     baseline.holds()
@@ -180,7 +171,7 @@ def test_stderr_cannot_be_written(
         input=json.dumps(conf).encode(),
         env=plugin.environment("ADD", pod),
         stdout=subprocess.PIPE,
-        timeout=DEADLINE,
+        timeout=LIMIT,
         check=False,
     )
     document = json.loads(done.stdout)
@@ -197,7 +188,7 @@ def test_stdin_is_no_config(
         ["sh", "-c", f'"$@" {redirection}', "sh", *plugin.argv()],
         env=plugin.environment("ADD", pod),
         capture_output=True,
-        timeout=DEADLINE,
+        timeout=LIMIT,
         check=False,
     )
     assert done.returncode == 1
@@ -210,7 +201,7 @@ def test_stdin_that_never_ends(plugin: Plugin, pod: Netns, baseline: Baseline) -
     with started(plugin, "ADD", json.dumps(config(source=NIC)).encode(), pod) as process:
         assert process.stdout
         document = json.loads(process.stdout.read())  # stdin stays open
-        assert process.wait(timeout=DEADLINE) == 1
+        assert process.wait(LIMIT) == 1
     assert document["code"] == spec.IO_FAILURE
     baseline.holds()
 

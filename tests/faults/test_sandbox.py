@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import threading
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,10 +15,10 @@ from cni import spec
 from lab.wire import BRIDGE, NIC
 from tests.faults.baseline import links
 from tests.runner import config
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from lab.wire import Lab, Netns
     from tests.faults.baseline import Baseline, Leaser
@@ -120,13 +120,7 @@ def test_the_path_goes_and_the_namespace_stays(
 
 def wait_until_inside(pid: int) -> None:
     """nsenter has become sleep."""
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        with open(f"/proc/{pid}/comm", encoding="ascii") as file:
-            if file.read() == "sleep\n":
-                return
-        os.sched_yield()
-    pytest.fail("nsenter did not start sleep")
+    until(Path(f"/proc/{pid}/comm").read_text, "nsenter did not start sleep", lambda name: name == "sleep\n")
 
 
 def test_the_path_goes_during_add(

@@ -17,6 +17,7 @@ from lab.demo.cases import CASES, IFNAMES, Case, Outcome, Seen, as_expected
 from lab.demo.ending import ENDING
 from lab.demo.reach import _ping_again
 from lab.demo.show import _cell
+from tests.waiting import LIMIT
 
 DEMO = [sys.executable, "-u", "-m", "lab.demo"]
 GOOD = [(case, {kind: {"a": yes, "b": yes} for kind, yes in asdict(case.expected).items()}) for case in CASES]
@@ -96,7 +97,7 @@ def test_who_should_answer_is_asked_again_and_who_should_not_have_is_not_forgott
 @pytest.mark.vm
 def test_the_whole_demo() -> None:
     with subprocess.Popen([*DEMO, "--json"], stdout=subprocess.PIPE, text=True) as demo:
-        stdout, _ = demo.communicate(timeout=300)
+        stdout, _ = demo.communicate(timeout=LIMIT)
     document = json.loads(stdout)
     assert document["ok"], stdout
     assert demo.returncode == 0
@@ -115,6 +116,6 @@ def test_an_interrupted_demo_leaves_nothing(number: signal.Signals) -> None:
                 break
         assert leftovers(demo.pid)
         demo.send_signal(number)
-        _, stderr = demo.communicate(timeout=60)
+        _, stderr = demo.communicate(timeout=LIMIT)
     assert (demo.returncode, stderr) == (130, "lab.demo: interrupted; what it had made is gone\n")
     assert leftovers(demo.pid) == []

@@ -14,6 +14,7 @@ import pytest
 
 from lab.process import LabError
 from lab.runtimes.machine import Machine
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from lab.wire import Lab
@@ -64,6 +65,6 @@ def test_it_goes_with_who_made_it(lab: Lab) -> None:
     try:
         maker.kill()
         maker.communicate()
-        assert select.select([sleeper], [], [], 30)[0], "it still runs"
+        assert select.select([sleeper], [], [], LIMIT)[0], "it still runs"
     finally:
         os.close(sleeper)

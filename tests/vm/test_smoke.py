@@ -12,6 +12,7 @@ import pytest
 
 from lab.guest import Guest, Image, Nic
 from tests.runner import config
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,4 +131,4 @@ def test_supervised_a_signal_powers_the_guest_down(lab: Lab, plugin: Plugin, ima
     with _guest(plugin, image, pod, [Nic(mac, ADDRESS)], "--supervise", "--deadline", "1") as guest:
         guest.ready()
         guest.process.terminate()
-        assert guest.process.wait(60) == 0
+        assert guest.process.wait(LIMIT) == 0

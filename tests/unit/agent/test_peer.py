@@ -16,6 +16,7 @@ from cni.agent import peer
 from cni.errors import CniError
 from cni.kernel import netns
 from cni.spec import INVALID_NETNS
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +87,7 @@ def test_a_zombie_is_no_peer(kernel: str, listener: socket.socket) -> None:
     try:
         with connection:
             os.kill(child, 9)
-            assert select.select([pidfd], [], [], 30)[0]
+            assert select.select([pidfd], [], [], LIMIT)[0]
             with pytest.raises(CniError, match="has ended"):
                 peer.identify(connection)
     finally:
@@ -167,7 +168,7 @@ def test_a_recycled_pid(option: int, expected: set[str]) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=LIMIT,
     )
     said = json.loads(done.stdout)
     assert said.pop("same pid") is True

@@ -13,6 +13,7 @@ import pytest
 
 from cni.agent.server import Server, listen
 from cni.plugin import Response
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,7 @@ TAIL = struct.calcsize("=iII")
 
 def _connected(path: Path) -> socket.socket:
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    peer.settimeout(20)
+    peer.settimeout(LIMIT)
     try:
         peer.connect(str(path))
     except OSError:
@@ -43,7 +44,7 @@ def test_who_has_connected_when_it_stops_is_served(tmp_path: Path, waits: bool) 
 
     def answer(_: Request, reply: Reply, leave: Callable[[], None]) -> None:
         begun.set()
-        assert go.wait(20)
+        assert go.wait(LIMIT)
         if waits:
             leave()
         reply(Response(b"", 0), b"")
@@ -55,8 +56,8 @@ def test_who_has_connected_when_it_stops_is_served(tmp_path: Path, waits: bool) 
         peers = [stack.enter_context(_connected(path)) for _ in range(5)]
         for peer in peers:
             peer.sendall(struct.pack("=IIII", 0x31746D76, 0, 0, 0))
-        assert begun.wait(20)
-        stopped = pool.submit(server.stop, 20)
+        assert begun.wait(LIMIT)
+        stopped = pool.submit(server.stop, LIMIT)
         with pytest.raises(ConnectionRefusedError):
             while True:  # until it has heard that it is to stop
                 _connected(path).close()

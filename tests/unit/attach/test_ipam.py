@@ -12,7 +12,8 @@ import pytest
 from cni.attach.ipam import Delegate
 from cni.errors import CniError
 from cni.spec import DECODING_FAILURE, DELEGATE_FAILED, INVALID_ENVIRONMENT, INVALID_NETWORK_CONFIG
-from tests.hanging import until
+from tests.hanging import deadline_after
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,7 +80,10 @@ def test_one_that_hangs_is_killed_with_its_children(
     delegate: Callable[..., Delegate], tmp_path: Path
 ) -> None:
     made = delegate('sleep 60 & echo $! > "$OUT/child"; touch "$OUT/hangs"; wait', seconds=0.2)
-    with until(tmp_path / "hangs"), pytest.raises(CniError, match=r"did not finish ADD in 0\.2 s") as refused:
+    with (
+        deadline_after(tmp_path / "hangs"),
+        pytest.raises(CniError, match=r"did not finish ADD in 0\.2 s") as refused,
+    ):
         made.run("ADD")
     assert refused.value.code == DELEGATE_FAILED
     child = int((tmp_path / "child").read_text())
@@ -88,7 +92,7 @@ def test_one_that_hangs_is_killed_with_its_children(
     except ProcessLookupError:  # gone already
         return
     try:
-        assert select.select([pidfd], [], [], 20)[0], "the child lives on"
+        assert select.select([pidfd], [], [], LIMIT)[0], "the child lives on"
     finally:
         os.close(pidfd)
 

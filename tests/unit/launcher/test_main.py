@@ -20,13 +20,12 @@ from cni.errors import CniError
 from cni.kernel import netns
 from cni.launcher import NO_VHOST, __main__, privilege
 from tests.unit.launcher.attached import LAUNCH, QEMU, pod, record, save
+from tests.waiting import LIMIT, watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.unit.launcher.attached import Pod
-
-PATIENCE = 120
 
 
 def launch(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str, str]:
@@ -36,7 +35,7 @@ def launch(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE,
+        timeout=LIMIT,
         stdin=subprocess.DEVNULL,
     )
     return ended.returncode, ended.stdout, ended.stderr
@@ -92,7 +91,7 @@ os.setresuid(7, 7, 7)
 raise SystemExit(main(["--", "true"]))
 """
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=LIMIT
     )
     assert ended.returncode == os.EX_NOPERM
     assert "must start as root" in ended.stderr and ended.stderr.count("\n") == 1
@@ -212,7 +211,7 @@ def test_closed_stdio_is_never_a_queue(folder: Path) -> None:
         command = [*LAUNCH, "--netns", there.path, "--", "sh", "-c", "ls -l /proc/$$/fd; exit 3"]
         script = f"exec {shlex.join(command)} <&- 2>&-"
         ended = subprocess.run(
-            ["sh", "-c", script], capture_output=True, text=True, check=False, timeout=PATIENCE
+            ["sh", "-c", script], capture_output=True, text=True, check=False, timeout=LIMIT
         )
     assert ended.returncode == 3
     links = dict(re.findall(r" (\d+) -> (\S+)", ended.stdout))
@@ -288,15 +287,13 @@ def qemu(there: Pod, *options: str) -> Iterator[Vm]:
     command = [*LAUNCH, "--netns", there.path, *options, "--", *QEMU, "-qmp", "stdio"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         vm, over = Vm(process), threading.Event()
-        watchdog = threading.Timer(PATIENCE, process.kill)
         waker = threading.Thread(target=vm.keep_awake, args=[over])
-        watchdog.start()
         waker.start()
         try:
-            vm.ask("qmp_capabilities")
-            yield vm
+            with watched(process):
+                vm.ask("qmp_capabilities")
+                yield vm
         finally:
-            watchdog.cancel()
             over.set()
             process.kill()
             waker.join()  # before the pipe is closed that it writes to
@@ -348,7 +345,7 @@ def test_qemu_on_an_attachment(folder: Path, device: str, queues: int, supervise
                 "mq": queues > 1,
             }
             vm.ask("quit")
-            assert vm.process.wait(PATIENCE) == 0
+            assert vm.process.wait(LIMIT) == 0
 
 
 @pytest.mark.vm
@@ -407,7 +404,7 @@ def test_a_signal_to_the_launcher_ends_qemu_in_order(folder: Path) -> None:
             assert process.stdout
             process.terminate()
             said = process.stdout.read()
-            assert process.wait(PATIENCE) == 0
+            assert process.wait(LIMIT) == 0
         assert said.index("POWERDOWN") < said.index("host-qmp-quit")
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.unit.launcher.attached import QEMU
+from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +35,6 @@ print("at once" if at_once else "in its time")
 sys.exit(status)
 """
 VM = [*QEMU, "-chardev", "socket,id=q,fd=QMP,server=off", "-mon", "chardev=q,mode=control"]
-PATIENCE = 30
 
 
 class Supervised:
@@ -44,19 +44,18 @@ class Supervised:
     def child(self) -> int:
         """The child's pid, once it is another program than the parent."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        for _ in range(PATIENCE * 100):
+
+        def another() -> int | None:
             pids = children.read_text().split()
-            if (
-                pids
-                and Path(f"/proc/{pids[0]}/exe").readlink()
-                != Path(f"/proc/{self.process.pid}/exe").readlink()
-            ):
-                return int(pids[0])
-            time.sleep(0.01)  # the kernel tells nobody about an exec
-        raise AssertionError("no child")
+            own = Path(f"/proc/{self.process.pid}/exe").readlink()
+            return int(pids[0]) if pids and Path(f"/proc/{pids[0]}/exe").readlink() != own else None
+
+        pid = until(another, "no child")  # the kernel tells nobody about an exec
+        assert pid
+        return pid
 
     def end(self) -> tuple[int, str]:
-        said, _ = self.process.communicate(timeout=PATIENCE)
+        said, _ = self.process.communicate(timeout=LIMIT)
         return self.process.returncode, said
 
 
@@ -110,12 +109,12 @@ def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
     ) as process:
         Supervised(process).child()
         process.send_signal(number)
-        assert process.communicate("still here\n", timeout=PATIENCE)[0] == "still here\nat once\n"
+        assert process.communicate("still here\n", timeout=LIMIT)[0] == "still here\nat once\n"
         assert process.returncode == 0
 
 
 def ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], PATIENCE)[0])
+    return bool(select.select([pidfd], [], [], LIMIT)[0])
 
 
 @pytest.mark.parametrize("command", [["sleep", "60"], pytest.param(VM, marks=pytest.mark.vm)])
@@ -167,15 +166,15 @@ class Events:
 
     def next(self) -> str:
         """The next event. QEMU 7.2 can oversleep a command when it has two monitors: another one wakes it."""
-        for _ in range(PATIENCE):
+
+        def line() -> str:
             try:
-                line = self._lines.get(timeout=1)
+                return self._lines.get(timeout=1)
             except queue.Empty:
                 self.ask("query-status")
-                continue
-            if '"event"' in line or not line:
-                return line
-        raise AssertionError("QEMU says nothing")
+                return "nothing"
+
+        return until(line, "QEMU reports no event", lambda line: '"event"' in line or not line)
 
 
 @contextmanager
@@ -200,7 +199,7 @@ def test_a_signal_is_a_power_down_and_the_deadline_a_quit(number: signal.Signals
         assert '"POWERDOWN"' in events.next()
         assert "host-qmp-quit" in events.next()
         assert time.monotonic() - began >= 0.5
-        assert parent.process.wait(PATIENCE) == 0
+        assert parent.process.wait(LIMIT) == 0
 
 
 @pytest.mark.vm
@@ -211,7 +210,7 @@ def test_a_second_signal_does_not_wait_for_the_deadline() -> None:
         assert '"POWERDOWN"' in events.next()
         parent.process.terminate()
         assert "host-qmp-quit" in events.next()
-        assert parent.process.wait(PATIENCE) == 0
+        assert parent.process.wait(LIMIT) == 0
 
 
 @pytest.mark.vm
@@ -222,4 +221,4 @@ def test_a_stopped_qemu_is_killed_in_the_end() -> None:
         assert '"STOP"' in events.next()  # it has come so far that it answers
         os.kill(child, signal.SIGSTOP)
         parent.process.terminate()
-        assert parent.process.wait(PATIENCE) == 128 + signal.SIGKILL
+        assert parent.process.wait(LIMIT) == 128 + signal.SIGKILL

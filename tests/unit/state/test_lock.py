@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cni.state import lock
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,12 +30,12 @@ def test_threads_exclude_each_other_by_name_only(tmp_path: Path) -> None:
     with lock.held(file, "a"):
         thread = threading.Thread(target=second)
         thread.start()
-        assert begun.wait(30)
+        assert begun.wait(LIMIT)
         with lock.held(file, "b"):
             order.append("another name")
         thread.join(0.2)
         order.append("first")
-    thread.join(30)
+    thread.join(LIMIT)
     assert order == ["another name", "first", "second"]
 
 
