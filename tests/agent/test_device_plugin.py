@@ -20,6 +20,7 @@ from lab.kubernetes.kubelet import SOCKET, Kubelet, PluginError
 from lab.wire import BRIDGE_UPLINK, NIC
 from tests.agent.conftest import Agent
 from tests.agent.test_metrics import parse
+from tests.fakeipam import FakeIpam
 from tests.runner import config
 
 if TYPE_CHECKING:
@@ -493,24 +494,23 @@ def test_the_agent_without_it_has_no_grpc(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_delegates_run_beside_it(running: Node, tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    delegate = tmp_path / "bin" / "leaser"
-    delegate.write_text(
-        "#!/bin/sh\n"
-        f"ls -l /proc/$$/fd >>{tmp_path}/fds; env >>{tmp_path}/env\n"
-        """[ $CNI_COMMAND = DEL ] || echo '{"cniVersion":"1.1.0","ips":[{"address":"10.1.0.5/24"}]}'\n"""
+    ipam = FakeIpam(tmp_path / "bin")
+    answer = (
+        """[ $CNI_COMMAND = DEL ] || echo '{"cniVersion": "1.1.0", "ips": [{"address": "10.1.0.5/24"}]}'"""
     )
-    delegate.chmod(0o755)
-    shim, env = running.agent.shim(), {"CNI_PATH": str(delegate.parent)}
-    conf = config(interface="data", mode="bridge", ipam={"type": "leaser"})
+    ipam.script(
+        f"cd {ipam.seen}; ls -l /proc/$$/fd >> fds; env >> env; {answer}"
+    )  # nothing on the agent's stderr
+    shim, env = running.agent.shim(), {"CNI_PATH": str(ipam.folder)}
+    conf = config(interface="data", mode="bridge", ipam=ipam.config)
     for _ in range(3):
         pod = running.lab.pod()
         running.kubelet.restart()  # so that gRPC has something to do
         assert shim("ADD", conf, netns=pod, env=env).ok()["ips"][0]["address"] == "10.1.0.5/24"
         shim("DEL", conf, netns=pod, env=env).ok()
         running.kubelet.wait_resource(DATA)
-    assert "GRPC" not in (tmp_path / "env").read_text()
-    assert not re.search("socket:|anon_inode:", (tmp_path / "fds").read_text())
+    assert "GRPC" not in (ipam.seen / "env").read_text()
+    assert not re.search("socket:|anon_inode:", (ipam.seen / "fds").read_text())
 
 
 def test_what_it_counts(node: Node) -> None:

@@ -21,6 +21,7 @@ from cni.state.record import Record, identifier
 from cni.state.store import IFINDEX_BASE, Store
 from lab.wire import BRIDGE, NIC
 from tests.agent.conftest import Agent
+from tests.fakeipam import FakeIpam
 from tests.runner import config
 from tests.waiting import LIMIT, until
 
@@ -32,20 +33,11 @@ if TYPE_CHECKING:
 
 WIRE: dict[str, Any] = {"source": NIC, "mode": "bridge"}
 PORT: dict[str, Any] = {"source": BRIDGE, "device": "tap", "mode": "pepa"}
-LEASER = """#!/bin/sh
-cd "{folder}" || exit 1
-cat > /dev/null
-echo "$CNI_COMMAND $CNI_CONTAINERID" >> log
-case "$CNI_COMMAND" in
-ADD)
-    touch "lease-$CNI_CONTAINERID-$CNI_IFNAME"
-    if [ -p gate ]; then echo come > come; read -r line < gate; fi
-    echo '{{"cniVersion":"1.1.0","ips":[{{"address":"10.6.0.5/24"}}]}}' ;;
-DEL)
-    if [ -e broken ]; then echo '{{"code":100,"msg":"the leases are locked"}}'; exit 1; fi
-    rm -f "lease-$CNI_CONTAINERID-$CNI_IFNAME" ;;
-esac
-"""
+IPAM = FakeIpam.config
+COME_AND_GO = "lease; echo come > come; read -r line < gate; answer"
+"""For ADD: it tells by the FIFO seen/come that it runs, and ends after a line from seen/gate."""
+LOCKED = """echo '{"code": 100, "msg": "the leases are locked"}'; exit 1"""
+"""For DEL."""
 
 
 @dataclass
@@ -54,7 +46,7 @@ class Node:
 
     agent: Agent
     lab: Lab
-    leases: Path
+    ipam: FakeIpam
     heard: int = 0
     """How many lines of the agent's log this test has looked at."""
 
@@ -81,7 +73,7 @@ class Node:
 
     def shim(self) -> Shim:
         made = self.agent.shim(wait=0)
-        return made.__class__(**{**vars(made), "cni_path": str(self.leases)})
+        return made.__class__(**{**vars(made), "cni_path": str(self.ipam.folder)})
 
     def reconciled(self) -> None:
         """The agent has looked at everything once more."""
@@ -93,16 +85,12 @@ class Node:
         folders = (run / "attachments", run / "ifindex", run / "dev", run / "pending")
         files = [path for folder in folders for path in folder.glob("*")]
         ports = [name for name in self.lab.node.links() if name.startswith("vth")]
-        return [*map(str, [*files, *self.leases.glob("lease-*")]), *ports]
+        return [*map(str, files), *self.ipam.leases(), *ports]
 
 
 @pytest.fixture
 def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
     """A node whose agent looks at intervals only when a test says so: what heals here is told by an event."""
-    leases = tmp_path / "leases"
-    leases.mkdir()
-    (leases / "leaser").write_text(LEASER.format(folder=leases))
-    (leases / "leaser").chmod(0o755)
     agent = Agent(
         lab.node,
         tmp_path / "run",
@@ -110,7 +98,7 @@ def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
         flags=("--log-level", "debug", "--reconcile-seconds", "86400", "--metrics", "127.0.0.1:0"),
     )
     agent.start()
-    made = Node(agent, lab, leases)
+    made = Node(agent, lab, FakeIpam(tmp_path / "ipam"))
     made.reconciled()
     yield made
     if agent.process:
@@ -127,13 +115,13 @@ def _often(node: Node) -> None:
 @pytest.mark.parametrize("fields", [WIRE, PORT, {"device": "tap"}], ids=["macvtap", "port", "plain tap"])
 def test_a_namespace_that_goes_takes_its_attachments_along(node: Node, fields: dict[str, Any]) -> None:
     pod, other = node.lab.pod(), node.lab.pod()
-    conf = config(**fields, ipam={"type": "leaser"})
+    conf = config(**fields, ipam=IPAM)
     node.shim()("ADD", conf, netns=pod, container="c1").ok()
     node.shim()("ADD", conf, netns=other, container="c2").ok()
     pod.close()
     assert node.hears("attachment ended")["container"] == "c1"
     assert [record.container_id for record in node.records()] == ["c2"]
-    assert [path.name for path in node.leases.glob("lease-*")] == ["lease-c2-net1"]
+    assert node.ipam.leases() == {"c2-net1"}
     node.shim()("DEL", conf, netns=other, container="c2").ok()
     assert node.left() == []
 
@@ -153,7 +141,7 @@ def test_a_reference_delegate_is_told(node: Node, reference_plugins: Path, tmp_p
 
 
 def test_a_namespace_that_went_while_the_agent_was_away(node: Node) -> None:
-    conf = config(**WIRE, ipam={"type": "leaser"})
+    conf = config(**WIRE, ipam=IPAM)
     gone, stays = node.lab.pod(), node.lab.pod()
     node.shim()("ADD", conf, netns=gone, container="gone").ok()
     node.shim()("ADD", conf, netns=stays, container="stays").ok()
@@ -162,7 +150,7 @@ def test_a_namespace_that_went_while_the_agent_was_away(node: Node) -> None:
     node.agent.start()
     assert node.hears("attachment ended")["why"] == "its namespace is gone"
     assert [record.container_id for record in node.records()] == ["stays"]
-    assert (node.leases / "log").read_text().split("\n")[:-1] == ["ADD gone", "ADD stays", "DEL gone"]
+    assert node.ipam.log() == ["ADD gone net1", "ADD stays net1", "DEL gone net1"]
 
 
 def test_an_id_that_is_used_again_misleads_nobody(node: Node) -> None:
@@ -191,7 +179,7 @@ def test_an_id_that_is_used_again_misleads_nobody(node: Node) -> None:
 
 
 def test_a_link_that_is_lost_is_for_the_runtime_to_end(node: Node) -> None:
-    conf = config(**WIRE, ipam={"type": "leaser"})
+    conf = config(**WIRE, ipam=IPAM)
     pod = node.lab.pod()
     node.shim()("ADD", conf, netns=pod).ok()
     pod.ip("link delete net1")
@@ -206,35 +194,37 @@ def test_a_link_that_is_lost_is_for_the_runtime_to_end(node: Node) -> None:
 
 def test_an_add_in_flight_is_left_alone(node: Node) -> None:
     _often(node)
-    os.mkfifo(node.leases / "gate")
-    os.mkfifo(node.leases / "come")
-    pod, conf = node.lab.pod(), config(**WIRE, ipam={"type": "leaser"})
+    os.mkfifo(node.ipam.seen / "gate")
+    os.mkfifo(node.ipam.seen / "come")
+    node.ipam.write(ADD=COME_AND_GO)
+    pod, conf = node.lab.pod(), config(**WIRE, ipam=IPAM)
     with ThreadPoolExecutor(1) as pool:
         adding = pool.submit(node.shim(), "ADD", conf, netns=pod)
-        assert (node.leases / "come").read_text() == "come\n"
+        assert (node.ipam.seen / "come").read_text() == "come\n"
         for _ in range(2):  # the first may have begun before the ADD did
             node.reconciled()
-        (node.leases / "gate").write_text("go\n")
+        (node.ipam.seen / "gate").write_text("go\n")
         adding.result(LIMIT).ok()
     node.reconciled()
     node.reconciled()
     assert "net1" in pod.links()
-    assert (node.leases / "log").read_text() == "ADD c1\n"
+    assert node.ipam.log() == ["ADD c1 net1"]
 
 
 def test_an_add_that_was_killed_with_the_agent_is_ended(node: Node) -> None:
-    os.mkfifo(node.leases / "gate")
-    os.mkfifo(node.leases / "come")
-    pod, conf = node.lab.pod(), config(**WIRE, ipam={"type": "leaser"})
+    os.mkfifo(node.ipam.seen / "gate")
+    os.mkfifo(node.ipam.seen / "come")
+    node.ipam.write(ADD=COME_AND_GO)
+    pod, conf = node.lab.pod(), config(**WIRE, ipam=IPAM)
     with ThreadPoolExecutor(1) as pool:
         adding = pool.submit(node.shim(), "ADD", conf, netns=pod)
-        assert (node.leases / "come").read_text() == "come\n"
+        assert (node.ipam.seen / "come").read_text() == "come\n"
         assert node.agent.process
         node.agent.process.kill()
         adding.result(LIMIT).error(11)
-    (node.leases / "gate").write_text("go\n")  # the delegate outlives the agent, and holds its stderr
+    (node.ipam.seen / "gate").write_text("go\n")  # the delegate outlives the agent, and holds its stderr
     node.kill()
-    (node.leases / "gate").unlink()
+    node.ipam.write()
     node.agent.start()
     assert node.hears("attachment ended")["why"] == "its ADD was killed"
     assert node.left() == []
@@ -245,12 +235,12 @@ def test_an_add_that_was_killed_with_the_agent_is_ended(node: Node) -> None:
 def test_a_delegate_that_fails_is_asked_again(node: Node) -> None:
     _often(node)
     pod = node.lab.pod()
-    node.shim()("ADD", config(**WIRE, ipam={"type": "leaser"}), netns=pod).ok()
-    (node.leases / "broken").touch()
+    node.shim()("ADD", config(**WIRE, ipam=IPAM), netns=pod).ok()
+    node.ipam.write(DEL=LOCKED)
     pod.close()
     assert "the leases are locked" in node.hears("reconciling failed; it is tried again")["error"]
     assert len(node.records()) == 1
-    (node.leases / "broken").unlink()
+    node.ipam.write()
     node.hears("attachment ended")
     assert node.left() == []
 
@@ -369,7 +359,7 @@ class TestPending:
     """What the shim leaves while the agent is away."""
 
     def test_a_del_is_carried_out_at_the_start(self, node: Node) -> None:
-        pod, conf = node.lab.pod(), config(**WIRE, ipam={"type": "leaser"})
+        pod, conf = node.lab.pod(), config(**WIRE, ipam=IPAM)
         node.shim()("ADD", conf, netns=pod).ok()
         node.kill()
         assert node.shim()("DEL", conf, netns=pod).stdout == b""
@@ -420,15 +410,15 @@ class TestPending:
         assert "net1" not in pod.links()
 
     def test_one_that_fails_is_tried_again(self, node: Node) -> None:
-        pod, conf = node.lab.pod(), config(**WIRE, ipam={"type": "leaser"})
+        pod, conf = node.lab.pod(), config(**WIRE, ipam=IPAM)
         node.shim()("ADD", conf, netns=pod).ok()
-        (node.leases / "broken").touch()
+        node.ipam.write(DEL=LOCKED)
         node.agent.end()
         node.shim()("DEL", conf, netns=pod).ok()
         node.agent.flags = (*node.agent.flags, "--reconcile-seconds", "1")
         node.agent.start()
         assert len(list((node.agent.run / "pending").iterdir())) == 1
-        (node.leases / "broken").unlink()
+        node.ipam.write()
         node.hears("pending DEL carried out")
         assert node.left() == []
 
@@ -442,7 +432,7 @@ def test_kills_at_any_moment(node: Node) -> None:
     for turn in range(10):
         shim = node.shim()
         failed: list[str] = []
-        conf = config(**(PORT if turn % 3 == 2 else WIRE), ipam={"type": "leaser"})
+        conf = config(**(PORT if turn % 3 == 2 else WIRE), ipam=IPAM)
 
         def add(
             name: str, conf: dict[str, Any] = conf, shim: Shim = shim, failed: list[str] = failed
@@ -479,7 +469,7 @@ def test_kills_at_any_moment(node: Node) -> None:
         assert {record.container_id for record in node.records()} == wanted.keys(), f"turn {turn}"
         links = {name for pod in pods for name in pod.links() if name.startswith("t")}
         assert links == wanted.keys(), f"turn {turn}"
-        leases = {path.name.split("-")[1] for path in node.leases.glob("lease-*")}
+        leases = {lease.split("-")[0] for lease in node.ipam.leases()}
         assert leases == wanted.keys(), f"turn {turn}"
         node.agent.start()
         node.reconciled()

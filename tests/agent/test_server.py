@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.agent.conftest import Agent
+from tests.fakeipam import FakeIpam
 from tests.runner import config
 from tests.waiting import LIMIT, until
 
@@ -27,12 +28,10 @@ if TYPE_CHECKING:
 WIRE = {"source": "eth1", "mode": "bridge"}
 
 
-def _delegate(folder: Path, script: str) -> str:
-    """A CNI_PATH with an IPAM plugin `fake` in it."""
-    folder.mkdir()
-    (folder / "fake").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "fake").chmod(0o755)
-    return str(folder)
+@pytest.fixture
+def slow(tmp_path: Path) -> FakeIpam:
+    """Which a test has wait."""
+    return FakeIpam(tmp_path / "bin")
 
 
 def test_a_hundred_at_once(agent: Agent, lab: Lab) -> None:
@@ -63,12 +62,9 @@ def test_a_hundred_at_once(agent: Agent, lab: Lab) -> None:
     assert shim.leftovers() == []
 
 
-def test_slow_delegates_delay_only_their_own(agent: Agent, lab: Lab, tmp_path: Path) -> None:
+def test_slow_delegates_delay_only_their_own(agent: Agent, lab: Lab, slow: FakeIpam, tmp_path: Path) -> None:
     """More of them than there are idle threads, and each waits until it is let go on."""
-    slow = _delegate(
-        tmp_path / "bin",
-        f'[ "$CNI_COMMAND" = DEL ] && exit 0; echo > "{tmp_path}/begun"; cat "{tmp_path}/$CNI_CONTAINERID"',
-    )
+    slow.write(ADD=f'echo > "{tmp_path}/begun"; cat "{tmp_path}/$CNI_CONTAINERID"')
     os.mkfifo(tmp_path / "begun")
     shim, pods, names = (
         agent.shim(),
@@ -79,9 +75,11 @@ def test_slow_delegates_delay_only_their_own(agent: Agent, lab: Lab, tmp_path: P
         os.mkfifo(tmp_path / name)
     begun = os.open(tmp_path / "begun", os.O_RDWR)
     with ThreadPoolExecutor(12) as pool:
-        slow_config = config(**WIRE, ipam={"type": "fake"})
+        slow_config = config(**WIRE, ipam=slow.config)
         waiting = [
-            pool.submit(shim, "ADD", slow_config, netns=pod, container=name, env={"CNI_PATH": slow})
+            pool.submit(
+                shim, "ADD", slow_config, netns=pod, container=name, env={"CNI_PATH": str(slow.folder)}
+            )
             for pod, name in zip(pods, names, strict=False)
         ]
         seen = 0
@@ -97,15 +95,14 @@ def test_slow_delegates_delay_only_their_own(agent: Agent, lab: Lab, tmp_path: P
             assert each.result().ok()["ips"]
 
 
-def test_who_waits_for_a_lock_delays_only_himself(agent: Agent, lab: Lab, tmp_path: Path) -> None:
-    slow = _delegate(
-        tmp_path / "bin",
-        f'[ "$CNI_COMMAND" = DEL ] && exit 0; echo > "{tmp_path}/begun"; cat "{tmp_path}/go"',
-    )
+def test_who_waits_for_a_lock_delays_only_himself(
+    agent: Agent, lab: Lab, slow: FakeIpam, tmp_path: Path
+) -> None:
+    slow.write(ADD=f'echo > "{tmp_path}/begun"; cat "{tmp_path}/go"')
     for name in ("begun", "go"):
         os.mkfifo(tmp_path / name)
     pod, other, shim = lab.pod(), lab.pod(), agent.shim()
-    slow_config, env = config(**WIRE, ipam={"type": "fake"}), {"CNI_PATH": slow}
+    slow_config, env = config(**WIRE, ipam=slow.config), {"CNI_PATH": str(slow.folder)}
     with ThreadPoolExecutor(4) as pool:
         adding = pool.submit(shim, "ADD", slow_config, netns=pod, container="held", env=env)
         (tmp_path / "begun").read_bytes()
@@ -139,38 +136,37 @@ def test_a_peer_that_does_not_go_on_delays_nobody(agent: Agent, lab: Lab, sent: 
         shim("DEL", config(**WIRE), netns=pod, env={"VMTAP_DEADLINE": "50"}).ok()
 
 
-def test_sigterm_finishes_what_is_in_flight(agent: Agent, lab: Lab, tmp_path: Path) -> None:
-    slow = _delegate(
-        tmp_path / "bin",
-        f'echo > "{tmp_path}/begun"; sleep 1; echo \'{{"ips":[{{"address":"10.1.0.9/24"}}]}}\'',
-    )
+def test_sigterm_finishes_what_is_in_flight(agent: Agent, lab: Lab, slow: FakeIpam, tmp_path: Path) -> None:
+    slow.write(ADD=f'echo > "{tmp_path}/begun"; sleep 1; answer')
     pod, shim = lab.pod(), agent.shim()
     os.mkfifo(tmp_path / "begun")
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(
-            shim, "ADD", config(**WIRE, ipam={"type": "fake"}), netns=pod, env={"CNI_PATH": slow}
+            shim, "ADD", config(**WIRE, ipam=slow.config), netns=pod, env={"CNI_PATH": str(slow.folder)}
         )
         (tmp_path / "begun").read_bytes()
         assert agent.end() == 0
-        assert answer.result().ok()["ips"][0]["address"] == "10.1.0.9/24"
+        assert answer.result().ok()["ips"][0]["address"] == "10.9.0.5/24"
     assert "net1" in pod.links()
 
 
-def test_sigterm_does_not_wait_for_ever(lab: Lab, tmp_path: Path) -> None:
+def test_sigterm_does_not_wait_for_ever(lab: Lab, slow: FakeIpam, tmp_path: Path) -> None:
     agent = Agent(lab.node, tmp_path / "run", tmp_path / "x", flags=("--drain-seconds", "1")).start()
-    slow = _delegate(tmp_path / "bin", f'echo > "{tmp_path}/begun"; sleep 30')
-    os.mkfifo(tmp_path / "begun")
+    slow.write(ADD=f'exec 2>&-; echo > "{tmp_path}/begun"; exec cat "{tmp_path}/go"')  # stderr is the agent's
+    for name in ("begun", "go"):
+        os.mkfifo(tmp_path / name)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(
             agent.shim(wait=0),
             "ADD",
-            config(**WIRE, ipam={"type": "fake"}),
+            config(**WIRE, ipam=slow.config),
             netns=lab.pod(),
-            env={"CNI_PATH": slow},
+            env={"CNI_PATH": str(slow.folder)},
         )
         (tmp_path / "begun").read_bytes()
         assert agent.end() == 0
         answer.result().error(11)
+        os.close(os.open(tmp_path / "go", os.O_RDWR))  # the delegate ends
 
 
 def test_a_policy_is_read_again_and_a_bad_one_is_not_taken(agent: Agent, lab: Lab) -> None:

@@ -1,11 +1,10 @@
-"""What the conformance tests share: one lab for each worker, pods, and IPAM delegates both real and made up.
+"""What the conformance tests share: one lab for each worker, pods, and IPAM plugins both real and fake.
 
 The lab outlives a test here, so a test that breaks a NIC takes a spare one.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,50 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lab.wire import Lab, Netns
+from tests.fakeipam import FakeIpam
 from tests.runner import Plugin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-LEASED = {"cniVersion": "1.1.0", "ips": [{"address": "10.9.0.5/24", "gateway": "10.9.0.1"}]}
-"""What a made-up delegate answers to ADD unless told otherwise."""
-
-
-@dataclass(frozen=True)
-class Delegates:
-    """A folder for CNI_PATH with made-up IPAM plugins, and what they saw."""
-
-    folder: Path
-
-    def write(self, name: str = "fake", **commands: str) -> None:
-        """Make one: for each CNI command, shell commands. The others succeed without a word."""
-        commands = {"ADD": f"echo '{json.dumps(LEASED)}'", **commands}
-        cases = "\n".join(f"{command}) {script} ;;" for command, script in commands.items())
-        program = self.folder / name
-        program.write_text(
-            "#!/bin/sh\n"
-            "seen=${0%/*}/seen\n"
-            'cat > "$seen/$CNI_COMMAND.stdin"\n'
-            'env > "$seen/$CNI_COMMAND.env"\n'
-            'echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME" >> "$seen/log"\n'
-            'echo "the delegate was asked to $CNI_COMMAND" >&2\n'
-            f"case $CNI_COMMAND in\n{cases}\nesac\n"
-        )
-        program.chmod(0o755)
-
-    def log(self) -> list[str]:
-        """A line for each execution: its command, container and interface."""
-        file = self.folder / "seen" / "log"
-        return file.read_text().splitlines() if file.exists() else []
-
-    def stdin(self, command: str) -> bytes:
-        """What was on stdin when it was last asked for that."""
-        return (self.folder / "seen" / f"{command}.stdin").read_bytes()
-
-    def env(self, command: str) -> dict[str, str]:
-        """The environment that it had then."""
-        lines = (self.folder / "seen" / f"{command}.env").read_text().splitlines()
-        return dict(line.split("=", 1) for line in lines)
 
 
 @dataclass(frozen=True)
@@ -122,26 +82,24 @@ def spare(lab: Lab) -> Iterator[str]:
 
 
 @pytest.fixture
-def delegates(tmp_path: Path) -> Delegates:
-    """A folder for delegates, which is the plugin's CNI_PATH."""
-    folder = tmp_path / "cni-path"
-    (folder / "seen").mkdir(parents=True)
-    return Delegates(folder)
+def fake(tmp_path: Path) -> FakeIpam:
+    """Its folder is the plugin's CNI_PATH."""
+    return FakeIpam(tmp_path / "cni-path")
 
 
 @pytest.fixture
-def host_local(delegates: Delegates, reference_plugins: Path, tmp_path: Path) -> HostLocal:
+def host_local(fake: FakeIpam, reference_plugins: Path, tmp_path: Path) -> HostLocal:
     """The real host-local in CNI_PATH."""
-    os.symlink(reference_plugins / "host-local", delegates.folder / "host-local")
+    os.symlink(reference_plugins / "host-local", fake.folder / "host-local")
     return HostLocal(tmp_path / "leases")
 
 
 @pytest.fixture
-def plugin(lab: Lab, delegates: Delegates, tmp_path: Path) -> Plugin:
+def plugin(lab: Lab, fake: FakeIpam, tmp_path: Path) -> Plugin:
     """The installed vmtap, with the test's delegates."""
     return Plugin(
         node=lab.node,
         state=tmp_path / "state",
         policy=tmp_path / "interfaces.yaml",
-        cni_path=str(delegates.folder),
+        cni_path=str(fake.folder),
     )

@@ -13,7 +13,8 @@ from tests.runner import config
 
 if TYPE_CHECKING:
     from lab.wire import Lab, Netns
-    from tests.conformance.conftest import Delegates, HostLocal
+    from tests.conformance.conftest import HostLocal
+    from tests.fakeipam import FakeIpam
     from tests.runner import Plugin
 
 BEFORE: dict[str, Any] = {
@@ -136,14 +137,13 @@ def test_item_16_host_end(plugin: Plugin, pod: Netns, lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("path", ["node", "/proc/self/ns/net"])
-def test_item_17_own_netns(plugin: Plugin, lab: Lab, delegates: Delegates, path: str) -> None:
+def test_item_17_own_netns(plugin: Plugin, lab: Lab, fake: FakeIpam, path: str) -> None:
     """The plugin's own namespace as CNI_NETNS is error 8, before the delegate or the state is touched."""
-    delegates.write()
     before = set(lab.node.links())
-    conf = config(source=NIC, ipam={"type": "fake"})
+    conf = config(source=NIC, ipam=fake.config)
     plugin("ADD", conf, netns=lab.node if path == "node" else path).error(8)
     assert set(lab.node.links()) == before
-    assert delegates.log() == []
+    assert fake.log() == []
     assert not plugin.state.exists()
 
 
@@ -161,18 +161,18 @@ def test_item_17_own_netns(plugin: Plugin, lab: Lab, delegates: Delegates, path:
     ],
 )
 def test_item_18_undone(
-    plugin: Plugin, pod: Netns, delegates: Delegates, fields: dict[str, Any], code: int
+    plugin: Plugin, pod: Netns, fake: FakeIpam, fields: dict[str, Any], code: int
 ) -> None:
     """A failure after the delegate ran: its DEL runs, and links, state and promiscuity are as before."""
     routes = '[{"dst": "0.0.0.0/0", "gw": "192.0.2.1"}]'  # by a gateway that no address reaches
-    delegates.write(ADD=f"""echo '{{"ips": [{{"address": "10.9.0.5/24"}}], "routes": {routes}}}'""")
+    fake.write(ADD=f"""echo '{{"ips": [{{"address": "10.9.0.5/24"}}], "routes": {routes}}}'""")
     before = plugin.node.links()
     if "mac" in fields:
         fields = fields | {"mac": before[NIC]["address"]}
     wanted = {"source": NIC} | fields
-    conf = config(ipam={"type": "fake"}, **{key: value for key, value in wanted.items() if value is not None})
+    conf = config(ipam=fake.config, **{key: value for key, value in wanted.items() if value is not None})
     plugin("ADD", conf, netns=pod).error(code)
-    assert delegates.log() == ["ADD c1 net1", "DEL c1 net1"]
+    assert fake.log() == ["ADD c1 net1", "DEL c1 net1"]
     assert list(pod.links()) == ["lo"]
     after = plugin.node.links()
     assert {name: link["promiscuity"] for name, link in after.items()} == {
@@ -181,24 +181,24 @@ def test_item_18_undone(
     assert plugin.leftovers() == []
 
 
-def test_item_18_source_vanishes(plugin: Plugin, pod: Netns, delegates: Delegates, spare: str) -> None:
+def test_item_18_source_vanishes(plugin: Plugin, pod: Netns, fake: FakeIpam, spare: str) -> None:
     """The source goes away between the decision and the link: undone, and named."""
-    delegates.write(ADD=f"""ip link delete {spare}; echo '{{"ips": [{{"address": "10.9.0.5/24"}}]}}'""")
-    error = plugin("ADD", config(source=spare, ipam={"type": "fake"}), netns=pod).error(104)
+    fake.write(ADD=f"""ip link delete {spare}; echo '{{"ips": [{{"address": "10.9.0.5/24"}}]}}'""")
+    error = plugin("ADD", config(source=spare, ipam=fake.config), netns=pod).error(104)
     assert spare in error["msg"]
-    assert delegates.log() == ["ADD c1 net1", "DEL c1 net1"]
+    assert fake.log() == ["ADD c1 net1", "DEL c1 net1"]
     assert (list(pod.links()), plugin.leftovers()) == (["lo"], [])
 
 
-def test_item_18_undoing_fails(plugin: Plugin, pod: Netns, delegates: Delegates, lab: Lab) -> None:
+def test_item_18_undoing_fails(plugin: Plugin, pod: Netns, fake: FakeIpam, lab: Lab) -> None:
     """Where the delegate's DEL fails too, the first error is reported with that in its details; DEL ends it later."""
     failure = """echo '{"code": 111, "msg": "the database is away"}'; exit 1"""
-    delegates.write(DEL=failure)
-    conf = config(source=NIC, mac=lab.node.links()[NIC]["address"], ipam={"type": "fake"})
+    fake.write(DEL=failure)
+    conf = config(source=NIC, mac=lab.node.links()[NIC]["address"], ipam=fake.config)
     error = plugin("ADD", conf, netns=pod).error(103)
     assert "the database is away" in error["details"]
     assert list(pod.links()) == ["lo"]
-    delegates.write()
+    fake.write()
     plugin("DEL", conf, netns=pod).ok()
-    assert delegates.log() == ["ADD c1 net1", "DEL c1 net1", "DEL c1 net1"]
+    assert fake.log() == ["ADD c1 net1", "DEL c1 net1", "DEL c1 net1"]
     assert plugin.leftovers() == []

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lab.wire import Lab, Netns
-    from tests.conformance.conftest import Delegates, HostLocal
+    from tests.conformance.conftest import HostLocal
+    from tests.fakeipam import FakeIpam
     from tests.runner import Plugin
 
 CHECKED = [version for version in VERSIONS if version >= "0.4.0"]
@@ -160,10 +161,10 @@ def test_item_22_opens_nothing(plugin: Plugin, pod: Netns, fields: dict[str, Any
             os.close(fd)
 
 
-def test_item_22_delegate(plugin: Plugin, pod: Netns, delegates: Delegates, host_local: HostLocal) -> None:
+def test_item_22_delegate(plugin: Plugin, pod: Netns, fake: FakeIpam, host_local: HostLocal) -> None:
     """The delegate's CHECK runs, and its error is ours; host-local finds a lease that is lost."""
-    delegates.write(CHECK="""echo '{"code": 117, "msg": "no such lease"}'; exit 1""")
-    conf = config(source=NIC, ipam={"type": "fake"})
+    fake.write(CHECK="""echo '{"code": 117, "msg": "no such lease"}'; exit 1""")
+    conf = config(source=NIC, ipam=fake.config)
     result = plugin("ADD", conf, netns=pod).ok()
     assert "no such lease" in plugin("CHECK", conf | {"prevResult": result}, netns=pod).error(117)["msg"]
     plugin("DEL", conf, netns=pod).ok()

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lab.wire import Lab
-    from tests.conformance.conftest import Delegates, HostLocal
+    from tests.conformance.conftest import HostLocal
+    from tests.fakeipam import FakeIpam
     from tests.runner import Plugin
 
 
@@ -145,23 +146,21 @@ def test_item_20_delegate_without_netns(plugin: Plugin, pod: Netns, host_local: 
 
 @each_device
 def test_item_20_delegate_fails(
-    plugin: Plugin, pod: Netns, lab: Lab, delegates: Delegates, fields: dict[str, Any]
+    plugin: Plugin, pod: Netns, lab: Lab, fake: FakeIpam, fields: dict[str, Any]
 ) -> None:
     """The delegate's error is reported after our own clean-up; DEL again asks it again, until it is well."""
-    conf = config(ipam={"type": "fake"}, **fields)
+    conf = config(ipam=fake.config, **fields)
     before = set(lab.node.links())
-    delegates.write(
-        DEL="""echo '{"code": 113, "msg": "the database is away", "details": "for now"}'; exit 1"""
-    )
+    fake.write(DEL="""echo '{"code": 113, "msg": "the database is away", "details": "for now"}'; exit 1""")
     plugin("ADD", conf, netns=pod).ok()
     for _ in range(2):
         error = plugin("DEL", conf, env={"CNI_NETNS": ""}).error(113)
         assert "the database is away" in error["msg"]
         assert "for now" in error["details"]
         assert (list(pod.links()), set(lab.node.links())) == (["lo"], before)
-    delegates.write()
+    fake.write()
     plugin("DEL", conf, env={"CNI_NETNS": ""}).ok()
-    assert delegates.log() == ["ADD c1 net1", *["DEL c1 net1"] * 3]
+    assert fake.log() == ["ADD c1 net1", *["DEL c1 net1"] * 3]
     assert plugin.leftovers() == []
 
 

@@ -19,13 +19,13 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.conformance.conftest import Delegates, HostLocal
+    from tests.conformance.conftest import HostLocal
+    from tests.fakeipam import FakeIpam
     from tests.runner import Plugin
 
 
-def test_item_27_same_input(plugin: Plugin, pod: Netns, delegates: Delegates) -> None:
+def test_item_27_same_input(plugin: Plugin, pod: Netns, fake: FakeIpam) -> None:
     """The delegate has our environment, the whole config to the byte, and our stderr."""
-    delegates.write()
     stdin = json.dumps(config(source=NIC, ipam={"type": "fake", "odd": [1.50, "é"]}), indent=1).encode()
     result: dict[str, Any] = {}
     for command in ("ADD", "CHECK", "DEL"):
@@ -34,42 +34,40 @@ def test_item_27_same_input(plugin: Plugin, pod: Netns, delegates: Delegates) ->
         )
         answer = plugin(command, given, netns=pod, args="IgnoreUnknown=1;A=b", env={"MY_OWN": "variable"})
         result = answer.ok() or result
-        assert delegates.stdin(command) == given
-        seen = delegates.env(command)
+        assert fake.stdin(command) == given
+        seen = fake.env(command)
         wanted = {**plugin.environment(command, pod, args="IgnoreUnknown=1;A=b"), "MY_OWN": "variable"}
         assert {key: seen[key] for key in wanted} == wanted
         assert f"the delegate was asked to {command}" in answer.stderr
 
 
-def test_item_27_cni_path_only(plugin: Plugin, pod: Netns, delegates: Delegates, tmp_path: Path) -> None:
+def test_item_27_cni_path_only(plugin: Plugin, pod: Netns, fake: FakeIpam, tmp_path: Path) -> None:
     """It is looked for in CNI_PATH's folders, in their order, and nowhere else: not in PATH, not where we are."""
-    delegates.write()
-    conf = config(source=NIC, ipam={"type": "fake"})
+    conf = config(source=NIC, ipam=fake.config)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "fake").write_text("not executable")
-    environment = {"PATH": f"{delegates.folder}:/usr/bin:/bin", "CNI_PATH": str(elsewhere)}
+    environment = {"PATH": f"{fake.folder}:/usr/bin:/bin", "CNI_PATH": str(elsewhere)}
     assert str(elsewhere) in plugin("ADD", conf, netns=pod, env=environment).error(7)["msg"]
     assert "CNI_PATH" in plugin("ADD", conf, netns=pod, env={**environment, "CNI_PATH": ""}).error(4)["msg"]
-    assert delegates.log() == []
+    assert fake.log() == []
     assert (list(pod.links()), plugin.leftovers()) == (["lo"], [])
-    plugin("ADD", conf, netns=pod, env={"CNI_PATH": f"/nowhere:{elsewhere}:{delegates.folder}"}).ok()
-    assert delegates.log() == ["ADD c1 net1"]
+    plugin("ADD", conf, netns=pod, env={"CNI_PATH": f"/nowhere:{elsewhere}:{fake.folder}"}).ok()
+    assert fake.log() == ["ADD c1 net1"]
 
 
 @pytest.mark.parametrize("kind", ["/absolute", "../cni-path/fake", "./fake", "sub/fake", "..", "."])
-def test_item_27_no_path(plugin: Plugin, pod: Netns, delegates: Delegates, kind: str) -> None:
+def test_item_27_no_path(plugin: Plugin, pod: Netns, fake: FakeIpam, kind: str) -> None:
     """A type with a separator is error 7 and nothing runs (CVE-2021-20206); DEL and GC go on without the delegate."""
-    delegates.write()
-    sub = delegates.folder / "sub"
+    sub = fake.folder / "sub"
     sub.mkdir()
-    sub.joinpath("fake").symlink_to(delegates.folder / "fake")
-    conf = config(source=NIC, ipam={"type": str(delegates.folder / "fake") if kind == "/absolute" else kind})
+    sub.joinpath("fake").symlink_to(fake.folder / "fake")
+    conf = config(source=NIC, ipam={"type": str(fake.folder / "fake") if kind == "/absolute" else kind})
     assert "ipam.type" in plugin("ADD", conf, netns=pod).error(7)["msg"]
     assert "ipam.type" in plugin("STATUS", conf).error(7)["msg"]
     plugin("DEL", conf, netns=pod).ok()
     plugin("GC", conf | {"cni.dev/valid-attachments": []}).ok()
-    assert delegates.log() == []
+    assert fake.log() == []
     assert (list(pod.links()), plugin.leftovers()) == (["lo"], [])
 
 
@@ -88,37 +86,37 @@ def test_item_27_no_path(plugin: Plugin, pod: Netns, delegates: Delegates, kind:
         ("yes | head -c 3000000", 6, "no CNI result"),
     ],
 )
-def test_item_27_fails(plugin: Plugin, delegates: Delegates, says: str, code: int, named: str) -> None:
+def test_item_27_fails(plugin: Plugin, fake: FakeIpam, says: str, code: int, named: str) -> None:
     """Whatever the delegate does wrong: an error that shows it (with its own code if it has one), its DEL, no link."""
-    delegates.write(ADD=says)
+    fake.write(ADD=says)
     with Netns("pod") as pod:
-        error = plugin("ADD", config(source=NIC, ipam={"type": "fake"}), netns=pod).error(code)
+        error = plugin("ADD", config(source=NIC, ipam=fake.config), netns=pod).error(code)
         assert list(pod.links()) == ["lo"]
     assert "ipam.type 'fake'" in error["msg"]
     assert named in error["msg"] + error.get("details", "")
-    assert delegates.log() == ["ADD c1 net1", "DEL c1 net1"]
+    assert fake.log() == ["ADD c1 net1", "DEL c1 net1"]
     assert plugin.leftovers() == []
 
 
 @pytest.mark.parametrize(
     "says",
     [
-        'touch "$seen/hangs"; exec sleep 600',
-        "trap '' TERM; touch \"$seen/hangs\"; sleep 600",
-        'sleep 600 & touch "$seen/hangs"; exec sleep 600',
+        'touch "hangs"; exec sleep 600',
+        "trap '' TERM; touch hangs; sleep 600",
+        'sleep 600 & touch "hangs"; exec sleep 600',
     ],
 )
-def test_item_27_hangs(plugin: Plugin, pod: Netns, delegates: Delegates, says: str, tmp_path: Path) -> None:
+def test_item_27_hangs(plugin: Plugin, pod: Netns, fake: FakeIpam, says: str, tmp_path: Path) -> None:
     """One that hangs is killed at the deadline with all that it started; its DEL runs, and nothing is left."""
-    delegates.write(ADD=f'echo $$ > "$seen/pid"; {says}')
-    conf = config(source=NIC, ipam={"type": "fake"})
-    patient = executable(tmp_path / "vmtap", delegates.folder / "seen" / "hangs")
+    fake.write(ADD=f'echo $$ > "pid"; {says}')
+    conf = config(source=NIC, ipam=fake.config)
+    patient = executable(tmp_path / "vmtap", fake.seen / "hangs")
     plugin = replace(plugin, executable=str(patient))  # which ends in time, or the test does
     error = plugin("ADD", conf, netns=pod, env={"VMTAP_DELEGATE_SECONDS": "1"}).error(109)
     assert "did not finish ADD in 1 s and was killed" in error["msg"]
-    assert delegates.log() == ["ADD c1 net1", "DEL c1 net1"]
+    assert fake.log() == ["ADD c1 net1", "DEL c1 net1"]
     assert (list(pod.links()), plugin.leftovers()) == (["lo"], [])
-    session = (delegates.folder / "seen" / "pid").read_text().strip()
+    session = (fake.seen / "pid").read_text().strip()
     until(  # what was killed ends a moment later
         lambda: [stat for stat in Path("/proc").glob("[0-9]*/stat") if _session(stat) == session],
         "something that it started lives on",
@@ -187,12 +185,12 @@ def test_item_28_same_attachment(
     assert (list(pod.links()), host_local.leases(), plugin.leftovers()) == (["lo"], [], [])
 
 
-def test_item_28_del_after_failed_add(plugin: Plugin, pod: Netns, delegates: Delegates) -> None:
+def test_item_28_del_after_failed_add(plugin: Plugin, pod: Netns, fake: FakeIpam) -> None:
     """DEL follows a failed ADD, and has nothing to do but to ask the delegate once more."""
-    delegates.write(ADD="exit 1")
-    conf = config(source=NIC, ipam={"type": "fake"})
+    fake.write(ADD="exit 1")
+    conf = config(source=NIC, ipam=fake.config)
     plugin("ADD", conf, netns=pod).error(109)
     answer = plugin("DEL", conf, netns=pod)
     assert (answer.status, answer.stdout) == (0, b"")
-    assert delegates.log() == ["ADD c1 net1", "DEL c1 net1", "DEL c1 net1"]
+    assert fake.log() == ["ADD c1 net1", "DEL c1 net1", "DEL c1 net1"]
     assert (list(pod.links()), plugin.leftovers()) == (["lo"], [])

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lab.wire import Netns
-    from tests.conformance.conftest import Delegates, HostLocal
+    from tests.conformance.conftest import HostLocal
+    from tests.fakeipam import FakeIpam
     from tests.runner import Plugin
 
 KEY = "cni.dev/valid-attachments"
@@ -29,16 +30,15 @@ def _valid(*containers: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "keys", [{}, {KEY: None}, {"cni.dev/attachments": []}], ids=["absent", "null", "the old key"]
 )
-def test_item_24_no_list(plugin: Plugin, pod: Netns, delegates: Delegates, keys: dict[str, Any]) -> None:
+def test_item_24_no_list(plugin: Plugin, pod: Netns, fake: FakeIpam, keys: dict[str, Any]) -> None:
     """Without a list nothing is removed; the delegate is asked all the same, as any GC has to be forwarded."""
-    delegates.write()
-    conf = config(source=NIC, ipam={"type": "fake"})
+    conf = config(source=NIC, ipam=fake.config)
     plugin("ADD", conf, netns=pod).ok()
     kept = plugin.leftovers()
     plugin("GC", conf | keys, container="", ifname="").ok()
     assert list(pod.links()) == ["lo", "net1"]
     assert plugin.leftovers() == kept
-    assert delegates.log() == ["ADD c1 net1", "GC  "]
+    assert fake.log() == ["ADD c1 net1", "GC  "]
 
 
 @each_device
@@ -87,11 +87,11 @@ def test_item_25_config_is_wrong(plugin: Plugin, pod: Netns) -> None:
     assert list(pod.links()) == ["lo"]
 
 
-def test_item_25_goes_on(plugin: Plugin, pods: Callable[[], Netns], delegates: Delegates) -> None:
+def test_item_25_goes_on(plugin: Plugin, pods: Callable[[], Netns], fake: FakeIpam) -> None:
     """Past one attachment's error to the next and on to the delegate's GC; all errors are reported at the end."""
     broken = """[ "$CNI_CONTAINERID" != b ] || { echo '{"code": 125, "msg": "b is stuck"}'; exit 1; }"""
-    delegates.write(DEL=broken, GC="""echo '{"code": 126, "msg": "no GC here"}'; exit 1""")
-    conf = config(source=NIC, ipam={"type": "fake"})
+    fake.write(DEL=broken, GC="""echo '{"code": 126, "msg": "no GC here"}'; exit 1""")
+    conf = config(source=NIC, ipam=fake.config)
     made = {container: pods() for container in "abc"}
     for container, pod in made.items():
         plugin("ADD", conf, netns=pod, container=container).ok()
@@ -99,22 +99,21 @@ def test_item_25_goes_on(plugin: Plugin, pods: Callable[[], Netns], delegates: D
     assert "b is stuck" in error["msg"]
     assert "no GC here" in error["details"]
     assert [list(pod.links()) for pod in made.values()] == [["lo"]] * 3
-    assert sorted(delegates.log()[3:6]) == ["DEL a net1", "DEL b net1", "DEL c net1"]
-    assert delegates.log()[6:] == ["GC  "]
+    assert sorted(fake.log()[3:6]) == ["DEL a net1", "DEL b net1", "DEL c net1"]
+    assert fake.log()[6:] == ["GC  "]
     assert [path for path in plugin.leftovers() if "/attachments/" in path]  # what is stuck is not forgotten
-    delegates.write()
+    fake.write()
     answer = plugin("GC", conf | _valid(), container="", ifname="")
     assert (answer.status, answer.stdout) == (0, b"")
     assert plugin.leftovers() == []
 
 
-def test_item_25_forwarded(plugin: Plugin, delegates: Delegates) -> None:
+def test_item_25_forwarded(plugin: Plugin, fake: FakeIpam) -> None:
     """The delegate gets the very same document, list and all."""
-    delegates.write()
-    conf = config(source=NIC, ipam={"type": "fake"}, **_valid("c7"))
+    conf = config(source=NIC, ipam=fake.config, **_valid("c7"))
     plugin("GC", conf, container="", ifname="").ok()
-    assert delegates.log() == ["GC  "]
-    assert b'"containerID": "c7"' in delegates.stdin("GC")
+    assert fake.log() == ["GC  "]
+    assert b'"containerID": "c7"' in fake.stdin("GC")
 
 
 @pytest.mark.parametrize(
@@ -157,17 +156,17 @@ def test_item_26_ready(plugin: Plugin, pod: Netns, fields: dict[str, Any]) -> No
     assert (answer.status, answer.stdout) == (0, b"")
 
 
-def test_item_26_delegate(plugin: Plugin, delegates: Delegates) -> None:
+def test_item_26_delegate(plugin: Plugin, fake: FakeIpam) -> None:
     """The delegate's STATUS is asked, and its error is ours."""
-    delegates.write(STATUS="""echo '{"code": 51, "msg": "few addresses"}'; exit 1""")
-    error = plugin("STATUS", config(source=NIC, ipam={"type": "fake"})).error(51)
+    fake.write(STATUS="""echo '{"code": 51, "msg": "few addresses"}'; exit 1""")
+    error = plugin("STATUS", config(source=NIC, ipam=fake.config)).error(51)
     assert "few addresses" in error["msg"]
 
 
-def test_item_26_add_does_not_depend(plugin: Plugin, pod: Netns, delegates: Delegates) -> None:
+def test_item_26_add_does_not_depend(plugin: Plugin, pod: Netns, fake: FakeIpam) -> None:
     """ADD works while the delegate's STATUS fails, and never asks for it."""
-    delegates.write(STATUS="exit 1")
-    conf = config(source=NIC, ipam={"type": "fake"})
+    fake.write(STATUS="exit 1")
+    conf = config(source=NIC, ipam=fake.config)
     assert plugin("STATUS", conf).status == 1
     plugin("ADD", conf, netns=pod).ok()
-    assert [line.split()[0] for line in delegates.log()] == ["STATUS", "ADD"]
+    assert [line.split()[0] for line in fake.log()] == ["STATUS", "ADD"]

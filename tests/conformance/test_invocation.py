@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lab.wire import Lab, Netns
-    from tests.conformance.conftest import Delegates
+    from tests.fakeipam import FakeIpam
     from tests.runner import Plugin
 
 VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
@@ -141,10 +141,9 @@ def test_item_04_empty_attachment(plugin: Plugin, command: str) -> None:
 
 
 @each_device
-def test_item_05_output(plugin: Plugin, pod: Netns, delegates: Delegates, fields: dict[str, Any]) -> None:
+def test_item_05_output(plugin: Plugin, pod: Netns, fake: FakeIpam, fields: dict[str, Any]) -> None:
     """One JSON document alone on stdout for ADD, nothing for the others, status 0; a delegate's noise is on stderr."""
-    delegates.write()
-    conf = config(ipam={"type": "fake"}, **fields)
+    conf = config(ipam=fake.config, **fields)
     added = plugin("ADD", conf, netns=pod)
     result = added.ok()
     assert result["cniVersion"] == "1.1.0"
@@ -236,11 +235,11 @@ def test_item_07_netns(plugin: Plugin, kind: str) -> None:
     assert path in plugin("ADD", config(source=NIC), netns=path).error(8)["msg"]
 
 
-def test_item_07_terminated(plugin: Plugin, pod: Netns, delegates: Delegates) -> None:
+def test_item_07_terminated(plugin: Plugin, pod: Netns, fake: FakeIpam) -> None:
     """11: told to end by SIGTERM, it undoes what it had begun, its delegate's part too, and says try again."""
-    fifo = delegates.folder / "seen" / "fifo"
+    fifo = fake.seen / "fifo"
     subprocess.run(["mkfifo", fifo], check=True)
-    delegates.write(ADD=f"echo asked > {fifo}; exec sleep 60")
+    fake.write(ADD=f"echo asked > {fifo}; exec sleep 60")
     process = subprocess.Popen(
         plugin.argv(),
         stdin=subprocess.PIPE,
@@ -250,22 +249,22 @@ def test_item_07_terminated(plugin: Plugin, pod: Netns, delegates: Delegates) ->
     )
     with process:
         assert process.stdin and process.stdout
-        process.stdin.write(json.dumps(config(source=NIC, ipam={"type": "fake"})).encode())
+        process.stdin.write(json.dumps(config(source=NIC, ipam=fake.config)).encode())
         process.stdin.close()
         assert fifo.read_text() == "asked\n"  # opens when the delegate does
         process.send_signal(signal.SIGTERM)
         assert json.loads(process.stdout.read())["code"] == 11
     assert process.returncode == 1
-    assert delegates.log() == ["ADD c1 net1", "DEL c1 net1"]
+    assert fake.log() == ["ADD c1 net1", "DEL c1 net1"]
     assert list(pod.links()) == ["lo"]
     assert plugin.leftovers() == []
 
 
-def test_item_07_delegates_unknown_container(plugin: Plugin, pod: Netns, delegates: Delegates) -> None:
+def test_item_07_delegates_unknown_container(plugin: Plugin, pod: Netns, fake: FakeIpam) -> None:
     """A delegate's 3 does not become ours: the runtime would then not DEL what its failed DEL has left."""
     failure = """echo '{"code": 3, "msg": "who?"}'; exit 1"""
-    delegates.write(ADD=failure, DEL=failure)
-    error = plugin("ADD", config(source=NIC, ipam={"type": "fake"}), netns=pod).error(109)
+    fake.write(ADD=failure, DEL=failure)
+    error = plugin("ADD", config(source=NIC, ipam=fake.config), netns=pod).error(109)
     assert "who?" in error["msg"]
 
 

@@ -13,7 +13,8 @@ from tests.runner import config
 
 if TYPE_CHECKING:
     from lab.wire import Netns
-    from tests.conformance.conftest import Delegates, HostLocal
+    from tests.conformance.conftest import HostLocal
+    from tests.fakeipam import FakeIpam
     from tests.runner import Plugin
 
 MAC = "02:00:00:00:0a:08"
@@ -106,12 +107,12 @@ def test_item_10_needs_address(plugin: Plugin, pod: Netns, version: str) -> None
 
 
 @pytest.mark.parametrize("version", VERSIONS[:2])
-def test_item_10_got_no_address(plugin: Plugin, pod: Netns, delegates: Delegates, version: str) -> None:
+def test_item_10_got_no_address(plugin: Plugin, pod: Netns, fake: FakeIpam, version: str) -> None:
     """The same where the delegate gives none: its DEL is run and nothing is left."""
-    delegates.write(ADD="echo '{}'")
-    conf = config(cniVersion=version, source=NIC, ipam={"type": "fake"})
+    fake.write(ADD="echo '{}'")
+    conf = config(cniVersion=version, source=NIC, ipam=fake.config)
     plugin("ADD", conf, netns=pod).error(1)
-    assert delegates.log() == ["ADD c1 net1", "DEL c1 net1"]
+    assert fake.log() == ["ADD c1 net1", "DEL c1 net1"]
     assert list(pod.links()) == ["lo"]
     assert plugin.leftovers() == []
 

@@ -10,7 +10,8 @@ import pytest
 
 from cni import plugin as product
 from cni.attach.call import Request
-from tests.faults.baseline import Baseline, Leaser
+from tests.fakeipam import FakeIpam
+from tests.faults.baseline import Baseline
 from tests.faults.inject import Injector
 from tests.runner import Answer, Plugin
 
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def leaser(tmp_path: Path) -> Leaser:
-    return Leaser(tmp_path / "ipam")
+def ipam(tmp_path: Path) -> FakeIpam:
+    return FakeIpam(tmp_path / "ipam")
 
 
 @pytest.fixture
-def plugin(lab: Lab, leaser: Leaser, tmp_path: Path) -> Plugin:
-    """As in tests/conftest.py, with the leaser in CNI_PATH."""
+def plugin(lab: Lab, ipam: FakeIpam, tmp_path: Path) -> Plugin:
+    """As in tests/conftest.py, with the fake IPAM plugin in CNI_PATH."""
     return Plugin(
         node=lab.node,
         state=tmp_path / "state",
         policy=tmp_path / "interfaces.yaml",
-        cni_path=str(leaser.folder),
+        cni_path=str(ipam.folder),
     )
 
 
@@ -42,9 +43,9 @@ def pod(lab: Lab) -> Netns:
 
 
 @pytest.fixture
-def baseline(plugin: Plugin, leaser: Leaser, pod: Netns) -> Baseline:
-    """Z for the node and the one pod."""
-    return Baseline(plugin, leaser, [pod])
+def baseline(plugin: Plugin, ipam: FakeIpam, pod: Netns) -> Baseline:
+    """That of the node and the one pod."""
+    return Baseline(plugin, ipam, [pod])
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from cni import plugin as product
 from cni import spec
 from cni.attach.call import Request
 from lab.wire import NIC
+from tests.fakeipam import HANG, FakeIpam
 from tests.hanging import deadline_after
 from tests.runner import config
 
@@ -19,69 +20,69 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lab.wire import Netns
-    from tests.faults.baseline import Baseline, Leaser
+    from tests.faults.baseline import Baseline
     from tests.runner import Answer, Plugin
 
-CONF = config(source=NIC, ipam={"type": "leaser"})
+CONF = config(source=NIC, ipam=FakeIpam.config)
 
 
 @pytest.mark.parametrize(
-    ("how", "code"),
+    ("script", "code"),
     [
-        ("fail", 11),
-        ("mute", spec.DELEGATE_FAILED),
-        ("junk", spec.DECODING_FAILURE),
-        ("list", spec.DECODING_FAILURE),
-        ("noip", spec.DECODING_FAILURE),
+        ("""echo '{"cniVersion": "1.1.0", "code": 11, "msg": "no address left"}'; exit 1""", 11),
+        ("exit 3", spec.DELEGATE_FAILED),
+        ("echo 'leased!'", spec.DECODING_FAILURE),
+        ("echo '[]'", spec.DECODING_FAILURE),
+        ("""echo '{"ips": [{"address": "10.6.0.500/24"}]}'""", spec.DECODING_FAILURE),
     ],
 )
 def test_a_bad_delegate(
-    *, plugin: Plugin, leaser: Leaser, pod: Netns, baseline: Baseline, how: str, code: int
+    *, plugin: Plugin, ipam: FakeIpam, pod: Netns, baseline: Baseline, script: str, code: int
 ) -> None:
-    leaser.behave(how)
-    assert "leaser" in plugin("ADD", CONF, netns=pod).error(code)["msg"]
-    assert leaser.log() == ["ADD", "DEL"]
+    ipam.write(ADD=f"lease; {script}")
+    assert "'fake'" in plugin("ADD", CONF, netns=pod).error(code)["msg"]
+    assert ipam.commands() == ["ADD", "DEL"]
     baseline.holds()
 
 
-@pytest.mark.parametrize("how", ["hang", "linger"])
+@pytest.mark.parametrize("script", [HANG, "lease; sleep 3600 & touch hanging"])
 def test_a_delegate_that_does_not_end(
-    plugin: Plugin, leaser: Leaser, pod: Netns, baseline: Baseline, how: str
+    plugin: Plugin, ipam: FakeIpam, pod: Netns, baseline: Baseline, script: str
 ) -> None:
     """Killed at the deadline with all that it started: it hangs, or what it started holds its stdout."""
-    leaser.behave(how)
+    ipam.write(ADD=script)
     request = Request(plugin.environment("ADD", pod), json.dumps(CONF).encode())
     given = plugin.given(delegate_seconds=0.2)
     began = time.monotonic()
-    with deadline_after(leaser.folder / "hanging"):
+    with deadline_after(ipam.seen / "hanging"):
         response = plugin.node.call(lambda: product.handle(request, given))
     assert time.monotonic() - began < 3600  # not the hour that it would sleep
     assert response.error
     assert response.error.code == spec.DELEGATE_FAILED
-    assert leaser.log() == ["ADD", "DEL"]
+    assert ipam.commands() == ["ADD", "DEL"]
     baseline.holds()
 
 
 def test_a_delegate_that_cannot_delete(
-    handle: Callable[..., Answer], leaser: Leaser, pod: Netns, baseline: Baseline
+    handle: Callable[..., Answer], ipam: FakeIpam, pod: Netns, baseline: Baseline
 ) -> None:
     """Our part is done all the same, its error is reported, and DEL may be repeated until it can."""
     handle("ADD", CONF, netns=pod).ok()
-    leaser.behave("faildel")
+    ipam.write(DEL="""release; echo '{"code": 100, "msg": "the leases are locked"}'; exit 1""")
     for _ in range(2):
         assert "the leases are locked" in handle("DEL", CONF, netns=pod).error(100)["msg"]
         assert "net1" not in pod.links()
-    leaser.behave("")
+    ipam.write()
     handle("DEL", CONF, netns=pod).ok()
     baseline.holds()
 
 
 def test_a_delegate_that_is_gone(
-    handle: Callable[..., Answer], leaser: Leaser, pod: Netns, baseline: Baseline
+    handle: Callable[..., Answer], ipam: FakeIpam, pod: Netns, baseline: Baseline
 ) -> None:
     handle("ADD", CONF, netns=pod).ok()
-    program = leaser.folder / "leaser"
-    away = program.rename(leaser.folder / "away")
+    program = ipam.folder / "fake"
+    away = program.rename(ipam.folder / "away")
     handle("DEL", CONF, netns=pod).error(spec.INVALID_NETWORK_CONFIG)
     assert "net1" not in pod.links()
     away.rename(program)
@@ -91,7 +92,7 @@ def test_a_delegate_that_is_gone(
 
 @pytest.mark.parametrize("previous", ["x", 3, [], {"interfaces": "x"}, {"ips": [{"address": "x"}]}])
 def test_a_malformed_prev_result(
-    handle: Callable[..., Answer], leaser: Leaser, pod: Netns, baseline: Baseline, previous: object
+    handle: Callable[..., Answer], ipam: FakeIpam, pod: Netns, baseline: Baseline, previous: object
 ) -> None:
     conf = CONF | {"prevResult": previous}
     for command in ("ADD", "CHECK"):

@@ -12,6 +12,7 @@ import pytest
 
 from cni import spec
 from lab.wire import BRIDGE, NIC
+from tests.fakeipam import FakeIpam
 from tests.faults.inject import CHANGES, Point, points
 from tests.runner import config
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tests.faults.inject import Injector
     from tests.runner import Answer, Plugin
 
-IPAM = {"type": "leaser"}
+IPAM = FakeIpam.config
 CASES: dict[str, dict[str, Any]] = {
     "macvtap": {"source": NIC, "owner": 107, "ipam": IPAM},
     "tap on a bridge": {"source": BRIDGE, "device": "tap", "ipam": IPAM, "addressing": "link"},

@@ -17,6 +17,7 @@ from cni import plugin as product
 from cni.attach.call import Request
 from cni.kernel import netns
 from lab.wire import BRIDGE, NIC
+from tests.fakeipam import FakeIpam
 from tests.runner import config
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from tests.faults.baseline import Baseline
     from tests.runner import Answer, Plugin
 
-IPAM = {"type": "leaser"}
+IPAM = FakeIpam.config
 PAIRS = 100
 
 

@@ -19,6 +19,7 @@ from cni.agent.reconcile.runner import Reconciler
 from cni.attach.call import Node
 from cni.state.store import Store
 from lab.wire import BRIDGE, NIC
+from tests.fakeipam import FakeIpam
 from tests.faults.baseline import processes
 from tests.faults.inject import CHANGES, points
 from tests.runner import config
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
     from cni.attach.call import Request
     from cni.plugin import Response
     from lab.wire import Netns
-    from tests.faults.baseline import Baseline, Leaser
+    from tests.faults.baseline import Baseline
     from tests.faults.inject import Injector
     from tests.runner import Answer, Plugin
 
-IPAM = {"type": "leaser"}
+IPAM = FakeIpam.config
 CASES: dict[str, dict[str, Any]] = {
     "macvtap": {"source": NIC, "owner": 107, "ipam": IPAM},
     "tap on a bridge": {"source": BRIDGE, "device": "tap", "mode": "pepa", "ipam": IPAM, "queues": 2},
@@ -120,11 +121,11 @@ def wait_for_orphans(plugin: Plugin) -> None:
 
 
 def test_a_delegate_does_not_outlive_its_plugin(
-    *, plugin: Plugin, handle: Callable[..., Answer], pod: Netns, baseline: Baseline, leaser: Leaser
+    *, plugin: Plugin, handle: Callable[..., Answer], pod: Netns, baseline: Baseline, ipam: FakeIpam
 ) -> None:
-    gate = leaser.folder / "gate"
+    gate = ipam.seen / "gate"
     os.mkfifo(gate)
-    leaser.behave("late")
+    ipam.write(ADD="read -r line < gate; lease; answer")
     conf = config(source=NIC, ipam=IPAM)
     with subprocess.Popen(
         plugin.argv(), stdin=subprocess.PIPE, env=plugin.environment("ADD", pod)
@@ -146,14 +147,14 @@ def test_an_add_after_a_kill_gives_the_lease_back_first(
     handle: Callable[..., Answer],
     pod: Netns,
     baseline: Baseline,
-    leaser: Leaser,
+    ipam: FakeIpam,
 ) -> None:
     """Without any DEL between: the lease of the killed one is not kept twice."""
     conf = config(source=NIC, ipam=IPAM)
     killed, _ = injector("ADD", conf, "-e", "inject=rename:signal=SIGKILL:when=2", netns=pod)
     assert killed.status == -signal.SIGKILL
-    assert leaser.leases() == {"c1-net1"}
+    assert ipam.leases() == {"c1-net1"}
     handle("ADD", conf, netns=pod).ok()
-    assert leaser.log() == ["ADD", "DEL", "ADD"]
+    assert ipam.commands() == ["ADD", "DEL", "ADD"]
     handle("DEL", conf, netns=pod).ok()
     baseline.holds()

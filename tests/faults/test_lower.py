@@ -11,6 +11,7 @@ import pytest
 
 from cni import spec
 from lab.wire import BRIDGE, BRIDGE_UPLINK, NIC
+from tests.fakeipam import GATE, FakeIpam
 from tests.faults.baseline import links
 from tests.runner import config
 
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lab.wire import Lab, Netns
-    from tests.faults.baseline import Baseline, Leaser
+    from tests.faults.baseline import Baseline
     from tests.runner import Answer, Plugin
 
-IPAM = {"type": "leaser"}
+IPAM = FakeIpam.config
 MAC = "02:00:00:00:00:aa"
 
 
@@ -152,7 +153,7 @@ def test_vanishing_during_add(
     *,
     lab: Lab,
     plugin: Plugin,
-    leaser: Leaser,
+    ipam: FakeIpam,
     pod: Netns,
     baseline: Baseline,
     source: str,
@@ -161,17 +162,17 @@ def test_vanishing_during_add(
     """While the delegate runs, after everything was looked at: rolled back, lease and all."""
     kind = "veth peer name lower1" if device == "macvtap" else "bridge"
     lab.node.ip(f"link add {source} type {kind}")
-    os.mkfifo(leaser.folder / "gate")
-    leaser.behave("gate")
+    os.mkfifo(ipam.seen / "gate")
+    ipam.write(ADD=GATE)
     answers: list[Answer] = []
     conf = config(source=source, device=device, ipam=IPAM)
     thread = threading.Thread(target=lambda: answers.append(plugin("ADD", conf, netns=pod)))
     thread.start()
-    with (leaser.folder / "gate").open("w"):
+    with (ipam.seen / "gate").open("w"):
         lab.node.ip(f"link del {source}")
     thread.join()
     assert source in answers[0].error(spec.SOURCE_MISSING)["msg"]
-    assert leaser.log() == ["ADD", "DEL"]
+    assert ipam.commands() == ["ADD", "DEL"]
     baseline.holds()
 
 

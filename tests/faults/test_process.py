@@ -20,6 +20,7 @@ from cni import spec
 from cni.attach.call import Node, Request
 from cni.config.policy import load as load_policy
 from lab.wire import BRIDGE, NIC
+from tests.fakeipam import HANG, FakeIpam
 from tests.faults.baseline import processes
 from tests.faults.inject import Point, points
 from tests.runner import config
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from lab.wire import Lab, Netns
-    from tests.faults.baseline import Baseline, Leaser
+    from tests.faults.baseline import Baseline
     from tests.faults.inject import Injector
     from tests.runner import Answer, Plugin
 
-IPAM = {"type": "leaser"}
+IPAM = FakeIpam.config
 
 
 def wait_until_it_catches_sigterm(pid: int) -> None:
@@ -65,19 +66,19 @@ def started(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_while_a_delegate_hangs(
-    plugin: Plugin, leaser: Leaser, pod: Netns, baseline: Baseline, number: int
+    plugin: Plugin, ipam: FakeIpam, pod: Netns, baseline: Baseline, number: int
 ) -> None:
-    leaser.behave("hang")
+    ipam.write(ADD=HANG)
     with started(plugin, "ADD", config(source=NIC, ipam=IPAM), pod) as process:
         assert process.stdin
         process.stdin.close()
         process.stdin = None
-        until((leaser.folder / "hanging").exists, "the delegate does not hang")
+        until((ipam.seen / "hanging").exists, "the delegate does not hang")
         process.send_signal(number)
         out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 1, err
     assert json.loads(out)["code"] == spec.TRY_AGAIN_LATER
-    assert leaser.log() == ["ADD", "DEL"]
+    assert ipam.commands() == ["ADD", "DEL"]
     baseline.holds()
 
 
@@ -132,7 +133,7 @@ def test_told_to_end_at_each_step(
 
 @pytest.mark.parametrize("redirection", [">&-", "> /dev/full"])
 def test_the_answer_cannot_be_written(
-    plugin: Plugin, leaser: Leaser, pod: Netns, baseline: Baseline, redirection: str
+    plugin: Plugin, ipam: FakeIpam, pod: Netns, baseline: Baseline, redirection: str
 ) -> None:
     conf = json.dumps(config(source=NIC, ipam=IPAM)).encode()
     done = subprocess.run(
@@ -144,18 +145,18 @@ def test_the_answer_cannot_be_written(
         check=False,
     )
     assert done.returncode == 1
-    assert leaser.log() == ["ADD", "DEL"]
+    assert ipam.commands() == ["ADD", "DEL"]
     baseline.holds()
 
 
-def test_a_broken_pipe_undoes(plugin: Plugin, leaser: Leaser, pod: Netns, baseline: Baseline) -> None:
+def test_a_broken_pipe_undoes(plugin: Plugin, ipam: FakeIpam, pod: Netns, baseline: Baseline) -> None:
     read, write = os.pipe()
     os.close(read)
     with started(plugin, "ADD", config(source=NIC, ipam=IPAM), pod, stdout=write) as process:
         os.close(write)
         process.communicate(timeout=LIMIT)
     assert process.returncode == 1
-    assert leaser.log() == ["ADD", "DEL"]
+    assert ipam.commands() == ["ADD", "DEL"]
     baseline.holds()
 
 
@@ -242,7 +243,7 @@ def test_an_empty_setting_is_none(monkeypatch: pytest.MonkeyPatch, given: str | 
     assert (node.policy.func, node.policy.args) == (load_policy, ("/etc/vmtap/interfaces.yaml",))
 
 
-def test_two_adds_of_one_key(plugin: Plugin, leaser: Leaser, pod: Netns, baseline: Baseline) -> None:
+def test_two_adds_of_one_key(plugin: Plugin, ipam: FakeIpam, pod: Netns, baseline: Baseline) -> None:
     conf = config(source=NIC, ipam=IPAM)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: plugin("ADD", conf, netns=pod), range(4)))
@@ -252,7 +253,7 @@ def test_two_adds_of_one_key(plugin: Plugin, leaser: Leaser, pod: Netns, baselin
         if answer.status:
             answer.error(spec.NAME_IN_USE)
     plugin("CHECK", conf | {"prevResult": won[0].document}, netns=pod).ok()
-    assert leaser.leases() == {"c1-net1"}
+    assert ipam.leases() == {"c1-net1"}
     plugin("DEL", conf, netns=pod).ok()
     baseline.holds()
 
@@ -278,7 +279,7 @@ def test_add_and_del_of_one_key(plugin: Plugin, pod: Netns, baseline: Baseline, 
     baseline.holds()
 
 
-def test_a_hundred_adds_on_one_lower(lab: Lab, plugin: Plugin, leaser: Leaser) -> None:
+def test_a_hundred_adds_on_one_lower(lab: Lab, plugin: Plugin, ipam: FakeIpam) -> None:
     count = 100
     pods = [lab.pod(f"p{at}") for at in range(count)]
     before = lab.node.links()[NIC]["promiscuity"]

@@ -13,6 +13,7 @@ import pytest
 
 from cni import spec
 from lab.wire import BRIDGE, NIC
+from tests.fakeipam import GATE, FakeIpam
 from tests.faults.baseline import links
 from tests.runner import config
 from tests.waiting import until
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lab.wire import Lab, Netns
-    from tests.faults.baseline import Baseline, Leaser
+    from tests.faults.baseline import Baseline
     from tests.faults.inject import Injector
     from tests.runner import Answer, Plugin
 
-IPAM = {"type": "leaser"}
+IPAM = FakeIpam.config
 KINDS: list[dict[str, Any]] = [
     {"source": NIC},
     {"source": BRIDGE, "device": "tap"},
@@ -124,15 +125,15 @@ def wait_until_inside(pid: int) -> None:
 
 
 def test_the_path_goes_during_add(
-    lab: Lab, plugin: Plugin, leaser: Leaser, handle: Callable[..., Answer], baseline: Baseline
+    lab: Lab, plugin: Plugin, ipam: FakeIpam, handle: Callable[..., Answer], baseline: Baseline
 ) -> None:
     """While the delegate runs: the namespace is held open by then, so the ADD succeeds; DEL ends it."""
     conf = config(source=NIC, ipam=IPAM)
     pod = lab.pod("short")
     path = str(pod.path)
-    fifo = leaser.folder / "gate"
+    fifo = ipam.seen / "gate"
     os.mkfifo(fifo)
-    leaser.behave("gate")
+    ipam.write(ADD=GATE)
     answers: list[Answer] = []
     thread = threading.Thread(target=lambda: answers.append(plugin("ADD", conf, netns=path)))
     thread.start()

@@ -13,6 +13,7 @@ import pytest
 from cni.kernel import netns, tapdev
 from lab.frames import BROADCAST, ETHERTYPE, Frame, collect, packet_socket, write_tap
 from lab.wire import BRIDGE, NIC, Lab
+from tests.fakeipam import FakeIpam
 from tests.netns.conftest import records
 from tests.runner import config
 from tests.waiting import until
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from tests.fakeipam import FakeIpam
     from tests.netns.conftest import Attached
-    from tests.runner import Plugin
+from tests.runner import Plugin
 
 MAC = "02:00:00:00:01:01"
 OTHER = "02:00:00:00:01:02"
@@ -218,18 +220,15 @@ def test_the_pods_name_may_be_the_hosts(lab: Lab, attach: Callable[..., Attached
 
 
 def test_addresses_are_the_guests_unless_asked_for(lab: Lab, plugin: Plugin, tmp_path: Path) -> None:
-    delegate = tmp_path / "leaser"
-    answer = (
-        '{"cniVersion":"1.1.0","ips":[{"address":"10.6.0.5/24","gateway":"10.6.0.1"},{"address":"fd06::5/64"}],'
-        '"routes":[{"dst":"10.7.0.0/16"},{"dst":"10.8.0.0/16","gw":"10.6.0.9","priority":77}]}'
-    )
-    delegate.write_text(f"#!/bin/sh\ncat >/dev/null\n[ $CNI_COMMAND = ADD ] && echo '{answer}'\nexit 0\n")
-    delegate.chmod(0o755)
-    leasing = replace(plugin, cni_path=str(tmp_path))
+    ipam = FakeIpam(tmp_path / "ipam")
+    by_ipam = [{"dst": "10.7.0.0/16"}, {"dst": "10.8.0.0/16", "gw": "10.6.0.9", "priority": 77}]
+    ips = [{"address": "10.6.0.5/24", "gateway": "10.6.0.1"}, {"address": "fd06::5/64"}]
+    ipam.write(answer={"cniVersion": "1.1.0", "ips": ips, "routes": by_ipam})
+    leasing = replace(plugin, cni_path=str(ipam.folder))
 
     def show(addressing: str, container: str, source: str) -> tuple[str, str]:
         pod = lab.pod()
-        fields = config(source=source, addressing=addressing, ipam={"type": "leaser"})
+        fields = config(source=source, addressing=addressing, ipam=ipam.config)
         result = leasing("ADD", fields, netns=pod, container=container).ok()
         assert [ip["address"] for ip in result["ips"]] == ["10.6.0.5/24", "fd06::5/64"]
         leasing("CHECK", fields | {"prevResult": result}, netns=pod, container=container).ok()

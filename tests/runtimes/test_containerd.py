@@ -14,7 +14,7 @@ import pytest
 from lab.proto import cri_pb2 as api
 from lab.runtimes.containerd import SANDBOX
 from lab.runtimes.cri import Container, CriError, Pod
-from tests.faults.baseline import Leaser
+from tests.fakeipam import GATE, FakeIpam
 from tests.runtimes.conftest import WIRE
 from tests.waiting import until
 
@@ -75,30 +75,30 @@ def test_pods_outlive_a_killed_containerd(node: Node) -> None:
 
 def test_an_add_whose_containerd_was_killed_is_undone(node: Node) -> None:
     """Nobody is there to take its result. The DEL that comes with containerd's return finds nothing to do."""
-    leaser = Leaser(node.folder / "leaser")
-    (node.plugins / "leaser").symlink_to(leaser.folder / "leaser")
-    leaser.behave("gate")
-    gate = leaser.folder / "gate"
+    ipam = FakeIpam(node.folder / "ipam")
+    (node.plugins / "fake").symlink_to(ipam.folder / "fake")
+    ipam.write(ADD=GATE)
+    gate = ipam.seen / "gate"
     os.mkfifo(gate)
-    node.network("20-wire", WIRE | {"ipam": leaser.ipam})
+    node.network("20-wire", WIRE | {"ipam": ipam.config})
     with node.containerd() as containerd, ThreadPoolExecutor(1) as thread:
         before = node.traces()
         pod = thread.submit(containerd.cri.run_pod, "pod")
-        until(lambda: leaser.leases() != set(), "the delegate was not run")
+        until(lambda: ipam.leases() != set(), "the delegate was not run")
         containerd.kill()
         with pytest.raises(CriError):
             pod.result()
         with gate.open("w") as answer:
             answer.write("go on\n")
-        until(lambda: not leaser.leases() and not node.records(), "the ADD is not undone")
-        leaser.behave("")
+        until(lambda: not ipam.leases() and not node.records(), "the ADD is not undone")
+        ipam.write()
         containerd.start()
         [(killed, ready)] = containerd.cri.pods().items()
         assert not ready
         again = containerd.cri.run_pod("pod", attempt=1)
         assert len(node.records()) == 1
         _at_once(containerd.cri.remove_pod, [killed, again.id])
-        assert not leaser.leases()
+        assert not ipam.leases()
         node.left(before)
 
 

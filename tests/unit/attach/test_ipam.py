@@ -12,6 +12,7 @@ import pytest
 from cni.attach.ipam import Delegate
 from cni.errors import CniError
 from cni.spec import DECODING_FAILURE, DELEGATE_FAILED, INVALID_ENVIRONMENT, INVALID_NETWORK_CONFIG
+from tests.fakeipam import FakeIpam
 from tests.hanging import deadline_after
 from tests.waiting import LIMIT
 
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
 @pytest.fixture
 def delegate(tmp_path: Path) -> Callable[..., Delegate]:
     """Makes a delegate of a shell script."""
+    fake = FakeIpam(tmp_path)
 
     def make(script: str, *, seconds: float = 20, config: bytes = b'{"name": "wire"}') -> Delegate:
-        program = tmp_path / "fake"
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
+        fake.script(script)
         env = {
             "PATH": os.environ["PATH"],
             "CNI_PATH": f"/nowhere:{tmp_path}",
