@@ -38,7 +38,7 @@ cluster: ## a real Kubernetes of one node, and a shell on it with kubectl
 
 test-cluster: ## the tests that want that Kubernetes; the first time it is built, in ten minutes
 	@lab/setup cluster
-	@$(BIN)/python -m pytest tests/cluster tests/deploy/manifests $(T)
+	@$(BIN)/python -m pytest -n 2 tests/cluster tests/deploy/manifests $(T)
 
 lint: ## format what can be formatted, then say what is wrong
 	@lab/setup test

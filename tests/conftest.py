@@ -26,7 +26,7 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
-TOGETHER = ("tests/hw/", "tests/deploy/test_monitoring.py")
+TOGETHER = ("tests/hw/", "tests/cluster/", "tests/deploy/test_monitoring.py")
 """What has one process for all of its tests, because it shares what takes long to start."""
 
 
@@ -48,9 +48,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return scheduling
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Guests come first, so that the last tests of a run are short and all workers end together."""
-    items.sort(key=lambda item: item.get_closest_marker("vm") is None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers begin with guests, so that the last tests of a run are short and all workers end together."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("vm") is None)
 
 
 @pytest.fixture
