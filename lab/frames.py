@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lab.process import PATIENCE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -80,7 +82,7 @@ def collect(
     *,
     until: str | None = None,
     enough: Callable[[dict[str, list[Frame]]], bool] = lambda _: True,
-    timeout: float = 30,
+    timeout: float = PATIENCE,
     header: int = VNET_HEADER,
 ) -> dict[str, list[Frame]]:
     """The frames that arrive on each port: a tap fd (int, with a vnet header) or a packet socket (without one).

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
 
 from lab.assets import guest as assets
-from lab.process import Closing, LabError
+from lab.process import PATIENCE, Closing, LabError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LAUNCHER = Path(sys.executable).with_name("vmtap-launch")
-BOOT_DEADLINE = 240.0
-"""Seconds. A boot takes three or four, but ten guests may boot at once on two processors."""
-ANSWER_DEADLINE = 60.0
 _LOG_TAIL = 1500
 
 
@@ -116,11 +113,11 @@ class Conversation(Closing):
         self._ready: Future[None] = Future()
         self._waiting: dict[str, Future[Answer]] = {}
 
-    def ready(self, timeout: float = BOOT_DEADLINE) -> None:
+    def ready(self, timeout: float = PATIENCE) -> None:
         """Waits until the guest takes commands."""
         self._result(self._ready, timeout, "boot")
 
-    def ask(self, command: str, timeout: float = ANSWER_DEADLINE) -> Callable[[], Answer]:
+    def ask(self, command: str, timeout: float = PATIENCE) -> Callable[[], Answer]:
         """Sends a shell command and returns a function that waits for its answer. Commands run side by side."""
         number = str(next(self._numbers))
         answer: Future[Answer] = Future()
@@ -131,7 +128,7 @@ class Conversation(Closing):
         self._send(f"{number} {command}\n")
         return partial(self._result, answer, timeout, f"answer {command!r}")
 
-    def run(self, command: str, timeout: float = ANSWER_DEADLINE) -> Answer:
+    def run(self, command: str, timeout: float = PATIENCE) -> Answer:
         """Sends a shell command and waits for the answer."""
         return self.ask(command, timeout)()
 
@@ -142,9 +139,9 @@ class Conversation(Closing):
             raise GuestError(f"{command!r} in the guest: status {answer.status}: {answer.output.strip()}")
         return answer.output
 
-    def ping(self, address: str, *, wait: int = 20) -> bool:
+    def ping(self, address: str, *, wait: int = PATIENCE) -> bool:
         """Whether an echo request is answered within `wait` seconds; QEMU may have to wait for a processor."""
-        return self.run(f"ping -c 1 -W {wait} {address}", wait + ANSWER_DEADLINE).status == 0
+        return self.run(f"ping -c 1 -W {wait} {address}", wait + PATIENCE).status == 0
 
     def _listen(self, commands: IO[str], answers: IO[str]) -> None:
         self._commands = commands
@@ -239,7 +236,7 @@ class Guest(Conversation):
         assert self.process.stdout is not None
         self._listen(self.process.stdin, self.process.stdout)
 
-    def power_off(self, timeout: float = ANSWER_DEADLINE) -> int:
+    def power_off(self, timeout: float = PATIENCE) -> int:
         """Powers the guest off from inside and returns QEMU's exit status. Raises GuestError after the timeout."""
         self._send("0 poweroff -f\n")
         try:

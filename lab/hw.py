@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab.assets import hardware
 from lab.assets.cache import CACHE, CHECKOUT
-from lab.process import Closing, LabError
+from lab.process import PATIENCE, Closing, LabError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,9 +31,9 @@ NICS = {"pf0": "52:54:00:00:01:00", "pf1": "52:54:00:00:02:00"}
 """The MACs of the PFs. The PF driver chooses those of the VFs."""
 WIRES = {"wire0": "52:54:00:00:01:01", "wire1": "52:54:00:00:02:01"}
 """The NICs at the other end of each PF's wire, in the same order."""
-BOOT_DEADLINE = 180.0
+BOOT_DEADLINE = 2 * PATIENCE
 """Seconds. A boot takes ten on an idle machine."""
-TEST_DEADLINE = 120.0
+TEST_DEADLINE = 3 * PATIENCE
 _LOG_TAIL = 3000
 _MARK = "vmtap_tests="
 _PORT = "vport*p1"

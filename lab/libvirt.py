@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.guest import Conversation
-from lab.process import Closing, LabError, run
+from lab.process import PATIENCE, Closing, LabError, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,6 @@ QEMU_USER = 107
 """uid and gid of KubeVirt's qemu user."""
 _INSIDE = Path("/mnt")
 """The path of a daemon's folder inside its pod; equal in all pods, so that a migrated domain finds its files."""
-_VIRSH_SECONDS = 120
 _TAIL = 2000
 
 _POD = """
@@ -171,7 +170,7 @@ class Daemon(Closing):
     def virsh(self, *words: str) -> str:
         """Runs virsh and returns its output. Raises LabError with the daemon's log if it fails."""
         try:
-            return run(["virsh", "-q", "-c", self.uri, *words], timeout=_VIRSH_SECONDS).stdout
+            return run(["virsh", "-q", "-c", self.uri, *words], timeout=PATIENCE).stdout
         except LabError as error:
             raise LabError(f"{error}{self.tail()}") from error
 

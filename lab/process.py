@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Word = str | os.PathLike[str]
 """A word of a command line."""
-PATIENCE = 180.0
+PATIENCE = 300
 """Seconds to wait for what usually takes one."""
 _TAIL = 3000
 
@@ -58,7 +58,7 @@ def run(
     stdin: str = "",
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    timeout: float | None = 30,
+    timeout: float | None = PATIENCE,
     in_our_group: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end with its output captured.

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lab.process import Closing, LabError, run
+from lab.process import PATIENCE, Closing, LabError, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,7 +48,6 @@ BRIDGE_UPLINK = "eth2"
 """The node's second NIC: the bridge's port to the switch."""
 PEER_ADDRESS = "10.77.0.254/24"
 
-_CARRIER_DEADLINE = 30.0
 _CLONE_FS = 0x200
 _CLONE_NEWNET = 0x40000000
 _ETHTOOL_GLINK = 0x0A
@@ -107,7 +106,7 @@ class Netns(Closing):
 
     def wait_until_up(self, *names: str) -> None:
         """Waits until each of the links exists and has a carrier, which the kernel notes a moment after `set up`."""
-        until = time.monotonic() + _CARRIER_DEADLINE
+        until = time.monotonic() + PATIENCE
         with self.call(_link_events) as events:
             while True:
                 _note_carriers(events, names)
@@ -119,9 +118,7 @@ class Netns(Closing):
                 try:
                     events.recv(1 << 16)
                 except TimeoutError as error:
-                    raise LabError(
-                        f"no carrier on {', '.join(late)} within {_CARRIER_DEADLINE:g} s"
-                    ) from error
+                    raise LabError(f"no carrier on {', '.join(late)} within {PATIENCE:g} s") from error
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:  # the socket's buffer has overflowed, so look again
                         raise

@@ -10,14 +10,16 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lab.process import PATIENCE
+
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 
-LIMIT = 180
-"""Seconds."""
+LIMIT = PATIENCE
+"""Seconds; the lab's own."""
 _LOOK_SECONDS = 0.02
 _SHOWN = 10
 

@@ -23,6 +23,7 @@ from cni.agent.deviceplugin import v1beta1_pb2 as api  # sets gRPC's log level, 
 import grpc
 
 from cni.agent.deviceplugin import v1beta1_pb2_grpc as services
+from lab.process import PATIENCE
 from lab.proto import podresources_pb2 as pods
 from lab.proto import podresources_pb2_grpc as pods_services
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 FOLDER = Path("/var/lib/kubelet/device-plugins")
 """The folder of a real kubelet."""
 SOCKET = "kubelet.sock"
-_SECONDS = 30.0
-"""The deadline of what takes milliseconds."""
 _OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
@@ -124,7 +123,7 @@ class Kubelet:
     def stop(self) -> None:
         """Ends as a kubelet does: removes its own sockets, keeps those of the plugins, and forgets the plugins."""
         for server, threads in self._servers:
-            server.stop(None).wait(_SECONDS)
+            server.stop(None).wait(PATIENCE)
             threads.shutdown()  # a registration in progress must not reach the next kubelet
         self._servers = []
         with self._changed:
@@ -147,7 +146,7 @@ class Kubelet:
             return bool(plugin and plugin.devices is not None and self._counts[resource] >= times)
 
         with self._changed:
-            if not self._changed.wait_for(listed, _SECONDS):
+            if not self._changed.wait_for(listed, PATIENCE):
                 raise AssertionError(
                     f"{resource} was not registered: {self._counts}, refused: {self.refused}"
                 )
@@ -156,7 +155,7 @@ class Kubelet:
     def wait_devices(self, resource: str, wanted: Callable[[dict[str, Device]], bool]) -> dict[str, Device]:
         """Waits until wanted(devices of the resource) is true, and returns the devices."""
         with self._changed:
-            if not self._changed.wait_for(lambda: wanted(self._devices(resource)), _SECONDS):
+            if not self._changed.wait_for(lambda: wanted(self._devices(resource)), PATIENCE):
                 raise AssertionError(
                     f"the devices of {resource} are not as wanted: {self._devices(resource)}"
                 )
@@ -192,7 +191,7 @@ class Kubelet:
         """Calls the plugin's Allocate for these devices and records the claim. Raises PluginError."""
         request = api.AllocateRequest(container_requests=[api.ContainerAllocateRequest(devices_ids=ids)])
         try:
-            answer: api.AllocateResponse = self._plugin(resource).stub.Allocate(request, timeout=_SECONDS)
+            answer: api.AllocateResponse = self._plugin(resource).stub.Allocate(request, timeout=PATIENCE)
         except grpc.RpcError as error:
             raise PluginError(error.code().name, error.details()) from error
         (response,) = answer.container_responses
@@ -232,7 +231,7 @@ class Kubelet:
             ]
         )
         answer: api.PreferredAllocationResponse = self._plugin(resource).stub.GetPreferredAllocation(
-            request, timeout=_SECONDS
+            request, timeout=PATIENCE
         )
         return list(answer.container_responses[0].deviceIDs)
 
@@ -299,7 +298,7 @@ def _hang_up(plugin: _Plugin) -> None:
         plugin.stream.cancel()
     plugin.channel.close()
     if plugin.thread and plugin.thread.ident:
-        plugin.thread.join(_SECONDS)
+        plugin.thread.join(PATIENCE)
 
 
 def _server(path: Path) -> tuple[grpc.Server, ThreadPoolExecutor]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from lab.process import Closing, LabError, wait_for
+from lab.process import PATIENCE, Closing, LabError, wait_for
 from lab.proto import cri_pb2 as api
 from lab.proto import cri_pb2_grpc
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-DEADLINE = 60.0
-"""Seconds that a call may take."""
 _NAMESPACES = api.NamespaceOption(pid=api.CONTAINER)
 """A kubelet's default: each container has its own pid namespace, and the pod's network."""
 
@@ -199,6 +197,6 @@ class Cri(Closing):
 
     def _call(self, method: str, request: Any, service: Any = None) -> Any:
         try:
-            return getattr(service or self._runtime, method)(request, timeout=DEADLINE)
+            return getattr(service or self._runtime, method)(request, timeout=PATIENCE)
         except grpc.RpcError as error:
             raise CriError(f"{method}: {error.details()}") from error

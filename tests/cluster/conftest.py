@@ -14,7 +14,7 @@ from lab.kubernetes import multus
 from lab.kubernetes.cluster import NETCONF, NODE, PLUGINS, Cluster
 from lab.process import LabError
 from lab.wire import NIC, Lab
-from tests.waiting import until_as_before
+from tests.waiting import LIMIT, until_as_before
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,6 @@ RUN = Path("/run/vmtap")
 RESOURCES = "macvtap.network.kubevirt.io"
 CAPACITY = 40
 """Of the interface dataplane; narrow has 1."""
-PATIENCE = 180.0
 _NETWORKS = {"apiVersion": "k8s.cni.cncf.io/v1", "kind": "NetworkAttachmentDefinition"}
 
 
@@ -48,7 +47,7 @@ class Release:
         """Or change what is installed; returns when the agent is ready."""
         self.values |= values
         chart = ["vmtap", str(CHART), "--namespace", NAMESPACE, "--create-namespace", "--values", "-"]
-        patience = ["--wait", f"--timeout={PATIENCE:g}s"]
+        patience = ["--wait", f"--timeout={LIMIT}s"]
         try:
             self.cluster.run(
                 ["helm", "upgrade", "--install", *chart, *patience], stdin=json.dumps(self.values)
@@ -59,7 +58,7 @@ class Release:
 
     def wait(self) -> None:
         """Until what was installed last is what runs."""
-        self.kubectl("rollout", "status", "daemonset/vmtap", f"--timeout={PATIENCE:g}s")
+        self.kubectl("rollout", "status", "daemonset/vmtap", f"--timeout={LIMIT}s")
 
     def upgrade(self) -> None:
         """To another version: the same image by another name."""
@@ -80,7 +79,7 @@ class Release:
         except LabError as error:
             said = self.kubectl("logs", "-l", "job-name=vmtap-uninstall", check=False)
             raise LabError(f"{error}\n{self.cluster.story()}\nThe job said: {said}") from error
-        self.cluster.kubectl("delete", "namespace", NAMESPACE, f"--timeout={PATIENCE:g}s")
+        self.cluster.kubectl("delete", "namespace", NAMESPACE, f"--timeout={LIMIT}s")
 
     def kubectl(self, *words: str, check: bool = True) -> str:
         return self.cluster.kubectl("-n", NAMESPACE, *words, check=check)

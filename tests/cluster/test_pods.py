@@ -16,6 +16,7 @@ from lab.assets import guest, images
 from lab.runtimes import image
 from tests.cluster.conftest import CAPACITY, RESOURCES, pod
 from tests.runtimes.test_vm import InPod
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from tests.cluster.conftest import Release
@@ -38,7 +39,7 @@ def test_a_pod_gets_its_link_and_its_device(release: Release) -> None:
     assert (int(index), owner, device) == (record["ifindex"], "107:107 660", f"/dev/tap{index}")
     assert int(index) in {deviceid.ifindex("dataplane", number) for number in range(CAPACITY)}
     release.cluster.kubectl("exec", "one", "--", "/bin/busybox", "sh", "-euc", f"exec 3<>/dev/tap{index}")
-    release.cluster.kubectl("delete", "pod", "one", "--timeout=180s")
+    release.cluster.kubectl("delete", "pod", "one", f"--timeout={LIMIT}s")
     release.left(before)
 
 
@@ -54,9 +55,9 @@ def test_one_more_than_there_are_stays_pending_and_says_why(release: Release) ->
     [second] = cluster.get("pods", "--field-selector=metadata.name=second")["items"]
     assert second["status"]["phase"] == "Pending"
     assert f"Insufficient {RESOURCES}/narrow" in json.dumps(second["status"]["conditions"])
-    cluster.kubectl("delete", "pod", "first", "--timeout=180s")
+    cluster.kubectl("delete", "pod", "first", f"--timeout={LIMIT}s")
     cluster.wait("pod/second", "condition=Ready")
-    cluster.kubectl("delete", "pod", "second", "--timeout=180s")
+    cluster.kubectl("delete", "pod", "second", f"--timeout={LIMIT}s")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release, shared: Path,
         assert guest.ping(PEER)
         cluster.lab.peer.run([image.BUSYBOX, "ping", "-c", "1", "-W", "20", ADDRESS])
         _unprivileged(release)
-    cluster.kubectl("delete", "pod", name, "--timeout=180s")
+    cluster.kubectl("delete", "pod", name, f"--timeout={LIMIT}s")
     release.left(before)
     release.install(broker={"enabled": False})
 

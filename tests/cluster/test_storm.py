@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from tests.cluster.conftest import CAPACITY, network, pod
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
     from lab.kubernetes.cluster import Cluster
@@ -37,7 +37,7 @@ def test_an_upgrade_fails_no_pods_add_or_del(release: Release) -> None:
         upgraded.result()
     for name in _staying(cluster):
         cluster.wait(f"pod/{name}", "condition=Ready")
-    cluster.kubectl("delete", "pod", "--all", "--timeout=180s")
+    cluster.kubectl("delete", "pod", "--all", f"--timeout={LIMIT}s")
     release.left(before)
     assert started > 3  # it was no upgrade of a moment
     events = cluster.get("events")["items"]
@@ -87,7 +87,7 @@ def test_thirty_pods_while_agent_kubelet_and_containerd_come_and_go(release: Rel
     assert len({record["mac"] for record in records}) == 2 * PODS
     with ThreadPoolExecutor(1) as threads:
         gone = threads.submit(
-            cluster.kubectl, "delete", "pod", "-l", "of=storm", "--timeout=300s", timeout=310
+            cluster.kubectl, "delete", "pod", "-l", "of=storm", f"--timeout={LIMIT}s", timeout=2 * LIMIT
         )
         release.restart()
         _trouble(release)
@@ -97,8 +97,8 @@ def test_thirty_pods_while_agent_kubelet_and_containerd_come_and_go(release: Rel
 
 
 def _wait_pods(release: Release, condition: str) -> None:
-    words = ("wait", "pod", "-l", "of=storm", f"--for={condition}", "--timeout=300s")
-    release.cluster.kubectl(*words, timeout=310)
+    words = ("wait", "pod", "-l", "of=storm", f"--for={condition}", f"--timeout={LIMIT}s")
+    release.cluster.kubectl(*words, timeout=2 * LIMIT)
 
 
 def _trouble(release: Release) -> None:

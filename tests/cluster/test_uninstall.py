@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from tests.cluster.conftest import CAPACITY, NAMESPACE, pod
-from tests.waiting import until_as_before
+from tests.waiting import LIMIT, until_as_before
 
 if TYPE_CHECKING:
     from tests.cluster.conftest import Release
@@ -19,9 +19,9 @@ def test_uninstall_waits_for_the_last_pod_and_leaves_nothing(release: Release) -
     cluster.wait("pod/last", "condition=Ready")
     with ThreadPoolExecutor(1) as threads:
         uninstalled = threads.submit(release.uninstall)
-        cluster.kubectl("-n", NAMESPACE, "wait", "daemonset/vmtap", "--for=delete", "--timeout=180s")
-        cluster.kubectl("-n", NAMESPACE, "wait", "job/vmtap-uninstall", "--for=create", "--timeout=180s")
+        cluster.kubectl("-n", NAMESPACE, "wait", "daemonset/vmtap", "--for=delete", f"--timeout={LIMIT}s")
+        cluster.kubectl("-n", NAMESPACE, "wait", "job/vmtap-uninstall", "--for=create", f"--timeout={LIMIT}s")
         assert len(release.records()) == 1
-        cluster.kubectl("delete", "pod", "last", "--timeout=180s")
+        cluster.kubectl("delete", "pod", "last", f"--timeout={LIMIT}s")
         uninstalled.result()
     until_as_before(release.node, release.before)
