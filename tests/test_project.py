@@ -30,6 +30,10 @@ SCRIPTS = [
     in (b"#!/bin/sh", b"#!/usr/bin/env bash", b"#!/bin/bash")
 ]
 
+PAGES = subprocess.run(
+    ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout.splitlines()
+
 HEAVY = {
     "argparse",
     "asyncio",
@@ -120,3 +124,25 @@ def test_the_image_has_what_was_tested() -> None:
         wanted = tomllib.load(file)["project"]["dependencies"]
     names = {pin.partition("==")[0] for pin in image}
     assert {re.split("[<>=]", each)[0] for each in wanted} <= names
+
+
+def test_relative_links_lead_to_files() -> None:
+    missing = [
+        f"{page}: {link}"
+        for page in PAGES
+        for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", (ROOT / page).read_text())
+        if not (ROOT / page).parent.joinpath(link).exists()
+    ]
+    assert missing == []
+
+
+def test_prose_has_at_most_120_columns() -> None:
+    """Tables, images and code blocks may be wider."""
+    wide = []
+    for page in PAGES:
+        code = False
+        for number, line in enumerate((ROOT / page).read_text().splitlines(), 1):
+            code ^= line.lstrip().startswith("```")
+            if len(line) > 120 and not code and not line.startswith(("|", "!")):
+                wide.append(f"{page}:{number}")
+    assert wide == []
