@@ -19,6 +19,7 @@ from cni.config.netconf import MAX_BYTES
 from cni.config.policy import load as load_policy
 from cni.errors import CniError
 from cni.spec import INVALID_ENVIRONMENT, IO_FAILURE, TRY_AGAIN_LATER, VERSIONS
+from cni.state import folder
 from cni.state.store import Store
 
 TYPE_CHECKING = False
@@ -44,7 +45,7 @@ def main() -> int:
             f"CNI protocol versions supported: {', '.join(VERSIONS)}"
         )
         return 0
-    store = Store(env.get("VMTAP_STATE") or "/run/vmtap", lambda text: _say(f"{name}: {text}"))
+    store = Store(folder.named(env) or folder.DEFAULT, lambda text: _say(f"{name}: {text}"))
     policy = partial(load_policy, env.get("VMTAP_POLICY") or "/etc/vmtap/interfaces.yaml")
     request = Request(env=env, stdin=b"", called_as="macvtap" if name == "macvtap" else "vmtap")
     try:

@@ -47,9 +47,9 @@ class Cnitool(Closing):
             "NETCONFPATH": str(netconf),
             "CNI_PATH": f"{Path(sys.executable).parent}:{clients}",
             "VMTAP_POLICY": str(policy),
-            "VMTAP_STATE": str(self._files / "state"),
+            "VMTAP_RUN": str(self._files / "state"),
         }
-        """The environment of every call. The launcher needs VMTAP_STATE, too."""
+        """The environment of every call. The launcher needs VMTAP_RUN, too."""
 
     def __call__(
         self, command: str, network: str, netns: Path, ifname: str = "net1", *, check: bool = True

@@ -117,7 +117,7 @@ class Plugin:
             "CNI_IFNAME": ifname,
             "CNI_ARGS": args,
             "CNI_PATH": self.cni_path,
-            "VMTAP_STATE": str(self.state),
+            "VMTAP_RUN": str(self.state),
             "VMTAP_POLICY": str(self.policy),
             **self.env,
         }

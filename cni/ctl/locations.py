@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cni.agent import settings
 from cni.config import schema
 from cni.errors import CniError
+from cni.state import folder
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def load(*, run: str | None, policy: str | None, file: str | None) -> Settings:
     except CniError as error:
         agent, fault = schema.defaults(schema.load("agent")), error
     return Settings(
-        run=run or os.environ.get("VMTAP_STATE") or agent["run"],
+        run=run or folder.named(os.environ) or agent["run"],
         policy=policy or os.environ.get("VMTAP_POLICY") or agent["policy"],
         metrics=os.environ.get("VMTAP_METRICS", agent["metrics"]),
         device_plugin=bool(agent.get("device_plugin")),  # not there: it stands in, and is off

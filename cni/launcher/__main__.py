@@ -21,6 +21,7 @@ from cni.errors import CniError
 from cni.kernel import netns, tapdev
 from cni.launcher import NO_VHOST, NOT_PERMITTED, QEMU_NOT_EXECUTABLE, QEMU_NOT_FOUND, privilege, qemu
 from cni.launcher.privilege import User
+from cni.state import folder
 from cni.state.store import in_netns
 
 TYPE_CHECKING = False
@@ -330,7 +331,7 @@ def _local(options: argparse.Namespace, env: Mapping[str, str]) -> tuple[Attachm
 
 
 def _state(env: Mapping[str, str]) -> str:
-    return env.get("VMTAP_STATE") or "/run/vmtap"
+    return folder.named(env) or folder.DEFAULT
 
 
 def _supervise(

@@ -341,6 +341,8 @@ int main(int argc, char **argv)
     char agent[PATH_MAX], path[PATH_MAX];
     signal(SIGPIPE, SIG_IGN); /* a closed stdout must be an error of write(2), upon which an ADD is undone */
     if (!folder || !*folder)
+        folder = getenv("VMTAP_STATE"); /* a deprecated alias */
+    if (!folder || !*folder)
         folder = VMTAP_RUN;
     if (getenv("CNI_COMMAND"))
         command = getenv("CNI_COMMAND");

@@ -267,7 +267,7 @@ def contenders(agent: Agent, state: Path, floor: Floor, peer: Path | None) -> di
     made = BENCH.get()
     bridge = {"interface": "wire", "device": "macvtap", "mode": "bridge", "type": "vmtap"}
     shim = {"VMTAP_RUN": str(agent.run)}
-    one_shot = {"VMTAP_STATE": str(state), "VMTAP_POLICY": str(state / "none.yaml")}
+    one_shot = {"VMTAP_RUN": str(state), "VMTAP_POLICY": str(state / "none.yaml")}
     source = {"source": NIC, "device": "macvtap", "mode": "bridge", "type": "vmtap"}
     macvlan = {"type": "macvlan", "master": NIC, "mode": "bridge"}
     every = [

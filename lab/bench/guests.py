@@ -73,7 +73,7 @@ def throughput(
     lab.node.ip(f"address add 10.77.0.253/24 dev {NIC}")  # connections of user networking begin on the node
     for plugin, place in attached:
         plugin.call(spawner, "ADD", [place])
-    env = {"VMTAP_STATE": str(agent.run), "VMTAP_RUN": str(agent.run)}
+    env = {"VMTAP_RUN": str(agent.run)}
     progress("three guests boot")
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(Image())

@@ -202,7 +202,7 @@ def launches(spawner: Spawner, contender: Contender, agent: Agent, pod: Netns, c
     with tempfile.TemporaryDirectory(prefix=f"vmtap-bench-{os.getpid()}-", dir="/run") as folder:
         Path(folder).chmod(0o755)  # for the launcher's unprivileged user
         program = shutil.copy(BENCH.get() / "moment", folder)
-        env = {"PATH": os.environ["PATH"], "VMTAP_STATE": str(agent.run), "VMTAP_RUN": str(agent.run)}
+        env = {"PATH": os.environ["PATH"], "VMTAP_RUN": str(agent.run)}
         job = Job([str(BIN / "vmtap-launch"), "--netns", str(pod.path), "--", program], env)
         for _ in range(count):
             (outcome,) = spawner.run([job])

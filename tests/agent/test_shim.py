@@ -370,6 +370,15 @@ def test_any_request_without_an_agent_under_the_sanitizers(
         assert isinstance(json.loads(done.stdout), dict)
 
 
+@pytest.mark.parametrize("names", [["VMTAP_RUN"], ["VMTAP_STATE"], ["VMTAP_STATE", "VMTAP_RUN"]])
+def test_the_folder_has_one_name_and_an_alias(echo: Path, tmp_path: Path, names: list[str]) -> None:
+    """Of two variables, VMTAP_RUN counts."""
+    env = dict.fromkeys(names[:-1], str(tmp_path)) | {names[-1]: str(echo)}
+    env |= {"CNI_COMMAND": "STATUS", "VMTAP_WAIT": "0"}
+    done = subprocess.run([SHIM], input=b"asked", env=env, capture_output=True, timeout=LIMIT, check=False)
+    assert (done.returncode, done.stdout) == (0, b"asked"), done.stderr.decode()
+
+
 @pytest.mark.parametrize("command", ["ADD", "DEL", "VERSION"])
 @pytest.mark.parametrize("there", [True, False])
 def test_valgrind_finds_nothing(echo: Path, tmp_path: Path, command: str, there: bool) -> None:

@@ -159,7 +159,7 @@ def test_gc_knows_no_list(client: Client, pod: Netns) -> None:
     client.network({"type": "vmtap", "source": NIC, "ipam": HOST_LOCAL})
     client.add(pod)
     (cached,) = [path for path in client.left() if "results" in path]
-    os.unlink(client.cnitool.env["VMTAP_STATE"].removesuffix("state") + cached)
+    os.unlink(client.cnitool.env["VMTAP_RUN"].removesuffix("state") + cached)
     client("gc", pod)
     assert "net1" in pod.links()
     client("del", pod)
@@ -234,7 +234,7 @@ def test_tuning_and_the_launcher(client: Client, pod: Netns, fields: dict[str, A
     assert f"mac={MAC if macvtap else OUR_MAC},host_mtu=1400" in shown.stdout
     namespace = netns.open_path(str(pod.path))
     try:
-        (record,) = in_netns(client.cnitool.env["VMTAP_STATE"], netns.identity(namespace))
+        (record,) = in_netns(client.cnitool.env["VMTAP_RUN"], netns.identity(namespace))
         for fd in tapdev.open_queues(namespace, tapdev.tuned(namespace, record), 1):
             os.close(fd)
     finally:

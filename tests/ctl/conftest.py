@@ -42,7 +42,7 @@ class Ctl:
     def env(self, **more: str) -> dict[str, str]:
         return {
             "PATH": os.environ["PATH"],
-            "VMTAP_STATE": str(self.plugin.state),
+            "VMTAP_RUN": str(self.plugin.state),
             "VMTAP_POLICY": str(self.plugin.policy),
             **more,
         }

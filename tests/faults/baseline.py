@@ -56,7 +56,7 @@ def links(pod: Netns) -> dict[str, dict[str, Any]]:
 def processes(state: Path) -> list[int]:
     """Processes that were started for this state folder: the plugin's, and its delegates', which inherit it."""
     found = []
-    mark = f"VMTAP_STATE={state}\0".encode()
+    mark = f"VMTAP_RUN={state}\0".encode()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if mark in (entry / "environ").read_bytes():

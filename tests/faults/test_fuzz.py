@@ -235,7 +235,7 @@ ODD: dict[str, tuple[bytes | None, dict[str, str]]] = {
     "long netns": (None, {"CNI_NETNS": "x" * 5000}),
     "long id": (None, {"CNI_CONTAINERID": "c" * 100_000}),
     "long args": (None, {"CNI_ARGS": "K8S_POD_NAME=" + "p" * 100_000}),
-    "impossible state": (None, {"VMTAP_STATE": "/proc/self/nothing"}),
+    "impossible state": (None, {"VMTAP_RUN": "/proc/self/nothing"}),
     "policy is a folder": (None, {"VMTAP_POLICY": "/"}),
     "policy is a device": (None, {"VMTAP_POLICY": "/dev/zero"}),
     "no UTF-8 mode": (None, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),

@@ -122,9 +122,7 @@ def test_the_environment_is_the_requests(
         "CNI_CONTAINERID": "wrong",
         "CNI_ARGS": "MAC=wrong",
     }
-    for name, value in (
-        other | {"CNI_PATH": "/wrong", "CNI_NETNS": "/wrong", "VMTAP_STATE": "/wrong"}
-    ).items():
+    for name, value in (other | {"CNI_PATH": "/wrong", "CNI_NETNS": "/wrong", "VMTAP_RUN": "/wrong"}).items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
     handle("ADD", config(source=NIC, ipam=IPAM), netns=pod).ok()

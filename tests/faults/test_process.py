@@ -218,7 +218,7 @@ def test_stdin_that_is_too_long(plugin: Plugin, pod: Netns, baseline: Baseline) 
 @pytest.mark.parametrize("given", [None, ""])
 def test_an_empty_setting_is_none(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
     """An empty state folder would be the machine's root, and its dev the machine's /dev."""
-    for name in ("VMTAP_STATE", "VMTAP_POLICY"):
+    for name in ("VMTAP_RUN", "VMTAP_STATE", "VMTAP_POLICY"):
         monkeypatch.delenv(name, raising=False)
         if given is not None:
             monkeypatch.setenv(name, given)

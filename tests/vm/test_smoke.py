@@ -40,7 +40,7 @@ def _attach(plugin: Plugin, pod: Netns, ifname: str = "net1", **fields: Any) -> 
 
 
 def _guest(plugin: Plugin, image: Image, pod: Netns, nics: list[Nic], *options: str, **more: Any) -> Guest:
-    env = {**os.environ, "VMTAP_STATE": str(plugin.state)}
+    env = {**os.environ, "VMTAP_RUN": str(plugin.state)}
     return Guest(image, pod.path, nics, env=env, launch_options=options, **more)
 
 

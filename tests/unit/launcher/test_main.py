@@ -47,7 +47,7 @@ def own_netns() -> tuple[int, int]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VMTAP_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("VMTAP_RUN", str(tmp_path / "state"))
     return tmp_path / "state"
 
 

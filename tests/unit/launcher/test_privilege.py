@@ -81,7 +81,7 @@ def test_numbers_are_taken_as_they_are(uid: int, gid: int) -> None:
 
 def test_environment_keeps_what_a_program_needs_and_nothing_of_cni() -> None:
     kept = {"PATH": "/bin", "TERM": "xterm", "LANG": "C", "LC_ALL": "C", "TZ": "UTC", "TMPDIR": "/scratch"}
-    lost = {"CNI_ARGS": "x", "VMTAP_STATE": "/s", "HOME": "/root", "LD_PRELOAD": "x.so", "KUBECONFIG": "/k"}
+    lost = {"CNI_ARGS": "x", "VMTAP_RUN": "/s", "HOME": "/root", "LD_PRELOAD": "x.so", "KUBECONFIG": "/k"}
     assert privilege.environment(kept | lost) == kept
 
 
