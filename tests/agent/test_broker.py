@@ -242,8 +242,8 @@ def test_refused_a_second_holder_while_the_first_lives(agent: Agent, lab: Lab) -
     with asking(agent, pod) as second:
         with asking(agent, pod) as first:
             assert first.ask()[0]["fds"] == 1
-            refused(second.ask(), spec.DEVICE_BUSY, "held by a process that lives")
-            refused(first.ask(), spec.DEVICE_BUSY, "held by a process that lives")  # more fds, more queues
+            refused(second.ask(), spec.DEVICE_BUSY, "held by a running process")
+            refused(first.ask(), spec.DEVICE_BUSY, "held by a running process")  # more fds, more queues
             assert second.ask(shared=True)[0]["fds"] == 1
         refused(once(agent, pod), spec.DEVICE_BUSY, "held")  # the sharer lives
     assert isinstance(once(agent, pod), list)
@@ -525,7 +525,7 @@ def test_exit_codes_of_the_launcher(agent: Agent, lab: Lab) -> None:
     fails(os.EX_USAGE, "leave --netns out", "--netns", "/proc/self/ns/net", "--shared")
     with asking(agent, pod) as client:
         client.ask()
-        fails(os.EX_TEMPFAIL, "held by a process that lives")
+        fails(os.EX_TEMPFAIL, "held by a running process")
         assert launch(agent, pod, "--shared", *sh).returncode == 9
     assert launch(agent, pod, "--user", "107:107", *sh).returncode == 9
     agent.end()

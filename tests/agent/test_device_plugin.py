@@ -146,11 +146,11 @@ def test_by_configuration_a_cdi_name_and_no_mount(node: Node) -> None:
     ("id", "why"),
     [
         ("dataMvp3", "beyond the capacity"),
-        ("twoMvp0", "no device of"),
-        ("dataMvp01", "no device of"),
-        ("dataMvp4096", "no device of"),
-        ("data", "no device of"),
-        ("", "no device of"),
+        ("twoMvp0", "is not a device of"),
+        ("dataMvp01", "is not a device of"),
+        ("dataMvp4096", "is not a device of"),
+        ("data", "is not a device of"),
+        ("", "is not a device of"),
     ],
 )
 def test_an_id_that_is_none_is_refused_by_name(running: Node, id: str, why: str) -> None:
@@ -248,7 +248,7 @@ def test_without_a_kubelet_the_agent_does_the_rest_and_says_so_once(node: Node) 
     node.kubelet.start()  # makes the folders above, too
     node.kubelet.wait_resource(DATA)
     assert node.agent.end() == 0
-    said = [line for line in node.agent.log if line["msg"].startswith("there is no kubelet")]
+    said = [line for line in node.agent.log if line["msg"].startswith("no kubelet socket yet")]
     assert len(said) == 1
     assert said[0]["socket"] == str(node.kubelet.folder / SOCKET)
 
@@ -450,7 +450,7 @@ def test_a_variable_that_is_not_understood_keeps_the_agent_from_starting(node: N
 
 AS_GOOD_AS_A_BOND = """
 from cni.agent.deviceplugin import devices
-devices._OVER += ("ifb",)
+devices._STACKED_KINDS += ("ifb",)
 """
 """The lab's kernel has neither bonds nor VLANs: in these agents an ifb stands in for one."""
 
