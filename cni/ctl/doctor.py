@@ -13,14 +13,11 @@ import os
 import socket
 import stat
 import struct
-from dataclasses import dataclass
 
 from cni.config import policy
-from cni.ctl import inventory, kubelet, reflection, self_test, virtual_functions
+from cni.ctl import device_findings, kubelet, reflection, self_test, snapshot
+from cni.ctl.finding import Finding
 from cni.errors import CniError
-from cni.kernel import ethtool
-from cni.kernel.rtnl import ARPHRD_ETHER, Rtnl
-from cni.lower import offload
 from cni.state import lock
 
 TYPE_CHECKING = False
@@ -28,11 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cni.config.policy import Policy
-    from cni.ctl.inventory import Attachment, Node, Source
     from cni.ctl.locations import Settings
-    from cni.kernel.rtnl import Link
 
-_MACVLAN_MODE_PASSTHRU = 8
 _SECONDS = 3.0
 _CAPABILITIES = {
     "CAP_CHOWN": 0,
@@ -51,30 +45,6 @@ _MODULES = {
     self_test.STEPS[4]: "boot Linux 5.2 or newer",
     self_test.STEPS[5]: "boot Linux 5.2 or newer",
 }
-_OFFLOADS = {
-    "tx-generic-segmentation": "gso",
-    "rx-checksum": "rx",
-}
-"""Kernel's name → ethtool -K's, of what a VM's throughput needs of any NIC."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """severity: "ok", "warning" or "error"; next_step is empty for the first only."""
-
-    check: str
-    severity: str
-    message: str
-    next_step: str = ""
-
-    def document(self) -> dict[str, str]:
-        """For programs."""
-        return {
-            "check": self.check,
-            "severity": self.severity,
-            "message": self.message,
-            "nextStep": self.next_step,
-        }
 
 
 def examine(settings: Settings) -> list[Finding]:
@@ -94,17 +64,17 @@ def examine(settings: Settings) -> list[Finding]:
     found += _agent(settings)
     found += _state(settings)
     try:
-        node = inventory.take(settings)
+        node = snapshot.take(settings)
     except CniError as error:
         found.append(
             Finding("attachments", "error", str(error), "mend what is said above of user and kernel")
         )
         return found
     for source in node.sources:
-        found += _source(node, source)
+        found += device_findings.source(node, source)
     found += [Finding(*each) for each in reflection.examine(settings.run, node)]
     found += [Finding("device plugin", *each) for each in kubelet.examine(settings)]
-    found += _attachments(node)
+    found += device_findings.attachments(node)
     return found
 
 
@@ -283,150 +253,6 @@ def _state(settings: Settings) -> Iterator[Finding]:
                 f"{path} is reserved for {id}, which has no record: an ADD was killed",
                 "GC of any vmtap network gives it back, and so does the agent",
             )
-
-
-def _source(node: Node, source: Source) -> Iterator[Finding]:
-    check = f"source {source.name}"
-    bad = list(_faults(node, source))
-    yield from (Finding(check, *fault) for fault in bad)
-    if not bad and source.link:
-        over = f" over {', '.join(source.nics)}" if source.nics not in ((), (source.name,)) else ""
-        room = [f"{e.name}: {node.count(e)} of {e.capacity} attached" for e in source.entries if e.capacity]
-        if source.most:
-            room.append(virtual_functions.summary(node, source))
-        yield Finding(check, "ok", "; ".join([f"{source.state}{over}, MTU {source.link.mtu}", *room]))
-
-
-def _faults(node: Node, source: Source) -> Iterator[tuple[str, str, str]]:
-    """(severity, what, next step)."""
-    link = source.link
-    for entry in source.entries:
-        if entry.functions and link:
-            yield from virtual_functions.faults(node, source, entry)
-        if entry.type == "vmdq" and link:
-            yield from _offload(node, source, entry.name)
-        if entry.capacity and node.count(entry) > entry.capacity:
-            yield (
-                "warning",
-                f"interface {entry.name} has {node.count(entry)} attachments, and a capacity of {entry.capacity}",
-                "raise the capacity, or move VMs to another node",
-            )
-    if link:
-        yield from _link_faults(node, source, link)
-    else:
-        yield (
-            "error",
-            "it is not on this node",
-            "plug it in, or correct source.dev in the policy (ip link lists what is there)",
-        )
-
-
-def _offload(node: Node, source: Source, name: str) -> Iterator[tuple[str, str, str]]:
-    if not ethtool.can(source.name, offload.FEATURE):
-        yield (
-            "error",
-            f"interface {name} is of type vmdq, and the NIC or its driver has no {offload.FEATURE}",
-            "make it of type ethernet",
-        )
-        return
-    wanted = sum(each.record.interface == name for each in node.attachments)
-    if (taken := offload.taken(source.name)) < wanted:
-        yield (
-            "warning",
-            f"the NIC sorts for {taken} of {wanted} attachments of {name}; for the others the kernel does, slower",
-            "look at its number of queues (ethtool -l), or attach fewer",
-        )
-
-
-def _link_faults(node: Node, source: Source, link: Link) -> Iterator[tuple[str, str, str]]:
-    name = source.name
-    if link.arphrd != ARPHRD_ETHER or link.kind == "macvtap":
-        yield (
-            "error",
-            "it is not an Ethernet device that can carry others",
-            "name a NIC, a bond, a VLAN or a bridge",
-        )
-    if source.state == "down":
-        yield "error", "it is down, and so is every VM's wire on it", f"ip link set {name} up"
-    elif source.state == "no carrier":
-        yield (
-            "warning",
-            "it has no carrier: no VM on it reaches anything",
-            "look at the cable, and at the switch's port",
-        )
-    if source.master:
-        yield (
-            "error",
-            f"it is a port of {source.master}, and a port takes no macvtap",
-            f"name {source.master} as the source, or take it out: ip link set {name} nomaster",
-        )
-    with Rtnl() as host:
-        takers = [
-            each.name
-            for each in host.links()
-            if each.lower == link.index and each.lower_nsid is None and each.mode == _MACVLAN_MODE_PASSTHRU
-        ]
-    if takers:
-        yield (
-            "error",
-            f"{takers[0]} has all of it (passthru)",
-            f"ip link delete {takers[0]}, or use another NIC",
-        )
-    small = [each for each in node.on(name) if each.link and each.link.mtu > link.mtu]
-    if small:
-        record = small[0].record
-        yield (
-            "error",
-            f"its MTU {link.mtu} is less than the {record.mtu} of {record.ifname} of {small[0].sandbox}",
-            f"ip link set {name} mtu {record.mtu}",
-        )
-    for nic in source.nics:
-        try:
-            offloads = ethtool.features(nic)
-        except OSError:  # a device that has none to speak of
-            continue
-        for feature, option in _OFFLOADS.items():
-            if offloads.get(feature) is False:
-                what = f"the offload {feature} of {nic} is off: VMs get less out of it"
-                yield "warning", what, f"ethtool -K {nic} {option} on"
-
-
-def _attachments(node: Node) -> Iterator[Finding]:
-    for path, why in node.unreadable.items():
-        yield Finding(
-            "attachments", "warning", f"{path}: {why}", "look at it, then remove it; DEL does not need it"
-        )
-    bad = [finding for each in node.attachments for finding in _attachment(each)]
-    yield from bad
-    if not bad:
-        yield Finding("attachments", "ok", f"{len(node.attachments)}, and each is as it should be")
-
-
-def _attachment(each: Attachment) -> Iterator[Finding]:
-    record = each.record
-    check = f"{each.sandbox} {record.ifname}"
-    if each.link and record.vf:
-        yield from (Finding(check, *found) for found in virtual_functions.changes(each))
-    if each.status in ("gone", "old"):
-        why = "its link is gone" if each.status == "gone" else "it is of an earlier boot"
-        yield Finding(
-            check,
-            "warning",
-            f"there is a record of it ({record.id}), but {why}",
-            "the agent ends it by itself; without one, DEL it, or GC its network",
-        )
-    elif each.status == "down":
-        inside = f"nsenter --net={record.netns} ip link set {record.ifname} up"
-        yield Finding(check, "error", "somebody has set its link down", inside)
-    holders = [holder for holder in each.holders if holder.queues]
-    if len(holders) > 1 or sum(holder.queues for holder in holders) > record.queues:
-        who = ", ".join(f"{holder.program} {holder.pid} ({holder.queues})" for holder in holders)
-        yield Finding(
-            check,
-            "warning",
-            f"queues: {record.queues}, and it is open in {who}: frames are shared out, and get lost",
-            "end the process that should not have it",
-        )
 
 
 def _filesystem(device: int) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cni
 from cni.agent.health import served
-from cni.ctl import inventory
+from cni.ctl import snapshot
 from cni.errors import CniError
 from cni.lower import offload
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
@@ -80,7 +80,7 @@ def uninstall(folder: str, run: str, cdi: str, *, state: bool, force: bool) -> I
 
 
 def _unused(run: str, *, state: bool) -> None:
-    if living := inventory.living(run):
+    if living := snapshot.living(run):
         pods = ", ".join(sorted({each.sandbox for each in living})[:5])
         raise CniError(
             TRY_AGAIN_LATER,

@@ -18,7 +18,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-from cni.ctl import inventory, lldp, self_test, sysfs
+from cni.ctl import lldp, self_test, snapshot, sysfs
 from cni.errors import CniError
 from cni.kernel import ipv6, macvtap, tapdev
 from cni.kernel.rtnl import ARPHRD_ETHER, IFF_LOWER_UP, IFF_UP, Rtnl, delete_link, mac_bytes
@@ -92,7 +92,7 @@ def run(source: str, folder: str, seconds: float) -> Probe:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     found = Probed(lower.name, reflects, why, now, changes, boot_id())
     probe_results.save(folder, found)
-    nics = inventory.uplinks(lower, by_index) if seconds else ()
+    nics = snapshot.uplinks(lower, by_index) if seconds else ()
     return Probe(found, seconds, *lldp.listen_for_evb(nics, seconds))
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from cni.ctl.doctor import Finding
+    from cni.ctl.finding import Finding
     from cni.ctl.inventory import Attachment, Node, Source, Traffic
     from cni.ctl.lldp import Evb
     from cni.ctl.probe import Probe

@@ -30,7 +30,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from cni.ctl import inventory, render
+from cni.ctl import render, snapshot
 from cni.ctl.execs import Execs
 from cni.kernel import netns
 from cni.kernel.rtnl import NETLINK_LISTEN_ALL_NSID, NETLINK_ROUTE, RTMGRP_LINK, SOL_NETLINK
@@ -98,7 +98,7 @@ def run(settings: Settings, *, as_json: bool) -> int:
         known: dict[str, Attachment] = {}
         first = True
         while True:
-            node = inventory.take(settings)
+            node = snapshot.take(settings)
             events = list(compare(known, node, first=first))
             known = _settled(known, node)
             news.follow(holder.pid for each in known.values() for holder in each.holders)

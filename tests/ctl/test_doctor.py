@@ -179,7 +179,7 @@ def test_a_bad_agents_file(good: Ctl, tmp_path: Path) -> None:
     (tmp_path / "agent.yaml").write_text("logLevel: loud\n")
     found = wrong(good, "--config", tmp_path / "agent.yaml")
     assert "logLevel" in found["agent's file"][1]
-    assert "going by its defaults" in good("list", "--config", tmp_path / "agent.yaml").stderr
+    assert "the defaults are used" in good("list", "--config", tmp_path / "agent.yaml").stderr
 
 
 def test_what_is_left_in_the_state_folder(good: Ctl, pod: Netns, lab: Lab) -> None:

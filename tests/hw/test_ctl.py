@@ -8,7 +8,7 @@ import pytest
 
 from cni.agent import metrics, node_metrics
 from cni.config.policy import load
-from cni.ctl import inventory, locations, render, virtual_functions
+from cni.ctl import locations, render, snapshot, virtual_functions
 from cni.state.store import Store
 from lab.process import run
 from tests.runner import config
@@ -31,7 +31,7 @@ def test_what_is_said_of_a_nic_and_its_functions(
     bare.make_vfs(2)
     plugin("ADD", config(interface="fast", mode="bridge", vlan=100), netns=pods()).ok()
 
-    taken = inventory.take(found)
+    taken = snapshot.take(found)
     pf0, pf1 = taken.sources
     (entry,) = pf0.entries
     assert [(each.number, each.pci, each.link, each.driver) for each in pf0.functions] == [

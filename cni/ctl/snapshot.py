@@ -1,0 +1,255 @@
+"""Takes the snapshot of a node: records, links, sysfs and /proc, looked at once. inventory.py has its shape.
+
+The record shows what ADD made, the kernel what is there now. Must not print, and must not change anything.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
+
+from cni.config import policy
+from cni.ctl import open_devices, sysfs
+from cni.ctl.inventory import IFF_LOWER_UP, Attachment, Node, Source, Traffic
+from cni.errors import CniError
+from cni.kernel import netns, vf
+from cni.kernel.rtnl import IFF_UP, Rtnl
+from cni.lower import vf_discovery
+from cni.spec import IO_FAILURE
+from cni.state import lock
+from cni.state.record import boot_id, decode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from cni.config.policy import Policy
+    from cni.ctl.lldp import Neighbour
+    from cni.ctl.locations import Settings
+    from cni.ctl.open_devices import Holder
+    from cni.ctl.sysfs import Sysfs
+    from cni.kernel.rtnl import Link
+    from cni.state.record import Record
+
+_DIRECTIONS = {"macvtap": ("rx", "tx"), "tap": ("tx", "rx")}
+"""Which counter of the link is towards the guest, and which is from it: a tap receives what the guest sends."""
+
+
+def take(settings: Settings, neighbours: Mapping[str, Neighbour] | None = None) -> Node:
+    """Look at everything once. neighbours: by NIC. Raises CniError if the state folder cannot be read."""
+    records, unreadable = read_records(settings.run)
+    try:
+        rules = policy.load(settings.policy)
+    except CniError:  # doctor's business
+        rules = None
+    with Rtnl() as host, sysfs.of() as own:
+        links = {link.name: link for link in host.links()}
+        attachments = _attachments(host, settings.run, records)
+        names = {dev: None for entry in rules.interfaces for dev in entry.sources} if rules else {}
+        names |= {each.record.source: None for each in attachments if each.record.source}
+        sources = tuple(_source(name, links, own, rules, neighbours or {}, host=host) for name in names)
+    return Node(
+        name=os.uname().nodename,
+        time=datetime.now().astimezone(),
+        sources=sources,
+        attachments=tuple(sorted(attachments, key=lambda a: (a.sandbox, a.record.ifname))),
+        unreadable=unreadable,
+    )
+
+
+def read_records(run: str) -> tuple[list[tuple[Record, datetime]], dict[str, str]]:
+    """Every record with the time of its file, and the files that are none. Raises CniError 5."""
+    folder = f"{run}/attachments"
+    found: list[tuple[Record, datetime]] = []
+    unreadable: dict[str, str] = {}
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:  # nothing was ever attached
+        names = []
+    except OSError as error:
+        raise CniError(IO_FAILURE, f"{folder} cannot be read: run vmtapctl as root", str(error)) from error
+    for name in names:
+        path = f"{folder}/{name}"
+        if name.endswith(".bad"):
+            unreadable[path] = "it was set aside"
+        if not name.endswith(".json"):
+            continue
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+                changed = os.fstat(file.fileno()).st_mtime
+            found.append((decode(name.removesuffix(".json"), data), datetime.fromtimestamp(changed, UTC)))
+        except FileNotFoundError:  # DEL was quicker
+            pass
+        except (OSError, ValueError) as error:
+            unreadable[path] = str(error)
+    return found, unreadable
+
+
+def living(run: str) -> list[Attachment]:
+    """Those whose link is there; no more than that is looked at. Raises CniError 5."""
+    with Rtnl() as host:
+        return [
+            Attachment(record, since, "there", link)
+            for record, since in read_records(run)[0]
+            if record.boot_id == boot_id() and (link := _link(host, record))
+        ]
+
+
+def _attachments(host: Rtnl, run: str, records: Iterable[tuple[Record, datetime]]) -> list[Attachment]:
+    made: list[Attachment] = []
+    macvtaps: dict[tuple[int, int], str] = {}
+    taps: dict[tuple[tuple[int, int], str], str] = {}
+    with ExitStack() as stack:
+        seen: dict[tuple[int, int], Sysfs | None] = {}
+        for record, since in records:
+            if record.boot_id != boot_id():
+                made.append(Attachment(record, since, "old"))
+                continue
+            link = _link(host, record)
+            if link is None:
+                made.append(Attachment(record, since, _unless_busy(run, record, "gone")))
+                continue
+            if record.netns_id not in seen:
+                namespace = open_netns(record)
+                if namespace is not None:
+                    stack.callback(os.close, namespace)
+                seen[record.netns_id] = (
+                    None if namespace is None else stack.enter_context(sysfs.of(namespace))
+                )
+            own = seen[record.netns_id]
+            device = _number(own, record) if own and record.device == "macvtap" else None
+            if device:
+                macvtaps[device] = record.id
+            elif record.device == "tap":
+                taps[record.netns_id, record.ifname] = record.id
+            towards, back = _DIRECTIONS[record.device]
+            made.append(
+                Attachment(
+                    record,
+                    since,
+                    "idle" if link.flags & IFF_UP else _unless_busy(run, record, "down"),
+                    link,
+                    device,
+                    to_guest=_traffic(own, record.ifname, towards),
+                    from_guest=_traffic(own, record.ifname, back),
+                )
+            )
+    held = open_devices.find(macvtaps, taps)
+    return [
+        _judged(
+            each, open_devices.with_given(f"{run}/holders/{each.record.id}", held.get(each.record.id, []))
+        )
+        for each in made
+    ]
+
+
+def _judged(each: Attachment, found: tuple[Holder, ...]) -> Attachment:
+    status = each.status
+    if each.link and status == "idle":
+        if each.record.device == "macvtap" and not each.link.flags & IFF_LOWER_UP:
+            status = "no carrier"  # a tap has one exactly while it is held
+        elif any(holder.queues for holder in found):
+            status = "in use"
+    return Attachment(**{**vars(each), "status": status, "holders": found})
+
+
+def _unless_busy(run: str, record: Record, status: str) -> str:
+    """The status, unless an ADD or DEL is at work on it at this moment."""
+    return "in progress" if lock.is_held(f"{run}/lock", record.id) else status
+
+
+def _link(host: Rtnl, record: Record) -> Link | None:
+    """The record's link, wherever its namespace is known from; proven by index and alias."""
+    try:
+        link = host.link(index=record.ifindex, nsid=record.nsid)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # that: no namespace has the id
+            raise
+        return None
+    return link if link and link.alias == record.alias else None
+
+
+def open_netns(record: Record) -> int | None:
+    """The record's namespace: by its path, or else by a process that is in it. The caller closes it."""
+    with suppress(CniError):
+        fd = netns.open_path(record.netns)
+        if netns.identity(fd) == record.netns_id:
+            return fd
+        os.close(fd)
+    for name in os.listdir("/proc"):
+        with suppress(OSError, CniError):
+            path = f"/proc/{name}/ns/net"
+            status = os.stat(path)
+            if name.isdecimal() and (status.st_dev, status.st_ino) == record.netns_id:
+                return netns.open_path(path)
+    return None
+
+
+def _number(own: Sysfs, record: Record) -> tuple[int, int] | None:
+    text = own.text(f"{record.ifname}/macvtap/tap{record.ifindex}/dev")
+    if text is None:
+        return None
+    major, _, minor = text.partition(":")
+    return int(major), int(minor)
+
+
+def _traffic(own: Sysfs | None, ifname: str, direction: str) -> Traffic | None:
+    if own is None:
+        return None
+    counts = [
+        own.number(f"{ifname}/statistics/{direction}_{what}") or 0 for what in ("packets", "bytes", "dropped")
+    ]
+    return Traffic(*counts)
+
+
+def _source(
+    name: str,
+    links: Mapping[str, Link],
+    own: Sysfs,
+    rules: Policy | None,
+    neighbours: Mapping[str, Neighbour],
+    *,
+    host: Rtnl,
+) -> Source:
+    link = links.get(name)
+    entries = tuple(entry for entry in rules.interfaces if name in entry.sources) if rules else ()
+    if link is None:
+        return Source(name, None, entries=entries)
+    by_index = {each.index: each for each in links.values()}
+    nics = uplinks(link, by_index)
+    speeds = [own.number(f"{nic}/speed") or 0 for nic in nics]
+    return Source(
+        name=name,
+        link=link,
+        master=by_index[link.master].name if link.master in by_index else None,
+        nics=nics,
+        speed=max((speed for speed in speeds if speed > 0), default=None),
+        driver=own.target(f"{nics[0]}/device/driver") if len(nics) == 1 else None,
+        entries=entries,
+        neighbours=tuple(neighbours[nic] for nic in nics if nic in neighbours),
+        functions=tuple(vf_discovery.functions(name, own.path)),
+        most=(most := vf_discovery.most(name, own.path)),
+        switch_mode=_switch_mode(host, link) if most else None,
+    )
+
+
+def _switch_mode(host: Rtnl, pf: Link) -> str | None:
+    number = vf.switch_mode(host, pf.index)
+    return next((name for name, mode in vf.SWITCH_MODES.items() if mode == number), None)
+
+
+def uplinks(link: Link, by_index: Mapping[int, Link]) -> tuple[str, ...]:
+    """What link sends by, all the way down; the ports that lead to attachments are left out."""
+    ports = [
+        each
+        for each in by_index.values()
+        if each.master == link.index and not each.alias.startswith("vmtap/")
+    ]
+    if not ports and link.kind in ("vlan", "macvlan"):
+        ports = [each for each in by_index.values() if each.index == link.lower]
+    if not ports:
+        return () if link.kind == "bridge" else (link.name,)
+    return tuple(dict.fromkeys(nic for port in ports for nic in uplinks(port, by_index)))
