@@ -1,5 +1,5 @@
-"""vmtapctl, the operator's command: what is attached on this node, to what, for whom, and what is wrong.
+"""vmtapctl, the operator's command: the attachments of this node, their devices, pods and VMs, and their faults.
 
-Looks and never changes: nothing here writes state, opens a queue of an attachment, or needs the agent. The only
-importer of rich and argcomplete.
+Nothing here opens a queue of an attachment or needs the agent. Only install, uninstall and probe change anything. The
+only importer of rich and argcomplete.
 """

@@ -19,7 +19,7 @@ _OFFLOADS = {
     "tx-generic-segmentation": "gso",
     "rx-checksum": "rx",
 }
-"""Kernel's name → ethtool -K's, of what a VM's throughput needs of any NIC."""
+"""The offloads that a VM's throughput needs: the kernel's name → the name that ethtool -K takes."""
 
 
 def source(node: Node, source: Source) -> Iterator[Finding]:
@@ -35,7 +35,7 @@ def source(node: Node, source: Source) -> Iterator[Finding]:
 
 
 def _faults(node: Node, source: Source) -> Iterator[tuple[str, str, str]]:
-    """(severity, what, next step)."""
+    """Each as (severity, message, next step)."""
     link = source.link
     for entry in source.entries:
         if entry.functions and link:

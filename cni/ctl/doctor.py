@@ -1,4 +1,4 @@
-"""What is wrong on this node: each finding with its severity and its next step. docs/vmtapctl.md lists them.
+"""vmtapctl doctor: checks of the node, each with a severity and a next step. docs/vmtapctl.md lists them.
 
 "error": an ADD, or a VM, fails or will. "warning": it works, and somebody should look. Must change nothing: to
 try something it makes namespaces of its own (self_test.py). Connecting to the agent's socket starts it where systemd
@@ -37,7 +37,7 @@ _CAPABILITIES = {
     "CAP_SYS_ADMIN": 21,
     "CAP_MKNOD": 27,
 }
-"""What the agent has to have (linux/capability.h); deploy/systemd/vmtapd.service says what for."""
+"""The capabilities that the agent needs (linux/capability.h). deploy/systemd/vmtapd.service has the reasons."""
 _MODULES = {
     self_test.STEPS[1]: "modprobe tun; where that fails, boot a kernel with CONFIG_TUN",
     self_test.STEPS[2]: "modprobe macvtap; where that fails, boot a kernel with CONFIG_MACVTAP",
@@ -48,7 +48,7 @@ _MODULES = {
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Everything, in the order of what depends on what."""
+    """Run all checks, each after those that it depends on. Stops where the next ones cannot work."""
     found = [*_user()]
     if found[-1].severity == "error":
         return found
@@ -119,7 +119,7 @@ def _vhost() -> Iterator[Finding]:
 
 
 def _knows(device: str) -> bool:
-    """Does the kernel have that device, loaded (/proc/misc), and we run where not all devices are shown?"""
+    """Whether the kernel has that misc device loaded (/proc/misc): a container's /dev may not show it."""
     with open("/proc/misc", encoding="ascii") as file:
         known = any(line.split()[1:] == [device] for line in file)
     return known and not os.path.exists(f"/dev/{device}")
@@ -256,7 +256,7 @@ def _state(settings: Settings) -> Iterator[Finding]:
 
 
 def _filesystem(device: int) -> str | None:
-    """The kind of the file system of that st_dev; None if no mount of this namespace has it."""
+    """The type of the file system of that st_dev; None if no mount of this mount namespace has it."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
         for line in file:

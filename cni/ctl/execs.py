@@ -1,7 +1,7 @@
-"""News of programs that start, from the kernel (linux/cn_proc.h): which of them begins with a VM's device in hand?
+"""Events of programs that start, from the process connector (linux/cn_proc.h): which has a VM's device open?
 
-Nothing else says that a macvtap was opened. A launcher opens the device and becomes QEMU, so it is looked at when
-a process has executed a program. The kernel tells it in the first network namespace only.
+The kernel has no event for the opening of a macvtap. A launcher opens the device and then executes QEMU, so a process
+is examined when it has executed a program. The kernel sends these events in the first network namespace only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CN_MSG = struct.Struct("=IIIIHHI")
 
 
 class Execs:
-    """Readable (fileno) when a program has started. Raises OSError where the kernel does not tell."""
+    """Its fd is readable when a program has started. Raises OSError if the kernel has no process connector here."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(
@@ -47,7 +47,7 @@ class Execs:
         self._socket.close()
 
     def relevant(self) -> bool:
-        """Whether one of those that have started since has the device of a tap or macvtap open."""
+        """Whether a program that has started since the last call has the device of a tap or macvtap open."""
         found = False
         while True:
             try:

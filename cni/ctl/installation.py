@@ -1,4 +1,4 @@
-"""The shim in a container runtime's CNI folder: put there, and taken away again; with it, if wanted, the node's state.
+"""Installs the shim in a container runtime's CNI folder, and removes it, with the node's state if wanted.
 
 A runtime may execute the file at any moment, also while it is replaced: it finds the old one or the new one, whole.
 What is not the shim is never removed, whatever its name. Must not end what is attached.
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 NAMES = ("vmtap", "macvtap")
-"""What a network config may call the plugin by: its own name, and that of kubevirt/macvtap-cni's."""
+"""The names by which a network config may call the plugin: its own, and that of kubevirt/macvtap-cni."""
 _SHIM = Path(cni.__file__).with_name("shim") / "vmtap"
 _MARK = b"a CNI plugin that puts a VM on a NIC"
-"""In every shim (cni/shim/vmtap.c), of whatever version."""
+"""A byte string that every version of the shim contains (cni/shim/vmtap.c)."""
 _LARGEST = 1 << 22
 _PREFIX = ".vmtap-shim-"
-"""Of a file that is not whole yet: no runtime looks for such a name, and nobody else makes one."""
+"""The suffix of a file that is being written. No runtime looks for such a name."""
 
 
 def install(folder: str, names: Sequence[str]) -> Iterator[str]:
-    """The shim in that folder, under each of the names; what was done, a line each. Raises CniError 5, OSError."""
+    """Install the shim in the folder under each of the names. Yields a line for each step. CniError 5, OSError."""
     try:
         shim = _SHIM.read_bytes()
     except FileNotFoundError as error:
@@ -53,7 +53,7 @@ def install(folder: str, names: Sequence[str]) -> Iterator[str]:
 
 
 def uninstall(folder: str, run: str, cdi: str, *, state: bool, force: bool) -> Iterator[str]:
-    """No shim under our names, and no state if that is wanted, too; what was done, a line each.
+    """Remove the shim under its names, and the state if wanted. Yields a line for each step.
 
     Unless force: raises CniError 11 while a pod is attached, which could not be deleted without the shim; and while an
     agent runs whose state is to go.
@@ -93,7 +93,7 @@ def _unused(run: str, *, state: bool) -> None:
 
 
 def _shim(path: str) -> bytes | None:
-    """What is in the file, if it is a shim."""
+    """The content of the file, if it is a shim."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:  # it is not there; a link (the plugin without an agent, say), a socket …
@@ -107,7 +107,7 @@ def _shim(path: str) -> bytes | None:
 
 
 def _write(folder: str, path: str, content: bytes) -> None:
-    """The file, whole, on the disk, and only then under its name."""
+    """Write the file completely, to the disk, before it gets its name."""
     fd, part = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
     try:
         with open(fd, "wb") as file:

@@ -29,7 +29,7 @@ _LAUNCHER_POD = re.compile(r"virt-launcher-(.+)-[a-z0-9]{5}")
 
 @dataclass(frozen=True)
 class Pod:
-    """As the runtime named it in CNI_ARGS."""
+    """The pod, from the runtime's CNI_ARGS."""
 
     namespace: str
     name: str
@@ -38,7 +38,7 @@ class Pod:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of the link, since it was made."""
+    """Counters of a link in one direction, since it was made."""
 
     packets: int
     bytes: int
@@ -47,7 +47,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Attachment:
-    """A record, and what the kernel says of it now.
+    """A record, and the state of its link now.
 
     status: "in use" or "idle" (does a process hold the device?); "no carrier" (of the source), "down", "gone"
     (the link is not there any more), "old" (a record of an earlier boot), "in progress" (an ADD or DEL is at work).
@@ -64,7 +64,7 @@ class Attachment:
 
     @property
     def pod(self) -> Pod | None:
-        """None where no Kubernetes runtime made it."""
+        """The pod; None if the runtime is not Kubernetes'."""
         words = dict(part.partition("=")[::2] for part in self.record.args.split(";"))
         if "K8S_POD_NAME" not in words:
             return None
@@ -72,12 +72,12 @@ class Attachment:
 
     @property
     def sandbox(self) -> str:
-        """The pod for a person: namespace/name, or else the beginning of the container's id."""
+        """The pod as namespace/name, or else the first characters of the container's id."""
         return f"{self.pod.namespace}/{self.pod.name}" if self.pod else self.record.container_id[:12]
 
     @property
     def vm(self) -> str | None:
-        """The VM's name: QEMU's, or else the one in the name of a KubeVirt launcher's pod."""
+        """The VM's name: QEMU's -name, or else the one in the name of a KubeVirt launcher's pod; None without one."""
         for holder in self.holders:
             if holder.vm:
                 return holder.vm
@@ -93,24 +93,24 @@ class Attachment:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """The guest's, as IPAM leased them."""
+        """The addresses that IPAM leased for the guest."""
         return tuple(str(ip["address"]) for ip in self.record.ips)
 
     @property
     def function(self) -> str | None:
-        """The virtual function that carries it."""
+        """The virtual function that carries the attachment, as "VF 3"; None without one."""
         return f"VF {self.record.vf.number}" if self.record.vf else None
 
     @property
     def vlan(self) -> int | None:
-        """What its frames are tagged with on the wire."""
+        """The VLAN id of its frames on the wire; None if they have no tag."""
         if self.record.vlan:
             return self.record.vlan.id
         tag = self.record.vf.made.vlan if self.record.vf else None
         return (tag and tag[0]) or None
 
     def document(self) -> dict[str, Any]:
-        """For programs."""
+        """The JSON document."""
         record, pod = self.record, self.pod
         return {
             "id": record.id,
@@ -145,7 +145,7 @@ class Attachment:
 
 @dataclass(frozen=True)
 class Source:
-    """A device that attachments sit on, or that the policy names. link: None if it is not there.
+    """A source device of attachments or of the policy. link: None if it does not exist.
 
     nics: what it sends by: the ports of a bridge or bond, the device under a VLAN; else itself.
     """
@@ -155,16 +155,16 @@ class Source:
     master: str | None = None
     nics: tuple[str, ...] = ()
     speed: int | None = None
-    """Mb/s."""
+    """In Mb/s; None if the NIC reports none."""
     driver: str | None = None
     entries: tuple[policy.Interface, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
     functions: tuple[vf_discovery.Function, ...] = ()
-    """Its VFs."""
+    """Its virtual functions."""
     most: int = 0
     """How many VFs it could have; 0 if it is no PF."""
     switch_mode: str | None = None
-    """The embedded switch's, "bridge" or "vepa"; None where the NIC has none, or its driver does not say."""
+    """The mode of the embedded switch, "bridge" or "vepa"; None if there is none, or its driver does not report it."""
 
     @property
     def state(self) -> str:
@@ -176,7 +176,7 @@ class Source:
         return "up" if self.link.flags & IFF_LOWER_UP else "no carrier"
 
     def document(self) -> dict[str, Any]:
-        """For programs."""
+        """The JSON document."""
         return {
             "name": self.name,
             "state": self.state,
@@ -207,7 +207,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Node:
-    """The snapshot. unreadable: path → what is wrong with that record."""
+    """The snapshot of a node. unreadable: path of a record → why it cannot be read."""
 
     name: str
     time: datetime
@@ -216,15 +216,15 @@ class Node:
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
     def on(self, source: str | None) -> list[Attachment]:
-        """The attachments of that source; of none: plain taps."""
+        """The attachments on that source; None: the plain taps."""
         return [each for each in self.attachments if each.record.source == source]
 
     def count(self, entry: policy.Interface) -> int:
-        """How many were granted by that entry of the policy."""
+        """How many attachments that entry of the policy has granted."""
         return sum(each.record.interface == entry.name for each in self.attachments)
 
     def document(self) -> dict[str, Any]:
-        """For programs."""
+        """The JSON document."""
         return {
             "node": self.name,
             "time": self.time.isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""What a kubelet was offered by this node's agent, for doctor: asked of the two themselves. Must change nothing."""
+"""For doctor: what the agent offers to the kubelet, by the agent's metrics and the kubelet's sockets. Only reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAMPLE = re.compile(
 
 
 def examine(settings: Settings) -> Iterator[tuple[str, str, str]]:
-    """(severity, what, next step), as a doctor's finding has them; nothing where no device plugin is wanted."""
+    """Each finding as (severity, message, next step); none if the device plugin is off."""
     if not settings.device_plugin:
         return
     path = f"{settings.kubelet}/kubelet.sock"
@@ -37,7 +37,7 @@ def examine(settings: Settings) -> Iterator[tuple[str, str, str]]:
         try:
             text = _metrics(settings.metrics)
         except (OSError, http.client.HTTPException):
-            return  # what is said of the agent says why
+            return  # the check of the agent reports the reason
         yield from _resources(text)
 
 

@@ -1,4 +1,4 @@
-"""Is a network config, a policy or an agent's file right? Said before a node meets it.
+"""Checks network configs, policies and agent's files before a node uses them.
 
 Applies what the plugin applies, but for who owns the file: in a checkout that is its author. Must not look at this
 node.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TYPES = ("vmtap", "macvtap")
 _NEXT = re.compile(r"; (?=[^ ;]+: )")
-"""Between the faults in an error's details (schema.explain): each begins with the path of its field."""
+"""Separates the faults in an error's details (schema.explain); each begins with the path of its field."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Verdict:
     faults: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
-        """For programs."""
+        """The JSON document."""
         return {"file": self.file, "kind": self.kind, "ok": not self.faults, "faults": list(self.faults)}
 
 
@@ -58,7 +58,7 @@ def check(file: str, rules: Policy | None = None) -> Verdict:
 
 
 def read_policy(file: str) -> Policy:
-    """The policy in a file of anybody's. Raises CniError 7, OSError."""
+    """The policy in a file, whoever owns it. Raises CniError 7, OSError."""
     with open(file, "rb") as opened:
         return policy.of(file, nodefile.parse(file, opened.read(), schema.load("policy")))
 
@@ -75,7 +75,7 @@ def _network(text: bytes, rules: Policy | None) -> None:
 
 
 def _ours(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The configs as a runtime hands them over: those of a list get the list's name and version."""
+    """The configs as a runtime passes them: those of a list get the list's name and version."""
     if "plugins" not in document:
         plugins = [document]
     else:
@@ -85,7 +85,7 @@ def _ours(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _node(file: str, text: bytes) -> str:
-    """What kind of file it is, which is in its keys. Raises CniError."""
+    """The kind of the file, which its keys show. Raises CniError."""
     document = nodefile.parse(file, text, {"type": ["object", "null"]})
     if document.keys() & schema.load("agent")["properties"].keys():
         nodefile.parse(file, text, schema.load("agent"))

@@ -39,7 +39,7 @@ _MAC_SUBTYPE = {_CHASSIS: 4, _PORT: 3}
 
 @dataclass(frozen=True)
 class Neighbour:
-    """The other end of a cable. port: what the switch calls it; its description where it is called by a MAC only."""
+    """The switch port at the other end of a cable. port: its name, or its description if its name is only a MAC."""
 
     system: str
     port: str
@@ -47,7 +47,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Evb:
-    """What a switch announces of reflective relay at its port: the EVB TLV, IEEE 802.1Q-2014, D.2.12.
+    """What a switch announces about reflective relay at its port: the EVB TLV, IEEE 802.1Q-2014, D.2.12.
 
     capable (RRCAP): it can; on (RRCTR): it does. The rest is what it last heard from this node's own LLDP agent:
     requested (RRREQ), and status (RRSTAT), whether the node takes it to be on; None if unknown.
@@ -60,7 +60,7 @@ class Evb:
 
 
 def known() -> dict[str, Neighbour]:
-    """What lldpd knows, by NIC; nothing where it is not installed or does not run."""
+    """The neighbours that lldpd knows, by NIC; {} if it is not installed or not running."""
     program = shutil.which("lldpcli")
     if program is None:
         return {}
@@ -74,7 +74,7 @@ def known() -> dict[str, Neighbour]:
 
 
 def of_lldpcli(document: Any) -> Iterator[tuple[str, Neighbour]]:
-    """Its json0: every element is a list, whether or not there can be several."""
+    """Parse lldpcli's json0 format, in which every element is a list."""
     for interface in document["lldp"][0].get("interface", ()):
         chassis, port = interface["chassis"][0], interface["port"][0]
         system = (chassis.get("name") or chassis["id"])[0]["value"]
@@ -83,7 +83,7 @@ def of_lldpcli(document: Any) -> Iterator[tuple[str, Neighbour]]:
 
 
 def listen(nics: Iterable[str], seconds: float) -> dict[str, Neighbour]:
-    """What is announced to these NICs of the calling thread's namespace, until each has heard or the time is over.
+    """Listen on these NICs of the calling thread's namespace until each has a neighbour, or the time is over.
 
     Raises OSError: PermissionError without CAP_NET_RAW.
     """
@@ -99,7 +99,7 @@ def listen(nics: Iterable[str], seconds: float) -> dict[str, Neighbour]:
 
 
 def listen_for_evb(nics: Iterable[str], seconds: float) -> tuple[dict[str, Neighbour], dict[str, Evb]]:
-    """The same, until each has heard of reflective relay: a switch may announce that apart from itself."""
+    """Listen until each NIC has an EVB TLV, which a switch may send in a frame of its own, or the time is over."""
     heard: dict[str, Neighbour] = {}
     evbs: dict[str, Evb] = {}
     wanted = set(nics)
@@ -115,7 +115,7 @@ def listen_for_evb(nics: Iterable[str], seconds: float) -> tuple[dict[str, Neigh
 
 
 def _frames(nics: Iterable[str], seconds: float) -> Generator[tuple[str, bytes], None, None]:
-    """(NIC, LLDP frame) as they arrive, until the time is over. Raises OSError."""
+    """Yield (NIC, LLDP frame) as they arrive, until the time is over. Raises OSError."""
     until = time.monotonic() + seconds
     with ExitStack() as stack:
         poll = select.poll()
@@ -136,7 +136,7 @@ def _frames(nics: Iterable[str], seconds: float) -> Generator[tuple[str, bytes],
                 try:
                     frame, address = opened.recvfrom(2048)
                 except OSError as error:
-                    if error.errno != errno.ENETDOWN:  # said once; it may come up
+                    if error.errno != errno.ENETDOWN:  # reported once; the NIC may come up
                         raise
                     continue
                 if address[2] != socket.PACKET_OUTGOING:
@@ -144,7 +144,7 @@ def _frames(nics: Iterable[str], seconds: float) -> Generator[tuple[str, bytes],
 
 
 def parse(frame: bytes) -> Neighbour | None:
-    """Who sent an LLDP frame; None if it is none."""
+    """The sender of an LLDP frame; None if the frame is not LLDP."""
     found: dict[int, bytes] = {}
     for kind, value in _tlvs(frame):
         found.setdefault(kind, value)
@@ -158,7 +158,7 @@ def parse(frame: bytes) -> Neighbour | None:
 
 
 def parse_evb(frame: bytes) -> Evb | None:
-    """What an LLDP frame says of reflective relay; None if it has no EVB TLV."""
+    """The EVB TLV of an LLDP frame; None if it has none."""
     for kind, value in _tlvs(frame):
         if kind == _ORGANIZATION and value.startswith(_EVB) and len(value) >= len(_EVB) + 2:
             bridge, station = value[len(_EVB) : len(_EVB) + 2]
@@ -172,7 +172,7 @@ def parse_evb(frame: bytes) -> Evb | None:
 
 
 def _tlvs(frame: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, value) of each that is whole, up to the end of the LLDPDU."""
+    """(type, value) of each complete TLV, up to the end of the LLDPDU."""
     at = 14
     while at + 2 <= len(frame):
         (head,) = struct.unpack_from("!H", frame, at)
@@ -188,5 +188,5 @@ def _identifier(kind: int, value: bytes) -> str:
 
 
 def _text(value: bytes) -> str:
-    """What a stranger sent: without anything that a terminal could obey."""
+    """Text from the wire, without characters that control a terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in value.decode(errors="replace"))

@@ -1,4 +1,4 @@
-"""Where this node keeps what the commands look at: flags, then the plugin's variables, then the agent's file."""
+"""The node's folders, files and addresses: from flags, else the plugin's variables, else the agent's file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cni.state import folder
 
 @dataclass(frozen=True)
 class Settings:
-    """fault: what is wrong with the agent's file; its defaults stand in for it then."""
+    """fault: why the agent's file is refused; the defaults are used then."""
 
     run: str
     policy: str
@@ -22,12 +22,12 @@ class Settings:
     kubelet: str
     cdi: str
     broker: bool
-    """Whether launchers are to have fds of the agent; without, it opens no device."""
+    """Whether containers get the broker's socket; without it, the agent opens no device."""
     fault: CniError | None = None
 
 
 def load(*, run: str | None, policy: str | None, file: str | None) -> Settings:
-    """Never fails on a bad agent's file: that is when somebody comes to look."""
+    """The locations. A bad agent's file is no error: the commands must work then, too."""
     fault = None
     try:
         agent = vars(settings.load(["--config", file] if file else []))

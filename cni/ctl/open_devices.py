@@ -1,12 +1,12 @@
-"""Which processes hold which attachments' devices open, proven, whatever namespaces they are in.
+"""Which processes have which attachments' devices open, in whatever namespaces they are.
 
-A device node's path says nothing (the launcher opens one that no path leads to), and neither does its number
-alone: a number is given out again when its link is gone, while the old fd still shows it. So each candidate fd is
-borrowed (pidfd_getfd(2): the same open file, no further queue) and asked itself:
+The path of a device node proves nothing: the launcher opens one that has no path. Its number alone proves nothing
+either: the kernel reuses it when its link is gone, while an old fd still shows it. So each candidate fd is duplicated
+by pidfd_getfd(2), which makes no further queue, and examined:
 
-- a macvtap's has the link's device number, and TUNGETIFF answers for it: ENOLINK if its link is gone. No two
-  live links have one number.
-- a tap's says which interface of which network namespace it belongs to (TUNGETIFF, TUNGETDEVNETNS).
+- A macvtap's fd has the link's device number, and TUNGETIFF succeeds on it (ENOLINK: its link is gone). No two live
+  links have one number.
+- A tap's fd reports its interface and its network namespace (TUNGETIFF, TUNGETDEVNETNS).
 
 Must not open a device.
 """
@@ -42,7 +42,7 @@ _NO_FILES = ("socket:", "pipe:", "anon_inode:")
 
 @dataclass(frozen=True)
 class Holder:
-    """A process. vm: the name that QEMU was given, if it was. queues: how many fds of the device it has open.
+    """A process. vm: QEMU's -name, if it has one. queues: how many fds of the device it has open.
 
     broker: whether the agent gave them to it; if it has closed them all, the agent still counts it.
     """
@@ -56,7 +56,7 @@ class Holder:
 
 
 def find(macvtaps: Mapping[Device, str], taps: Mapping[Tap, str]) -> dict[str, list[Holder]]:
-    """The holders of each, by what the mappings call it: macvtaps by major:minor, taps by namespace and name."""
+    """The holders by attachment id. macvtaps: (major, minor) → id; taps: (namespace identity, name) → id."""
     found: dict[str, list[Holder]] = {}
     if not macvtaps and not taps:
         return found
@@ -89,7 +89,7 @@ def _macvtap_major() -> int | None:
 
 
 def with_given(path: str, found: list[Holder]) -> tuple[Holder, ...]:
-    """The holders, together with what the agent's broker has noted in the file (cni/agent/holders.py)."""
+    """The holders, and those that the agent's broker has recorded in the file (agent/holders.py)."""
     try:
         with open(path, "rb") as file:
             boot, given = json.loads(file.read())
@@ -105,13 +105,13 @@ def with_given(path: str, found: list[Holder]) -> tuple[Holder, ...]:
 
 
 def _start(pid: int) -> int:
-    """When the process began, in clock ticks since boot: proc(5), stat's 22nd field."""
+    """The start time of the process, in clock ticks since boot (proc(5), field 22 of stat)."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         return int(file.read().rpartition(b")")[2].split()[19])
 
 
 def _held(pid: int, macvtaps: Mapping[Device, str], taps: Mapping[Tap, str]) -> Iterator[str]:
-    """What each fd of the process holds."""
+    """The device behind each fd of the process."""
     folder = f"/proc/{pid}/fd"
     for number in os.listdir(folder):
         with suppress(OSError):
@@ -164,7 +164,7 @@ def _holder(pid: int, queues: int) -> Holder:
 
 
 def _vm_name(words: list[str]) -> str | None:
-    """-name NAME, or -name guest=NAME,… as libvirt writes it."""
+    """The name in QEMU's -name NAME, or in -name guest=NAME,… of libvirt; None without it."""
     for option, value in pairwise(words):
         if option in ("-name", "--name"):
             named = [part.removeprefix("guest=") for part in value.split(",") if part.startswith("guest=")]

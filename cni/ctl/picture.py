@@ -1,4 +1,4 @@
-"""A picture of the node for a ticket: switch port → NIC → attachment → pod → VM, as one SVG file of its own.
+"""A picture of the node for a ticket: switch port → NIC → attachment → pod → VM, as one SVG file.
 
 No scripts, no fonts, no references: it opens anywhere. Colour repeats what a box says in words. Must not look
 anything up.
@@ -43,7 +43,7 @@ _STYLE = (
 
 @dataclass
 class _Box:
-    """y: its middle. to: the boxes to its left that it hangs on."""
+    """A box. y: its middle. to: the boxes on its left that it is connected to."""
 
     title: str
     subtitle: str
@@ -89,7 +89,7 @@ def draw(node: Node) -> str:
 
 
 def _columns(node: Node) -> dict[str, list[_Box]]:
-    """Every box, by column; the y of a box is the middle of what hangs on it, as far as there is room."""
+    """The boxes by column. A box is at the middle of the boxes connected to it, as far as there is room."""
     attached: list[tuple[Attachment, _Box]] = []
     nics: list[_Box] = []
     switches: dict[str, list[_Box]] = {}
@@ -183,7 +183,7 @@ def _middle(boxes: Iterable[_Box]) -> float:
 
 
 def _spread(boxes: list[_Box]) -> None:
-    """Move them down until none is over another; their order is that of where they want to be."""
+    """Move boxes down until none overlaps another, in the order of their wanted positions."""
     for above, box in pairwise(sorted(boxes, key=lambda box: box.y)):
         box.y = max(box.y, above.y + _ROW)
 
@@ -221,11 +221,11 @@ def _legend(present: set[str], height: float) -> Iterable[str]:
 
 
 def _cut(text: str, room: float, letter: float) -> str:
-    """As much as fits, by the width of a usual letter; the box's tooltip has all of it."""
+    """As much of the text as fits, by the width of an average letter. The box's tooltip has all of it."""
     most = int(room / letter)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _xml(text: str) -> str:
-    """Escaped, and without what XML forbids: names come from whoever made the pod."""
+    """The text escaped, and without characters that XML forbids: names come from the pod's author."""
     return escape("".join(letter if unicodedata.category(letter) != "Cc" else "?" for letter in text))

@@ -1,11 +1,10 @@
-"""Does the switch behind a source reflect (reflective relay of IEEE 802.1Qbg, a Linux bridge's "hairpin")? Tried.
+"""Tests whether the switch behind a source has reflective relay (IEEE 802.1Qbg; "hairpin" of a Linux bridge).
 
-Two macvtaps in vepa mode send frames to each other. Such a macvtap hands everything to the wire, so what arrives
-came back from there. They are in a network namespace that only this process is in, silent as ADD makes them:
-whatever is killed when, they end with it. Their MACs are random, so that two probes at once, or of two nodes, do not
-meet; the switch learns both, and forgets them as it does others.
+Two macvtaps in vepa mode send frames to each other. A macvtap in that mode sends every frame to the wire, so a frame
+that arrives has come back from there. They are in a network namespace of this process alone, and end with it. Their
+MACs are random, so that two probes do not interfere; the switch learns both, and ages them out.
 
-Must not ask the policy: who may run this may send on any NIC.
+Does not apply the policy: whoever may run this may send on any NIC.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ if TYPE_CHECKING:
     from cni.kernel.rtnl import Link
 
 _ETHERTYPE = 0x88B5
-"""IEEE 802's for local experiments: no stack answers it."""
+"""The local experimental ethertype of IEEE 802: no network stack answers it."""
 _IFINDEX = IFINDEX_BASE - 2
-"""No attachment's, so that nobody finds a /dev/tapN of ours in the place of one."""
+"""An index that no attachment has, so that a probe's /dev/tapN is never in the place of an attachment's."""
 _VNET_HEADER = bytes(10)  # struct virtio_net_hdr, before each frame
 _PAYLOAD = 46
 _WAITS = (0.2, 0.4, 1.4)
-"""Seconds for each try: a NIC may take a moment to let new MACs in, a link that came up a second to send."""
+"""Seconds for each try: a NIC needs a moment to accept a new MAC, and a new link up to a second to send."""
 _SEEN = {
     2: (True, "frames between two vepa macvtaps came back, both ways"),
     1: (None, "frames between two vepa macvtaps came back one way only: probe again"),
@@ -53,7 +52,7 @@ _SEEN = {
 
 @dataclass(frozen=True)
 class Probe:
-    """found: by frames. seconds: how long LLDP was listened to; neighbours and evb, by NIC, are what it said."""
+    """found: by frames. seconds: how long LLDP was listened to; neighbours, evb: what was received, by NIC."""
 
     found: Probed
     seconds: float
@@ -76,7 +75,7 @@ class Probe:
 
 
 def run(source: str, folder: str, seconds: float) -> Probe:
-    """Probe it, and remember that in the state folder; then listen to LLDP, if seconds is not 0.
+    """Probe the source and save the result in the state folder; then listen to LLDP, if seconds is not 0.
 
     Raises CniError SOURCE_MISSING, 5; OSError: PermissionError without root's capabilities.
     """
@@ -97,7 +96,7 @@ def run(source: str, folder: str, seconds: float) -> Probe:
 
 
 def _judge(host: Rtnl, lower: Link) -> tuple[bool | None, str]:
-    """(Does it reflect, what was seen.) host: a socket of the namespace of lower, where the calling thread was."""
+    """(whether the switch reflects, what was seen). host: a socket of the lower device's network namespace."""
     if why := _unfit(lower):
         return None, why
     try:
@@ -125,7 +124,7 @@ def _unfit(lower: Link) -> str | None:
 
 
 def _refusal(error: OSError | CniError, host: Rtnl, lower: Link) -> str:
-    """Why there can be no macvtaps on it. Raises the error again, if it is not the device's fault."""
+    """Why the device can have no macvtap. Raises the error again if the cause is not the device."""
     if isinstance(error, CniError):
         if error.code == NO_ATTACHMENT:
             return f"a macvtap on it went away: {error}"
@@ -137,7 +136,7 @@ def _refusal(error: OSError | CniError, host: Rtnl, lower: Link) -> str:
 
 
 def _exchange(host: Rtnl, lower: Link) -> int:
-    """Over how many of the two ways, there and back, a frame arrived. Raises OSError, CniError."""
+    """In how many of the two directions a frame arrived. Raises OSError, CniError."""
     macs = [f"02:{os.urandom(5).hex(':')}" for _ in range(2)]
     tokens = [b"vmtap probe " + os.urandom(8).hex().encode() for _ in range(2)]
     poll = select.poll()
@@ -158,7 +157,7 @@ def _exchange(host: Rtnl, lower: Link) -> int:
             while len(arrived) < 2 and (left := until - time.monotonic()) > 0:
                 for fd, _ in poll.poll(left * 1000):
                     with suppress(BlockingIOError):
-                        if tokens[1 - taps[fd]] in os.read(fd, 1 << 17):  # else a broadcast of somebody's
+                        if tokens[1 - taps[fd]] in os.read(fd, 1 << 17):  # otherwise it is another broadcast
                             arrived.add(taps[fd])
             if len(arrived) == 2:
                 break
@@ -166,7 +165,7 @@ def _exchange(host: Rtnl, lower: Link) -> int:
 
 
 def _make(stack: ExitStack, host: Rtnl, lower: Link, pod: int, *, there: Rtnl, ifindex: int, mac: str) -> int:
-    """A macvtap in the calling thread's namespace pod, up; its fd. Both end with the stack."""
+    """Make a macvtap in pod, the calling thread's network namespace, up. Returns its fd. The stack removes both."""
     ifname = f"probe{ifindex - _IFINDEX}"
     macvtap.create(
         host,

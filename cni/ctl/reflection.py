@@ -1,4 +1,4 @@
-"""Do guests in vepa mode reach each other on this node? For doctor, by what the last probe of each source found.
+"""For doctor: can guests in vepa mode reach each other on this node? By the last probe of each source.
 
 Must not probe: two MACs that a switch has never seen can make it shut a port (port security), and doctor is run by
 those who only look, as often as they like.
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def examine(run: str, node: Node) -> Iterator[tuple[str, str, str, str]]:
-    """(check, severity, what, next step), as a doctor's finding has them, of each source that vepa is meant for."""
+    """A finding, as (check, severity, message, next step), for each source that is used or listed for vepa."""
     with sysfs.of() as own:
         for source in node.sources:
             listed = any("vepa" in (entry.modes or ()) for entry in source.entries)
             used = any(each.record.mode == "vepa" for each in node.on(source.name))
-            if (listed or used) and source.state == "up" and not source.master:  # else that is said of it
+            if (listed or used) and source.state == "up" and not source.master:  # other findings report those
                 yield f"relay {source.name}", *_judged(run, source, own)
 
 

@@ -1,4 +1,4 @@
-"""What a person sees: tables and trees with colour at a terminal, plain aligned lines elsewhere (and NO_COLOR).
+"""Output for people: tables and trees, with colour at a terminal, plain aligned lines elsewhere (and NO_COLOR).
 
 Must not look anything up: it is given what to show.
 """
@@ -51,12 +51,12 @@ _MEANS = {
 SEVERITY = {"ok": ("✔", "green"), "warning": ("▲", "yellow"), "error": ("✘", "red")}
 _WIDE = ("NETWORK", "MTU", "QUEUES", "SINCE", "ID")
 _LEAST = ("HELD BY", "ADDRESS", "SOURCE", "DEVICE")
-"""Columns that a narrow terminal has to do without, the least wanted first."""
+"""Columns that are left out in a narrow terminal, in this order."""
 _UNWRAPPED = 100_000
 
 
 def console(file: TextIO | None = None) -> Console:
-    """For stdout. Not at a terminal, a line is a line, however long: somebody greps it."""
+    """A console for stdout. Where that is no terminal, lines are not wrapped, so that they can be searched."""
     made = Console(file=file or sys.stdout, highlight=False, emoji=False, markup=False)
     if not made.is_terminal:
         made.width = _UNWRAPPED
@@ -64,7 +64,7 @@ def console(file: TextIO | None = None) -> Console:
 
 
 def say(shown: RenderableType) -> None:
-    """Print it on stdout, without the blanks that tables end their lines with."""
+    """Print on stdout, without the blanks at the end of a table's lines."""
     out = console()
     with out.capture() as captured:
         out.print(shown)
@@ -72,7 +72,7 @@ def say(shown: RenderableType) -> None:
 
 
 def attachments(found: Sequence[Attachment], out: Console, *, wide: bool) -> RenderableType:
-    """One line each. Where the terminal is too narrow, columns are left out; --wide leaves none out."""
+    """A table with a line for each attachment. A narrow terminal gets fewer columns, unless wide."""
     if not found:
         return Text("nothing is attached on this node", style="dim")
     rows = [_row(each, terminal=out.is_terminal) for each in found]
@@ -110,7 +110,7 @@ def _row(each: Attachment, *, terminal: bool) -> dict[str, Text]:
 
 
 def details(each: Attachment) -> RenderableType:
-    """Everything about one."""
+    """All details of one attachment."""
     record, pod = each.record, each.pod
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -169,7 +169,7 @@ def tree(node: Node) -> RenderableType:
 
 
 def _by_function(found: Iterable[Attachment]) -> dict[int | None, list[Attachment]]:
-    """By the number of their VF; None: of those that have none."""
+    """The attachments by the number of their VF; None: those without a VF."""
     sorted_out: dict[int | None, list[Attachment]] = {}
     for each in found:
         sorted_out.setdefault(each.record.vf.number if each.record.vf else None, []).append(each)
@@ -187,7 +187,7 @@ def _function(branch: Tree, source: Source, number: int) -> Tree:
 
 
 def findings(found: Iterable[Finding], *, terminal: bool) -> RenderableType:
-    """Each with its next step under it."""
+    """A list of findings, each with its next step below it."""
     grid = Table.grid(padding=(0, 1))
     for _ in range(3):
         grid.add_column(overflow="fold")
@@ -204,7 +204,7 @@ def findings(found: Iterable[Finding], *, terminal: bool) -> RenderableType:
 
 
 def probe(made: Probe) -> RenderableType:
-    """What frames and LLDP say of the switch behind a source."""
+    """The result of a probe: what frames and LLDP show of the switch behind a source."""
     found = made.found
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)

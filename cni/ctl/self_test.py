@@ -1,8 +1,8 @@
-"""Can this kernel, and this user, do what an ADD and a launcher do? Tried, in namespaces that end with the trial.
+"""Tests whether this kernel and this user can do what an ADD and a launcher do, in namespaces of its own.
 
-A thread leaves for a new network namespace, makes a tap in it, and from a second one a macvtap on that; it opens
-the macvtap as the launcher would. Nothing of it is in the node's namespace, and nothing is left. The modules that
-it needs are loaded, as the first ADD would.
+A thread enters a new network namespace and makes a tap in it, and in a second one a macvtap on the tap, which it opens
+as the launcher does. Nothing is made in the node's namespace, and nothing is left. The kernel loads the modules that
+this needs, as for a first ADD.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _RECORD = Record(
 
 
 def run(*, opens: bool = True) -> dict[str, str | None]:
-    """What was tried → why it failed, None if it works. What comes after a failure is not in it.
+    """Each step → why it failed, or None if it works. Steps after a failure are left out.
 
     opens: False leaves the opening of the device out, which only an agent does that has an fd broker.
     """
@@ -79,7 +79,7 @@ def run(*, opens: bool = True) -> dict[str, str | None]:
 
 
 def _steps(stack: ExitStack, *, opens: bool) -> Iterator[str]:
-    """Each of STEPS once it has worked. Raises OSError, CniError."""
+    """Yield each of STEPS after it has worked. Raises OSError, CniError."""
     names = iter(STEPS)
     node = leave(stack)
     yield next(names)
@@ -117,7 +117,7 @@ def _steps(stack: ExitStack, *, opens: bool) -> Iterator[str]:
 
 
 def leave(stack: ExitStack) -> int:
-    """The calling thread goes into a new namespace; its fd, until the stack ends."""
+    """Move the calling thread into a new network namespace. Returns an fd of it, which the stack closes."""
     if netns.libc.unshare(netns.CLONE_NEWNET) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

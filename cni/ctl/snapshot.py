@@ -38,7 +38,7 @@ _DIRECTIONS = {"macvtap": ("rx", "tx"), "tap": ("tx", "rx")}
 
 
 def take(settings: Settings, neighbours: Mapping[str, Neighbour] | None = None) -> Node:
-    """Look at everything once. neighbours: by NIC. Raises CniError if the state folder cannot be read."""
+    """Take the snapshot. neighbours: LLDP neighbours by NIC. Raises CniError if the state folder cannot be read."""
     records, unreadable = read_records(settings.run)
     try:
         rules = policy.load(settings.policy)
@@ -60,7 +60,7 @@ def take(settings: Settings, neighbours: Mapping[str, Neighbour] | None = None) 
 
 
 def read_records(run: str) -> tuple[list[tuple[Record, datetime]], dict[str, str]]:
-    """Every record with the time of its file, and the files that are none. Raises CniError 5."""
+    """Every record with its file's time of change; and path → reason of the files that are no record. CniError 5."""
     folder = f"{run}/attachments"
     found: list[tuple[Record, datetime]] = []
     unreadable: dict[str, str] = {}
@@ -89,7 +89,7 @@ def read_records(run: str) -> tuple[list[tuple[Record, datetime]], dict[str, str
 
 
 def living(run: str) -> list[Attachment]:
-    """Those whose link is there; no more than that is looked at. Raises CniError 5."""
+    """The attachments whose link exists; nothing else of them is looked up. Raises CniError 5."""
     with Rtnl() as host:
         return [
             Attachment(record, since, "there", link)
@@ -157,12 +157,12 @@ def _judged(each: Attachment, found: tuple[Holder, ...]) -> Attachment:
 
 
 def _unless_busy(run: str, record: Record, status: str) -> str:
-    """The status, unless an ADD or DEL is at work on it at this moment."""
+    """The status, or "in progress" while a request holds the attachment's lock."""
     return "in progress" if lock.is_held(f"{run}/lock", record.id) else status
 
 
 def _link(host: Rtnl, record: Record) -> Link | None:
-    """The record's link, wherever its namespace is known from; proven by index and alias."""
+    """The record's link, identified by index and alias; None if it is gone. Raises OSError."""
     try:
         link = host.link(index=record.ifindex, nsid=record.nsid)
     except OSError as error:
@@ -173,7 +173,7 @@ def _link(host: Rtnl, record: Record) -> Link | None:
 
 
 def open_netns(record: Record) -> int | None:
-    """The record's namespace: by its path, or else by a process that is in it. The caller closes it."""
+    """An fd of the record's network namespace, by its path or a process in it, or None. The caller closes it."""
     with suppress(CniError):
         fd = netns.open_path(record.netns)
         if netns.identity(fd) == record.netns_id:
@@ -242,7 +242,7 @@ def _switch_mode(host: Rtnl, pf: Link) -> str | None:
 
 
 def uplinks(link: Link, by_index: Mapping[int, Link]) -> tuple[str, ...]:
-    """What link sends by, all the way down; the ports that lead to attachments are left out."""
+    """The NICs that carry the link's frames: through VLANs, bonds and bridges, without the ports of attachments."""
     ports = [
         each
         for each in by_index.values()

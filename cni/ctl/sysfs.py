@@ -1,4 +1,4 @@
-"""The sysfs of one network namespace, mounted for ourselves: /sys shows that of whoever mounted it."""
+"""A detached sysfs of one network namespace: /sys shows the namespace of the process that has mounted it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 class Sysfs:
-    """Attributes of network devices; what is not there is None."""
+    """The attributes of network devices; None for one that does not exist."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     @property
     def path(self) -> str:
-        """Where this process finds it."""
+        """Its path for this process."""
         return f"/proc/self/fd/{self._fd}"
 
     def text(self, path: str) -> str | None:
-        """The attribute, below class/net."""
+        """The attribute as text. path: below class/net."""
         try:
             fd = os.open(f"class/net/{path}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._fd)
         except OSError:
@@ -42,7 +42,7 @@ class Sysfs:
         return int(text) if text and text.removeprefix("-").isdecimal() else None
 
     def target(self, path: str) -> str | None:
-        """The last part of where a symbolic link leads."""
+        """The last component of a symbolic link's target."""
         try:
             return os.path.basename(os.readlink(f"class/net/{path}", dir_fd=self._fd))
         except OSError:

@@ -1,4 +1,4 @@
-"""What doctor says of SR-IOV: can the NIC, which VFs are there and free, what its embedded switch does. Only reads."""
+"""For doctor, list and tree: a NIC's virtual functions and the mode of its embedded switch. Only reads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from cni.ctl.inventory import Attachment, Node, Source
 
 _HWMODES = {"bridge": "veb", "vepa": "vepa"}
-"""A mode, as bridge(8) has the embedded switch's."""
+"""Mode → bridge(8)'s word for it, hwmode."""
 
 
 def faults(node: Node, source: Source, entry: Interface) -> Iterator[tuple[str, str, str]]:
-    """(severity, what, next step) of a source that is there, for an entry of type sr-iov."""
+    """Each fault as (severity, message, next step), of a source that exists, for an entry of type sr-iov."""
     assert entry.functions is not None  # noqa: S101 - the caller
     name, vfs = source.name, entry.functions.vfs
     if not source.most:
@@ -75,7 +75,7 @@ def summary(node: Node, source: Source) -> str:
 
 
 def changes(each: Attachment) -> Iterator[tuple[str, str, str]]:
-    """What somebody has changed of an attachment's VF."""
+    """Each change of an attachment's VF since ADD, as (severity, message, next step)."""
     with Rtnl() as host:
         for what in sriov.changes(host, each.record.vf) if each.record.vf else ():
             step = "set it back by ip link set PF vf N, or delete the pod: CHECK fails of it"
@@ -83,5 +83,5 @@ def changes(each: Attachment) -> Iterator[tuple[str, str, str]]:
 
 
 def _attached(node: Node) -> set[str]:
-    """By PCI address."""
+    """The PCI addresses of the VFs that attachments have."""
     return {each.record.vf.pci for each in node.attachments if each.record.vf}

@@ -1,13 +1,13 @@
-"""What comes and goes, as the kernel tells it: nothing is looked at before something has happened.
+"""vmtapctl watch: prints changes of attachments. It waits for events of the kernel, and looks only after one.
 
-- inotify(7) on the records, and on who was given fds by the agent's broker;
-- rtnetlink's news of links, in every namespace that the node's knows: a link that goes with its pod, a NIC that
+- inotify(7): records, and the files of processes that got fds from the agent's broker;
+- rtnetlink: links in every namespace that has an id in the node's: a link that is deleted with its pod, a NIC that
   loses its carrier, a tap that is opened;
-- the kernel's news of programs that start (execs.py): a launcher that has opened a macvtap and becomes QEMU;
+- the process connector (execs.py): a launcher that has opened a macvtap and executes QEMU;
 - a pidfd for every process that holds an attachment: readable when it ends.
 
-A process that opens a macvtap long after it has started (hot-plug without the agent) tells nobody; it is seen at
-the next event. Must not change anything.
+There is no event of a process that opens a macvtap long after it has started (hot-plug without the agent). It is seen
+at the next event. Must not change anything.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x80, 0x100, 0x200
 _IN_ONLYDIR = 0x01000000
 _QUIET, _LONGEST = 0.05, 0.5
-"""Seconds: what happens together is looked at once, but no later than that after it began."""
+"""Seconds without an event before it looks; and the longest time from the first event until it looks."""
 _LINES = 8
 
 
@@ -64,7 +64,7 @@ class Event:
     was: str | None = None
 
     def document(self) -> dict[str, Any]:
-        """For programs."""
+        """The JSON document."""
         return {
             "time": self.time.isoformat(timespec="milliseconds"),
             "event": self.what,
@@ -73,7 +73,7 @@ class Event:
         }
 
     def line(self) -> str:
-        """For people."""
+        """The line for people."""
         each, record = self.attachment, self.attachment.record
         on = f" on {record.source}" if record.source else ""
         mode = f" {record.mode}" if record.mode else ""
@@ -87,7 +87,7 @@ class Event:
 
 
 def run(settings: Settings, *, as_json: bool) -> int:
-    """Until SIGINT or SIGTERM. Raises CniError, OSError."""
+    """Print events until SIGINT or SIGTERM. Raises CniError, OSError."""
     console = render.console()
     with ExitStack() as stack:
         news = stack.enter_context(_News(settings.run))
@@ -115,7 +115,7 @@ def run(settings: Settings, *, as_json: bool) -> int:
 
 
 def compare(known: dict[str, Attachment], node: Node, *, first: bool = False) -> Iterator[Event]:
-    """What has happened since; what an ADD or DEL is at work on has not happened yet."""
+    """The events since `known`. An attachment in progress is taken as it was before."""
     now = _settled(known, node)
     for id, each in now.items():
         before = known.get(id)
@@ -156,7 +156,7 @@ def _screen(out: Console, node: Node, lines: Iterable[str]) -> Group:
 
 
 class _News:
-    """Everything that can say that something has happened."""
+    """Waits for events: of state files, links, programs, processes and signals."""
 
     def __init__(self, folder: str) -> None:
         self._folders = (os.path.dirname(folder), folder, f"{folder}/attachments", f"{folder}/holders")
@@ -193,7 +193,7 @@ class _News:
         self._stack.close()
 
     def follow(self, pids: Iterable[int]) -> None:
-        """These processes' ends are news, and no others'."""
+        """Wait for the end of these processes, and of no others."""
         wanted = set(pids)
         for pid in self._pids.keys() - wanted:
             fd = self._pids.pop(pid)
@@ -205,7 +205,7 @@ class _News:
                 self._poll.register(self._pids[pid], select.POLLIN)
 
     def wait(self) -> bool:
-        """Until something has happened, and for the rest of it; False if we are to end."""
+        """Wait for an event, and until no more follow. False after a signal to end."""
         happened: float | None = None
         while True:
             left = None
@@ -231,7 +231,7 @@ class _News:
                 happened = time.monotonic()
 
     def _look(self) -> None:
-        """Watch the folders that are there; of one that is watched already the kernel makes no second."""
+        """Watch the folders that exist. The kernel does not add a watch twice."""
         for folder in self._folders:
             mask = _IN_MOVED_TO | _IN_CREATE | _IN_DELETE | _IN_ONLYDIR
             if netns.libc.inotify_add_watch(self._inotify, os.fsencode(folder), mask) < 0:
@@ -245,7 +245,7 @@ class _News:
         return True
 
     def _messages(self) -> bool:
-        """Whether a message is about a link of ours, or of the node's own namespace."""
+        """Whether a message concerns an attachment's link, or a link of the node's own namespace."""
         relevant = False
         while True:
             try:
