@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from _blake2 import blake2s  # as in lock.py
 
+from cni.config import launcher_pod
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-_LAUNCHER = "virt-launcher-"
-_SUFFIX = 5  # what the API server appends to a generateName
 
 
 def derive(network: str, container_id: str, ifname: str, args: Mapping[str, str]) -> str:
@@ -22,8 +21,7 @@ def derive(network: str, container_id: str, ifname: str, args: Mapping[str, str]
     """
     pod = args.get("K8S_POD_NAME", "")
     namespace = args.get("K8S_POD_NAMESPACE", "")
-    vm, _, suffix = pod.removeprefix(_LAUNCHER).rpartition("-")
-    if pod.startswith(_LAUNCHER) and vm and len(suffix) == _SUFFIX:
+    if vm := launcher_pod.vm(pod):
         owner = ("vm", namespace, vm)
     elif pod:
         owner = ("pod", namespace, pod)

@@ -5,12 +5,11 @@ snapshot.py takes one. `Node.document()` is the JSON that docs/vmtapctl.md descr
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from cni.config import policy
-from cni.kernel.rtnl import IFF_UP
+from cni.config import launcher_pod, policy
+from cni.kernel.rtnl import IFF_LOWER_UP, IFF_UP
 from cni.lower import vf_discovery
 
 TYPE_CHECKING = False
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from cni.ctl.open_devices import Holder
     from cni.kernel.rtnl import Link
     from cni.state.record import Record
-
-IFF_LOWER_UP = 0x10000
-_LAUNCHER_POD = re.compile(r"virt-launcher-(.+)-[a-z0-9]{5}")
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,7 @@ class Attachment:
         for holder in self.holders:
             if holder.vm:
                 return holder.vm
-        match = self.pod and _LAUNCHER_POD.fullmatch(self.pod.name)
-        return match[1] if match else None
+        return launcher_pod.vm(self.pod.name) if self.pod else None
 
     @property
     def names(self) -> set[str]:

@@ -17,9 +17,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 
-from cni.ctl import lldp, self_test, snapshot, sysfs
+from cni.ctl import lldp, self_test, snapshot
 from cni.errors import CniError
-from cni.kernel import ipv6, macvtap, tapdev
+from cni.kernel import ipv6, macvtap, sysfs, tapdev
 from cni.kernel.rtnl import ARPHRD_ETHER, IFF_LOWER_UP, IFF_UP, Rtnl, delete_link, mac_bytes
 from cni.spec import NO_ATTACHMENT, SOURCE_MISSING
 from cni.state import probe_results
@@ -86,7 +86,7 @@ def run(source: str, folder: str, seconds: float) -> Probe:
         with ThreadPoolExecutor(1) as thread:  # its thread leaves the namespace, and ends with the block
             reflects, why = thread.submit(_judge, host, lower).result()
         by_index = {each.index: each for each in host.links()}
-    with sysfs.of() as own:
+    with sysfs.mounted() as own:
         changes = own.number(f"{lower.name}/carrier_changes")
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     found = Probed(lower.name, reflects, why, now, changes, boot_id())

@@ -6,7 +6,7 @@ those who only look, as often as they like.
 
 from __future__ import annotations
 
-from cni.ctl import sysfs
+from cni.kernel import sysfs
 from cni.state import probe_results
 
 TYPE_CHECKING = False
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cni.ctl.inventory import Node, Source
-    from cni.ctl.sysfs import Sysfs
+    from cni.kernel.sysfs import Sysfs
 
 
 def examine(run: str, node: Node) -> Iterator[tuple[str, str, str, str]]:
     """A finding, as (check, severity, message, next step), for each source that is used or listed for vepa."""
-    with sysfs.of() as own:
+    with sysfs.mounted() as own:
         for source in node.sources:
             listed = any("vepa" in (entry.modes or ()) for entry in source.entries)
             used = any(each.record.mode == "vepa" for each in node.on(source.name))

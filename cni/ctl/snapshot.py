@@ -11,11 +11,11 @@ from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 
 from cni.config import policy
-from cni.ctl import open_devices, sysfs
-from cni.ctl.inventory import IFF_LOWER_UP, Attachment, Node, Source, Traffic
+from cni.ctl import open_devices
+from cni.ctl.inventory import Attachment, Node, Source, Traffic
 from cni.errors import CniError
-from cni.kernel import netns, vf
-from cni.kernel.rtnl import IFF_UP, Rtnl
+from cni.kernel import netns, sysfs, vf
+from cni.kernel.rtnl import IFF_LOWER_UP, IFF_UP, Rtnl
 from cni.lower import vf_discovery
 from cni.spec import IO_FAILURE
 from cni.state import lock
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from cni.ctl.lldp import Neighbour
     from cni.ctl.locations import Settings
     from cni.ctl.open_devices import Holder
-    from cni.ctl.sysfs import Sysfs
     from cni.kernel.rtnl import Link
+    from cni.kernel.sysfs import Sysfs
     from cni.state.record import Record
 
 _DIRECTIONS = {"macvtap": ("rx", "tx"), "tap": ("tx", "rx")}
@@ -44,7 +44,7 @@ def take(settings: Settings, neighbours: Mapping[str, Neighbour] | None = None) 
         rules = policy.load(settings.policy)
     except CniError:  # doctor's business
         rules = None
-    with Rtnl() as host, sysfs.of() as own:
+    with Rtnl() as host, sysfs.mounted() as own:
         links = {link.name: link for link in host.links()}
         attachments = _attachments(host, settings.run, records)
         names = {dev: None for entry in rules.interfaces for dev in entry.sources} if rules else {}
@@ -117,7 +117,7 @@ def _attachments(host: Rtnl, run: str, records: Iterable[tuple[Record, datetime]
                 if namespace is not None:
                     stack.callback(os.close, namespace)
                 seen[record.netns_id] = (
-                    None if namespace is None else stack.enter_context(sysfs.of(namespace))
+                    None if namespace is None else stack.enter_context(sysfs.mounted(namespace))
                 )
             own = seen[record.netns_id]
             device = _number(own, record) if own and record.device == "macvtap" else None
@@ -189,10 +189,11 @@ def open_netns(record: Record) -> int | None:
 
 
 def _number(own: Sysfs, record: Record) -> tuple[int, int] | None:
-    text = own.text(f"{record.ifname}/macvtap/tap{record.ifindex}/dev")
-    if text is None:
+    """(major, minor) of the macvtap's character device; None if it is gone."""
+    try:
+        major, minor = own.attribute(f"{record.ifname}/macvtap/tap{record.ifindex}/dev").split(":")
+    except OSError:
         return None
-    major, _, minor = text.partition(":")
     return int(major), int(minor)
 
 

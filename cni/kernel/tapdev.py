@@ -18,18 +18,17 @@ import errno
 import os
 import stat
 import struct
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from fcntl import ioctl
 
 from cni.errors import CniError
-from cni.kernel import mount, netns
+from cni.kernel import mount, netns, sysfs
 from cni.spec import DEVICE_BUSY, IO_FAILURE, NO_ATTACHMENT, WRONG_DEVICE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from cni.kernel.sysfs import Sysfs
     from cni.state.record import Record
 
 TUN = (10, 200)  # /dev/net/tun, Documentation/admin-guide/devices.txt
@@ -53,10 +52,10 @@ def open_queues(pod_netns: int, record: Record, queues: int) -> list[int]:
     """
     opener = _open_macvtap if record.device == "macvtap" else _open_tap
     with ExitStack() as fds:
-        with _sysfs(pod_netns) as sysfs:
+        with sysfs.mounted(pod_netns) as links:
             opened = []
             for _ in range(queues):
-                opened.append(opener(sysfs, pod_netns, record))
+                opened.append(opener(links, pod_netns, record))
                 fds.callback(os.close, opened[-1])
         fds.pop_all()
         return opened
@@ -68,18 +67,17 @@ def tuned(pod_netns: int, record: Record) -> Record:
     A later plugin of the chain (tuning) may have changed them. A macvtap receives the frames for its own MAC, so the
     guest must have that one; a tap's own MAC is not the guest's. If the link is gone, the record is returned as it is.
     """
-    base = f"class/net/{record.ifname}"
-    with _sysfs(pod_netns) as sysfs, suppress(FileNotFoundError):
-        if int(_read(sysfs, f"{base}/ifindex")) == record.ifindex:
-            mac = _read(sysfs, f"{base}/address") if record.device == "macvtap" else record.mac
-            return replace(record, mac=mac, mtu=int(_read(sysfs, f"{base}/mtu")))
+    with sysfs.mounted(pod_netns) as links, suppress(FileNotFoundError):
+        if int(links.attribute(f"{record.ifname}/ifindex")) == record.ifindex:
+            mac = links.attribute(f"{record.ifname}/address") if record.device == "macvtap" else record.mac
+            return replace(record, mac=mac, mtu=int(links.attribute(f"{record.ifname}/mtu")))
     return record
 
 
 def number(pod_netns: int, ifname: str) -> tuple[int, int, int]:
     """(ifindex, major, minor) of the macvtap of that name in the network namespace. Raises CniError 105 without it."""
-    with _sysfs(pod_netns) as sysfs:
-        return _number(sysfs, ifname)
+    with sysfs.mounted(pod_netns) as links:
+        return _number(links, ifname)
 
 
 def open_node(device: tuple[int, int], pod_netns: int | None = None) -> int:
@@ -125,8 +123,8 @@ def ifreq(ifname: str, value: int = 0) -> bytes:
     return struct.pack("16sH22x", ifname.encode(), value)
 
 
-def _open_macvtap(sysfs: int, _pod_netns: int, record: Record) -> int:
-    before = _number(sysfs, record.ifname)
+def _open_macvtap(links: Sysfs, _pod_netns: int, record: Record) -> int:
+    before = _number(links, record.ifname)
     if before[0] != record.ifindex:
         raise _gone(record, f"its ifindex is {before[0]}, the attachment's was {record.ifindex}")
     try:
@@ -138,7 +136,7 @@ def _open_macvtap(sysfs: int, _pod_netns: int, record: Record) -> int:
             ) from None
         raise _gone(record, str(error)) from error
     try:
-        if os.fstat(fd).st_rdev != os.makedev(*before[1:]) or _number(sysfs, record.ifname) != before:
+        if os.fstat(fd).st_rdev != os.makedev(*before[1:]) or _number(links, record.ifname) != before:
             raise _gone(record, "it was replaced while it was opened")
         _verify(fd, record)
     except BaseException:
@@ -147,7 +145,7 @@ def _open_macvtap(sysfs: int, _pod_netns: int, record: Record) -> int:
     return fd
 
 
-def _open_tap(sysfs: int, pod_netns: int, record: Record) -> int:
+def _open_tap(links: Sysfs, pod_netns: int, record: Record) -> int:
     fd = open_node(TUN, pod_netns)
     try:
         try:
@@ -164,7 +162,7 @@ def _open_tap(sysfs: int, pod_netns: int, record: Record) -> int:
         _, attached = struct.unpack("16sH22x", ioctl(fd, TUNGETIFF, bytes(40)))
         if not attached & IFF_PERSIST:  # TUNSETIFF has made a new tap, which ends with the fd
             raise _gone(record, "no persistent tap has this name")
-        index = int(_read(sysfs, f"class/net/{record.ifname}/ifindex"))
+        index = int(links.attribute(f"{record.ifname}/ifindex"))
         if index != record.ifindex:
             raise _gone(record, f"its ifindex is {index}, the attachment's was {record.ifindex}")
     except BaseException:
@@ -195,30 +193,10 @@ def _gone(record: Record, why: str) -> CniError:
     )
 
 
-@contextmanager
-def _sysfs(pod_netns: int) -> Iterator[int]:
-    """A detached sysfs that shows the links of that network namespace, as a directory fd."""
-    with netns.entered(pod_netns):
-        sysfs = mount.detached(b"sysfs")
+def _number(links: Sysfs, ifname: str) -> tuple[int, int, int]:
     try:
-        yield sysfs
-    finally:
-        os.close(sysfs)
-
-
-def _number(sysfs: int, ifname: str) -> tuple[int, int, int]:
-    base = f"class/net/{ifname}"
-    try:
-        index = int(_read(sysfs, f"{base}/ifindex"))
-        major, minor = _read(sysfs, f"{base}/macvtap/tap{index}/dev").split(":")
+        index = int(links.attribute(f"{ifname}/ifindex"))
+        major, minor = links.attribute(f"{ifname}/macvtap/tap{index}/dev").split(":")
         return index, int(major), int(minor)
     except OSError as error:
         raise CniError(NO_ATTACHMENT, f"there is no macvtap {ifname} in the namespace", str(error)) from error
-
-
-def _read(folder: int, path: str) -> str:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
-    try:
-        return os.read(fd, 64).decode().strip()
-    finally:
-        os.close(fd)

@@ -13,7 +13,7 @@ import re
 from contextlib import suppress
 
 from cni.errors import CniError
-from cni.kernel import ethtool
+from cni.kernel import ethtool, sysfs
 from cni.spec import INVALID_NETWORK_CONFIG, IO_FAILURE
 
 TYPE_CHECKING = False
@@ -89,7 +89,6 @@ def subordinates(folder: str) -> set[str]:
     found = set()
     with suppress(FileNotFoundError):
         for queue in os.listdir(folder):
-            with suppress(OSError), open(f"{folder}/{queue}/traffic_class", encoding="ascii") as file:
-                if match := _SUBORDINATE.fullmatch(file.read().strip()):
-                    found.add(match[1])
+            if match := _SUBORDINATE.fullmatch(sysfs.read(f"{folder}/{queue}/traffic_class")):
+                found.add(match[1])
     return found

@@ -32,10 +32,11 @@ from cni.kernel.rtnl import (
     text,
     u32,
 )
+from cni.kernel.sysfs import read
 from cni.kernel.vf_settings import VfSettings
 from cni.lower import LowerDevice
 from cni.lower.vf_choice import check_pool, check_switch, none_free, why_busy
-from cni.lower.vf_discovery import SYSFS, driver, functions, most, pf_link, places, read, vf_link
+from cni.lower.vf_discovery import SYSFS, driver, functions, most, pf_link, places, vf_link
 from cni.spec import (
     INVALID_NETWORK_CONFIG,
     KERNEL_REFUSED,

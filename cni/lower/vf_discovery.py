@@ -11,6 +11,8 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+from cni.kernel.sysfs import read
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -101,10 +103,3 @@ def driver(device: str) -> str | None:
     with suppress(OSError):
         return os.path.basename(os.readlink(f"{device}/driver"))
     return None
-
-
-def read(path: str) -> str:
-    """The line of a sysfs file; "" if there is no such file, or it cannot be read now."""
-    with suppress(OSError), open(path, encoding="ascii") as file:
-        return file.read().strip()
-    return ""

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from cni.kernel.rtnl import ARPHRD_ETHER, IFF_LOOPBACK, IFF_LOWER_UP, IFF_RUNNING, IFF_UP
+from cni.kernel.sysfs import read_number
 from cni.lower import vf_discovery
 from cni.state import deviceid
 
@@ -205,12 +206,8 @@ def _nics(link: Link, links: Links, seen: set[int]) -> Iterator[str]:
 
 
 def _numa_node(nic: str, sysfs: str) -> int | None:
-    try:
-        with open(f"{sysfs}/class/net/{nic}/device/numa_node", encoding="ascii") as file:
-            node = int(file.read())
-    except (OSError, ValueError):  # EINVAL if the device is being removed
-        return None
-    return node if node >= 0 else None
+    node = read_number(f"{sysfs}/class/net/{nic}/device/numa_node")
+    return node if node is not None and node >= 0 else None
 
 
 def suitable(links: Links, sysfs: str) -> list[str]:
