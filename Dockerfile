@@ -1,10 +1,10 @@
 # The images of vmtap: `agent` is vmtapd, vmtapctl and the shim that `vmtapctl install` puts into a node's CNI folder;
-# `launcher` is vmtap-launch and QEMU. Neither has a compiler, pip or its cache.
+# `launcher` is vmtap-launch and QEMU. Neither contains a compiler, pip or its cache.
 #
 #   docker buildx build --platform linux/amd64,linux/arm64 -t REGISTRY/vmtap:VERSION --push .
 #   docker buildx build --platform linux/amd64,linux/arm64 -t REGISTRY/vmtap-launcher:VERSION --target launcher --push .
 #
-# podman and buildah build it as well. Nothing is cross-compiled: each platform is built on itself, or under emulation.
+# podman and buildah work too. Nothing is cross-compiled: each platform is built natively or under emulation.
 #
 # BASE: any Debian 12 or newer with Python 3.11 or newer and its venv module.
 ARG BASE=docker.io/library/python:3.12-slim-bookworm
@@ -13,7 +13,7 @@ FROM ${BASE} AS build
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev musl-tools
 WORKDIR /src
-# What is needed to build, and then what is needed to run; both by version and hash.
+# The packages to build with, and then the packages to run with, by version and hash.
 COPY deploy/requirements.lock deploy/
 COPY requirements.lock .
 RUN python3 -m venv /build && /build/bin/pip install --no-cache-dir --require-hashes -r requirements.lock
@@ -22,8 +22,8 @@ COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY cni cni
 RUN /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheel . \
     && /opt/vmtap/bin/pip install --no-cache-dir --no-deps /wheel/*.whl
-# The launcher in a folder of its own, with the one library that it imports, which makes the seed. The executables of
-# both name /opt/vmtap, which is where they will be.
+# The launcher has its own folder, with the only library that it imports (for the seed). The executables of both folders
+# name /opt/vmtap, where each is in its image.
 RUN cp -a /opt/vmtap /launcher \
     && /launcher/bin/python -m pip freeze --exclude vmtap-cni --exclude pycdlib \
         | xargs /launcher/bin/python -m pip uninstall -y \
@@ -39,11 +39,11 @@ RUN case "$(dpkg --print-architecture)" in amd64) qemu=x86 ;; arm64) qemu=arm ;;
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/apt /var/log/dpkg.log
 COPY --from=build /launcher /opt/vmtap
 ENV PATH=/opt/vmtap/bin:$PATH
-# As KubeVirt's QEMU: device nodes belong to it unless a network config says otherwise.
+# The user of KubeVirt's QEMU, which owns device nodes unless a network config names another.
 USER 107:107
 ENTRYPOINT ["vmtap-launch"]
 
-# The last one is what a build without --target makes.
+# The last target is the default of a build without --target.
 FROM ${BASE} AS agent
 LABEL org.opencontainers.image.title="vmtap" org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/vmtap /opt/vmtap

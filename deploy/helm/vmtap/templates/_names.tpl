@@ -1,4 +1,4 @@
-{{/* What every object is found by; of a selector, so that it may never change. */}}
+{{/* The labels of the selectors. A selector is immutable, so they must never change. */}}
 {{- define "vmtap.selector" -}}
 app.kubernetes.io/name: vmtap
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -11,7 +11,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
-{{/* One release on a cluster is the rule: its objects are called as the kustomization's. */}}
+{{/* The objects of a release named vmtap have the names of the kustomization's. */}}
 {{- define "vmtap.name" -}}
 {{ if contains "vmtap" .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}{{ else }}{{ .Release.Name | trunc 34 | trimSuffix "-" }}-vmtap{{ end }}
 {{- end }}
@@ -20,7 +20,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ .Values.image.repository }}{{ if .Values.image.digest }}@{{ .Values.image.digest }}{{ else }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}
 {{- end }}
 
-{{/* vmtapd's file. Where metrics are served is not in it: the node's address is only known there. */}}
+{{/* vmtapd's configuration file, without the address of the metrics: only the pod knows the node's address. */}}
 {{- define "vmtap.agent" -}}
 devicePlugin: true
 resourceNamespace: {{ .Values.devicePlugin.resourceNamespace }}
@@ -39,12 +39,12 @@ interfaces: {{ if .Values.interfaces }}{{ toYaml .Values.interfaces | nindent 2 
 allowUnlisted: {{ .Values.allowUnlisted }}
 {{- end }}
 
-{{/* {} where there are none. */}}
+{{/* The SELinux options; {} if there are none. */}}
 {{- define "vmtap.selinux" -}}
 {{ .Values.agent.seLinuxOptions | default (.Values.openshift.enabled | ternary (dict "type" "spc_t") dict) | toYaml }}
 {{- end }}
 
-{{/* A root without powers: it may write where root may, and that is all. */}}
+{{/* User 0 without capabilities: it can write files that user 0 owns. */}}
 {{- define "vmtap.powerless" -}}
 runAsUser: 0
 allowPrivilegeEscalation: false
@@ -52,12 +52,12 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* A pod that takes the shim and the state away from its node, and then stays so that it can be seen to be done. */}}
+{{/* A pod that removes the shim and the state from its node, and then stays, so that its readiness shows the end. */}}
 {{- define "vmtap.uninstalls" -}}
 serviceAccountName: {{ include "vmtap.name" . }}-uninstall
 automountServiceAccountToken: false
 enableServiceLinks: false
-hostNetwork: true # links in the pods are known by the host's ids of their namespaces
+hostNetwork: true # records have the ids by which the host's namespace knows the pods'
 dnsPolicy: Default
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
@@ -82,10 +82,10 @@ initContainers:
       readOnlyRootFilesystem: true
       capabilities:
         drop: [ALL]
-        add: [NET_ADMIN] # to see whether a pod's link is there still
+        add: [NET_ADMIN] # to check whether a pod's link exists
     volumeMounts:
       - {name: bin, mountPath: {{ .Values.cni.binDir }}}
-      # The folder above the state's, so that that can go as well.
+      # The parent of the state folder, so that the state folder can be removed.
       - {name: run, mountPath: /host/run}
       {{- if eq .Values.devicePlugin.route "cdi" }}
       - {name: cdi, mountPath: /var/run/cdi}
