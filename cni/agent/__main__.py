@@ -16,6 +16,7 @@ from cni import plugin
 from cni.agent import health, metrics, node_metrics, server
 from cni.agent import log as logs
 from cni.agent.broker import Broker
+from cni.agent.handover import Handover
 from cni.agent.link_deletion import LinkDeleter
 from cni.agent.log import log
 from cni.agent.policies import VARIABLE, Policies
@@ -24,6 +25,7 @@ from cni.agent.settings import load as load_settings
 from cni.agent.vepa_warning import VepaWarning
 from cni.attach.call import Node, Request
 from cni.errors import CniError
+from cni.kernel import packet
 from cni.kernel.netns import libc
 from cni.kernel.rtnl import Host
 from cni.state.lock import keep_turn
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from cni.agent.server import Reply
     from cni.agent.settings import Settings
     from cni.plugin import Response
+    from cni.state.record import Record
 
 
 _GC_THRESHOLD = 20_000
@@ -56,7 +59,9 @@ def _no_reply(response: Response, stderr: bytes) -> None:
 class Agent:
     """Answers requests: what they need and what outlives them, and the metrics of them."""
 
-    def __init__(self, settings: Settings, store: Store, registry: metrics.Registry) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, registry: metrics.Registry, handover: Handover | None
+    ) -> None:
         self.settings = settings
         self.policies = Policies(settings.policy, os.environ.get(VARIABLE))
         self.node = Node(
@@ -65,8 +70,11 @@ class Agent:
             settings.delegate_seconds,
             LinkDeleter(),
             settings.cdi if settings.device_route == "cdi" else None,
-            VepaWarning(settings.run),
+            self._added,
+            handover=handover is not None,
         )
+        self._handover = handover
+        self._warn = VepaWarning(settings.run)
         self._hosts: list[Host] = []
         """Those not in use: a request takes one, or makes one, and puts it back."""
         self._operations = registry.counter(
@@ -106,6 +114,8 @@ class Agent:
             stderr = f"{request.called_as}: {response.error}\n".encode()
             fields |= {"code": response.error.code, "error": str(response.error)}
         reply(response, stderr)  # first: the runtime waits for it
+        if self._handover:
+            self._handover.wake()
         self._in_flight.inc(by=-1)
         self._count(request.env.get("CNI_COMMAND", ""), response.error, seconds)
         log(
@@ -117,6 +127,12 @@ class Agent:
             **fields,
         )
         return response
+
+    def _added(self, record: Record, pod_netns: int) -> None:
+        """Called by an ADD before its answer: only takes notes."""
+        self._warn(record)
+        if self._handover:
+            self._handover.made(record, pod_netns)
 
     def refused(self, why: str) -> None:
         """Count and log a connection that was not served."""
@@ -163,11 +179,14 @@ def _run(settings: Settings) -> int:
     folder = f"{settings.run}/agent"
     os.makedirs(folder, mode=0o700, exist_ok=True)
     registry = metrics.Registry()
-    agent = Agent(settings, store, registry)
+    handover = _handover(settings, store, registry)
+    agent = Agent(settings, store, registry, handover)
     node_metrics.declare(registry, store, agent.policies, lambda: agent.policy_error() is None)
     agent.policy_error()  # logs it; every ADD reports it, too
     reconciler = Reconciler(agent.node, agent.answer, registry, seconds=settings.reconcile_seconds)
     reconciler.start()
+    if handover:
+        handover.start()
     path = f"{folder}/cni.sock"
     lent = _inherited()
     serving = server.Server(lent or server.listen(path), agent.answer, agent.refused, lent=lent is not None)
@@ -191,10 +210,22 @@ def _run(settings: Settings) -> int:
     broker.stop()
     if not serving.stop(settings.drain_seconds):
         log(WARNING, "requests were still in flight; the reconciler will repair what they leave")
+    if handover:
+        handover.stop()
     reconciler.stop()
     if monitoring:
         monitoring.stop()
     return 0
+
+
+def _handover(settings: Settings, store: Store, registry: metrics.Registry) -> Handover | None:
+    if packet.permitted():
+        return Handover(store, registry, seconds=settings.reconcile_seconds)
+    log(
+        WARNING,
+        "without CAP_NET_RAW no guest can be heard: VMs that migrate are lost to neighbours meanwhile",
+    )
+    return None
 
 
 def _device_plugin(

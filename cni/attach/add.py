@@ -91,7 +91,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                 ) from error
             raise
         if call.node.added:
-            call.node.added(record)
+            call.node.added(record, call.netns)
         return answer
 
 
@@ -130,6 +130,7 @@ def _record(call: Call, grant: Grant, plan: Plan, nsid: int) -> Record:
         interface=grant.interface,
         source=plan.source.name if plan.source else None,
         mode=plan.mode,
+        handover=call.node.handover and plan.handover,
         node=store.node(ifindex) if wants_node else None,
         config=dict(conf.raw) if conf.ipam else None,
         args=call.request.env.get("CNI_ARGS", ""),

@@ -46,8 +46,10 @@ class Node:
     delete_link: DeleteLink = delete_link
     cdi: str | None = None
     """The folder of CDI specs, if the runtime gives devices to containers by CDI."""
-    added: Callable[[Record], None] | None = None
-    """Called after each ADD that has succeeded."""
+    added: Callable[[Record, int], None] | None = None
+    """Called after each ADD that has succeeded, with an fd of the pod's network namespace."""
+    handover: bool = False
+    """Whether an agent watches for the guests of macvtaps in bridge mode (agent/handover.py)."""
 
 
 @dataclass(frozen=True)

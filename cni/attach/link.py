@@ -41,7 +41,7 @@ def make(call: Call, plan: Plan, record: Record) -> None:
                 lower=plan.source,
                 ifname=record.ifname,
                 ifindex=record.ifindex,
-                mode=plan.mode,
+                mode="vepa" if record.handover else plan.mode,
                 mac=record.mac,
                 mtu=record.mtu,
                 bcqueuelen=conf.bcqueuelen,

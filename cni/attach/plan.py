@@ -34,6 +34,8 @@ class Plan:
     source: Link | None
     mac: str
     mtu: int
+    handover: bool = False
+    """Whether the link may wait for its guest in vepa mode."""
     lower: Wanted | None = None
     """What the macvtap is to sit on, if not on the plain source. For a virtual function, source is one of the PFs."""
 
@@ -88,7 +90,8 @@ def decide(
         source,
         mac,
         mtu,
-        _lower(grant, conf),
+        handover=device == "macvtap" and grant.mode == "bridge" and not grant.functions and grant.handover,
+        lower=_lower(grant, conf),
     )
 
 

@@ -88,6 +88,7 @@ class NetConf:
     owner: int | None
     group: int | None
     addressing: str
+    handover: bool
     vlan: Vlan | None
     ipam: Mapping[str, Any] | None
     """None also if it has no type: then there is no delegate."""
@@ -198,6 +199,7 @@ def _read(stdin: bytes, command: str, called_as: str) -> NetConf:
         owner=fields.get("owner"),
         group=fields.get("group"),
         addressing=fields["addressing"],
+        handover=fields["handover"],
         vlan=_vlan(fields),
         ipam=ipam if ipam and ipam.get("type") else None,
         dns=fields.get("dns"),

@@ -61,6 +61,8 @@ class Interface:
     functions: Functions | None = None
     vlans: tuple[int, ...] | None = None
     """None: any VLAN, and none by default."""
+    handover: bool = True
+    """Whether a macvtap in bridge mode may wait for its guest."""
 
     @property
     def devices(self) -> int:
@@ -94,6 +96,7 @@ class Grant:
     type: str
     functions: Functions | None = None
     vlan: Vlan | None = None
+    handover: bool = True
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -188,7 +191,8 @@ def _grant(entry: Interface, conf: NetConf) -> Grant:
         functions, dev = replace(functions, pool=(conf.source,)), conf.source
     # The kubelet allocates a device node, and a tap has none.
     made = conf.device or ("macvtap" if device else None)
-    return Grant(entry.name or None, dev, made, mode, entry.type, functions, _vlan(entry, conf))
+    handover = entry.handover and conf.handover
+    return Grant(entry.name or None, dev, made, mode, entry.type, functions, _vlan(entry, conf), handover)
 
 
 def _vlan(entry: Interface, conf: NetConf) -> Vlan | None:
@@ -248,6 +252,7 @@ def of(path: str, document: dict[str, Any]) -> Policy:
                 capacity=int(entry["capacity"]) if "capacity" in entry else None,
                 functions=_functions(path, number, entry, pool),
                 vlans=tuple(map(int, entry.get("vlans") or ())) or None,
+                handover=entry["handover"],
             )
         )
     return Policy(tuple(interfaces), (schema.defaults(rules) | document)["allowUnlisted"])

@@ -6,6 +6,14 @@ import ctypes
 import socket
 import struct
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+Instruction = tuple[int, int, int, int]
+"""Code, instructions to skip if a comparison holds, if it does not, and the operand."""
+_INSTRUCTION = struct.Struct("=HBBI")
+
 SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 
 # linux/bpf_common.h. A load is big-endian, whatever the machine is.
@@ -21,7 +29,7 @@ _DROP = 0
 
 def keep_only(receiver: socket.socket, *fields: tuple[int, bytes]) -> None:
     """Drop each message that lacks one of the fields: (offset, the 2 or 4 bytes expected there). Raises OSError."""
-    program = []
+    program: list[Instruction] = []
     for number, (offset, expected) in enumerate(fields):
         to_drop = (
             2 * (len(fields) - number) - 1
@@ -30,8 +38,16 @@ def keep_only(receiver: socket.socket, *fields: tuple[int, bytes]) -> None:
         program.append((BPF_JEQ_K, 0, to_drop, int.from_bytes(expected)))
     program.append((BPF_RET_K, 0, 0, _WHOLE_MESSAGE))
     program.append((BPF_RET_K, 0, 0, _DROP))
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    attach(receiver, assemble(program))
+
+
+def assemble(program: Iterable[Instruction]) -> bytes:
+    """The struct sock_filter of each instruction."""
+    return b"".join(_INSTRUCTION.pack(*instruction) for instruction in program)
+
+
+def attach(receiver: socket.socket, code: bytes) -> None:
+    """Set the socket's filter, in the place of an earlier one. code: assemble()'s. Raises OSError."""
     held = ctypes.create_string_buffer(code, len(code))
-    receiver.setsockopt(
-        socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(held))
-    )
+    program = struct.pack("HP", len(code) // _INSTRUCTION.size, ctypes.addressof(held))
+    receiver.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)

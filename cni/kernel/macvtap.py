@@ -94,6 +94,18 @@ def create(
     )
 
 
+def set_mode(pod: Rtnl, ifindex: int, mode: str) -> None:
+    """Change the link's mode between vepa, pepa and bridge. Its queues and their fds stay.
+
+    pod is a socket of the link's own namespace: with IFLA_TARGET_NETNSID, Linux 6.18 refuses the change (ENODEV).
+    Raises OSError: ENODEV if the link is gone.
+    """
+    data = nest(IFLA_INFO_DATA, u32(IFLA_MACVLAN_MODE, MODES[mode]))
+    pod.do(
+        link_message(RTM_NEWLINK, nest(IFLA_LINKINFO, text(IFLA_INFO_KIND, "macvtap"), data), index=ifindex)
+    )
+
+
 def bring_up(pod: Rtnl, ifindex: int, alias: str, *, promisc: bool, allmulti: bool, speaks: bool) -> None:
     """Give the link its alias and set it up. speaks: whether the pod's kernel may use the link.
 

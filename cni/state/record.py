@@ -103,6 +103,8 @@ class Record:
     """The id of the kubelet's device, if the config names one."""
     cdi: str | None = None
     """The path of the CDI spec that ADD has written; None without one."""
+    handover: bool = False
+    """Whether the macvtap is in vepa mode while it waits for its guest (agent/handover.py); mode is bridge then."""
     vlan: VlanDevice | None = None
     vf: VirtualFunction | None = None
 

@@ -10,6 +10,7 @@ reconciler finds what is left. DEL also works without a record. Must not touch t
     FOLDER/offloads/DEVICE      a source whose offload ADD has switched on (lower/offload.py)
     FOLDER/dev/tapN             a device node that ADD was asked to make (kernel/tapdev.py)
     FOLDER/holders/ID           the processes that have got fds of the attachment (agent/holders.py)
+    FOLDER/elsewhere/ID         the VM of that attachment was heard from the wire (agent/handover.py)
     FOLDER/probes/SOURCE.json   the last probe of a source (state/probe_results.py)
     FOLDER/pending/NAME         a DEL that the shim left while the agent was away (shim/vmtap.c)
     FOLDER/agent, launcher      the folders of the agent's sockets
@@ -56,6 +57,7 @@ class Store:
         self.functions = f"{self.folder}/vf"
         self._dev = f"{self.folder}/dev"
         self.holders = f"{self.folder}/holders"
+        self._elsewhere = f"{self.folder}/elsewhere"
 
     def node(self, ifindex: int) -> str:
         """The path of a macvtap's device node, for a launcher that opens it by path."""
@@ -174,10 +176,24 @@ class Store:
             for suffix in ("json", "new"):
                 _unlink(self._path(id, suffix))
             _unlink(f"{self.holders}/{id}")
+            _unlink(f"{self._elsewhere}/{id}")
             for number in (*numbers, *_candidates(id)):
                 self.release(number, id)
             for pci in os.listdir(self.functions) if os.path.isdir(self.functions) else []:
                 self.release_function(pci, id)
+
+    def is_elsewhere(self, id: str) -> bool:
+        """Whether set_elsewhere() has marked the attachment."""
+        return os.path.exists(f"{self._elsewhere}/{id}")
+
+    def set_elsewhere(self, id: str, elsewhere: bool) -> None:
+        """Mark the attachment as one whose VM runs elsewhere, or remove the mark."""
+        with _io(self._elsewhere):
+            if elsewhere:
+                os.makedirs(self._elsewhere, mode=0o700, exist_ok=True)
+                os.close(os.open(f"{self._elsewhere}/{id}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            else:
+                _unlink(f"{self._elsewhere}/{id}")
 
     def reserve_ifindex(self, id: str, device_id: str | None = None) -> int:
         """Reserve an interface index that no other attachment on this host has, until forget().

@@ -1,0 +1,481 @@
+"""Holds back macvtaps in bridge mode until their guest is heard, so that its neighbours do not lose a VM that moves.
+
+While a VM migrates, two links have its MAC. A macvtap in bridge mode takes the frames that its neighbours on the node
+send to its MAC, whether or not a guest reads them; one in vepa mode leaves them to the wire. So ADD makes the link of a
+record with handover in vepa mode, and this module changes its mode:
+
+    state      mode      begins when                                        ends when
+    waiting    vepa      ADD has made the link; or the MAC announces        the guest sends a frame: here;
+                         itself from the wire: the VM has left              the MAC is not heard from the wire: presumed
+    presumed   bridge    the MAC was not heard from the wire for some       the guest sends a frame: here;
+                         seconds                                            the MAC is heard from the wire: waiting
+    here       bridge    the guest has sent a frame                         the MAC announces itself: waiting
+
+The state outlives the agent: the link's mode is in the kernel, and a file in the store marks a link whose VM was heard
+elsewhere. A forged announcement does no more than the table shows: the guest's next frame ends the wait, and a link
+returns to waiting at most once in _AGAIN_SECONDS. The kernel filters the frames (kernel/packet.py), so nothing wakes up
+while no VM moves. Must not be on the way of an ADD's answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from logging import ERROR, INFO, WARNING
+from queue import SimpleQueue
+
+from cni.agent.log import log
+from cni.errors import CniError
+from cni.kernel import macvtap, netns, packet
+from cni.kernel.rtnl import Rtnl, mac_bytes
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+
+    from cni.agent.metrics import Registry
+    from cni.kernel.rtnl import Link
+    from cni.state.record import Record
+    from cni.state.store import Store
+
+_SILENT_SECONDS = 5.0
+"""How long a new link waits for a guest whose MAC is not heard from the wire."""
+_ELSEWHERE_SECONDS = 600.0
+"""How long it waits after its MAC was heard from the wire: a VM is copied for minutes, and may send no broadcast."""
+_AGAIN_SECONDS = 1.0
+"""From a guest's frame to the next return to waiting: QEMU announces for half a second."""
+_FRAMES = 64
+"""Frames that are read from one socket before the others have their turn."""
+_NEVER = float("inf")
+_MESSAGES = {
+    "waiting": "the VM has left: its link waits in vepa mode",
+    "presumed": "no longer waiting for the guest: its link is in bridge mode",
+    "here": "the VM is here: its link is in bridge mode",
+}
+
+
+@dataclass
+class _Guest:
+    """A link that is watched."""
+
+    record: Record
+    mac: bytes
+    lower: int
+    """The interface index of the lower device."""
+    state: str = "waiting"
+    until: float = _NEVER
+    """When the state ends without a frame; monotonic seconds."""
+    begun: float = 0.0
+    """When the link was made, or its MAC was announced; monotonic seconds."""
+    on_wire: float | None = None
+    """When a frame of the MAC was last received from the wire in this wait; monotonic seconds."""
+    ear: socket.socket | None = None
+    """Hears the guest; open until it has been heard."""
+    pod: Rtnl | None = None
+    """A socket of the link's network namespace, which changes the mode; open as long as ear."""
+
+
+@dataclass
+class _Wire:
+    """A lower device and the sockets that hear it, by protocol."""
+
+    name: str
+    sockets: dict[int, list[socket.socket]] = field(default_factory=dict)
+    listened: dict[int, frozenset[bytes]] = field(default_factory=dict)
+    changed: bool = True
+
+
+class Handover:
+    """Watches the links of the store's records from start() to stop()."""
+
+    def __init__(self, store: Store, registry: Registry, *, seconds: float) -> None:
+        """seconds: from one look at all records to the next."""
+        self._store = store
+        self._seconds = seconds
+        self._guests: dict[str, _Guest] = {}
+        self._at: dict[tuple[int, bytes], _Guest] = {}
+        self._wires: dict[int, _Wire] = {}
+        self._ears: dict[int, _Guest] = {}
+        self._mouths: dict[int, tuple[int, socket.socket]] = {}
+        self._made: SimpleQueue[tuple[Record, int]] = SimpleQueue()
+        self._closing: SimpleQueue[socket.socket | None] = SimpleQueue()
+        self._poll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stopping = False
+        self._threads = [
+            threading.Thread(target=self._run, name="handover", daemon=True),
+            threading.Thread(target=self._close, name="handover-close", daemon=True),
+        ]
+        registry.computed(
+            "vmtap_handover_links",
+            "Macvtaps that wait for their guest (waiting), have heard it (here), or wait no more (presumed).",
+            "state",
+            look=self._count,
+        )
+        self._changes = registry.counter(
+            "vmtap_handover_changes_total",
+            "Changes of a link's state, by the new state and the reason.",
+            "state",
+            "why",
+        )
+        self._silence = registry.histogram(
+            "vmtap_handover_silence_seconds",
+            "From the last frame of an arriving guest that was heard from the wire to its first frame on this node.",
+        )
+
+    def start(self) -> None:
+        """Start. Finds the links in the records."""
+        self._poll.register(self._wake, select.EPOLLIN)
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, seconds: float = 5.0) -> None:
+        """Stop. The links keep their modes: the next agent goes on."""
+        self._stopping = True
+        self.wake()
+        for thread in self._threads:
+            thread.join(seconds)
+
+    def made(self, record: Record, pod_netns: int) -> None:
+        """Note the link of an ADD that has succeeded, and dup(2) pod_netns. wake() is to be called after the answer."""
+        if record.handover:
+            self._made.put((record, os.dup(pod_netns)))
+
+    def wake(self) -> None:
+        """Have the links that made() has noted looked at."""
+        if self._stopping or not self._made.empty():
+            with suppress(BlockingIOError):  # it is awake already
+                os.eventfd_write(self._wake, 1)
+
+    # The thread
+
+    def _run(self) -> None:
+        due = 0.0
+        while not self._stopping:
+            if (now := time.monotonic()) >= due:
+                self._try(self._look_at_records)
+                due = now + self._seconds
+            ends = min((each.until for each in self._guests.values()), default=_NEVER)
+            wait = max(0.0, min(due, ends) - time.monotonic())
+            for fd, _ in self._poll.poll(wait):
+                if fd == self._wake:
+                    os.eventfd_read(self._wake)
+                    self._try(self._look_at_made)
+                elif fd in self._ears:
+                    self._try(self._hear_guest, self._ears[fd])
+                elif fd in self._mouths:
+                    self._try(self._hear_wire, *self._mouths[fd])
+            self._try(self._end_waits)
+            self._try(self._listen)
+        self._end()
+
+    def _end(self) -> None:
+        for guest in self._guests.values():
+            self._deafen(guest)
+        for lower in list(self._wires):
+            self._forget_wire(lower)
+        while not self._made.empty():
+            os.close(self._made.get()[1])
+        self._closing.put(None)
+        self._poll.close()
+        os.close(self._wake)
+
+    def _try(self, step: Callable[..., None], *args: object) -> None:
+        """Run one step; its failure is logged, and ends nothing else."""
+        try:
+            step(*args)
+        except (CniError, OSError) as error:
+            log(WARNING, "watching guests failed; it is tried again", step=step.__name__, error=str(error))
+        except Exception as error:
+            log(ERROR, "a fault in vmtapd itself: please report it", step=step.__name__, error=repr(error))
+
+    # Which links there are
+
+    def _look_at_made(self) -> None:
+        with Rtnl() as host:
+            while not self._made.empty():
+                record, pod = self._made.get()
+                try:
+                    self._watch(host, record, pod, time.monotonic())
+                finally:
+                    os.close(pod)
+
+    def _look_at_records(self) -> None:
+        """Watch links that are not watched yet, and forget those that are gone."""
+        with Rtnl() as host:
+            ids = set(self._store.recorded())
+            for id in self._guests.keys() - ids:
+                self._forget(self._guests[id])
+            for id in ids:
+                if guest := self._guests.get(id):
+                    self._check(host, guest)
+                elif (record := self._store.load(id)) and record.handover and self._store.sealed(id):
+                    with _pod(record) as pod:
+                        self._watch(host, record, pod, time.monotonic())
+
+    def _watch(self, host: Rtnl, record: Record, pod: int | None, now: float) -> None:
+        """Begin to watch the record's link. pod: an fd of its network namespace, if it is known."""
+        link = _link(host, record)
+        if link is None or link.lower is None:
+            return
+        if old := self._guests.get(record.id):
+            self._forget(old)
+        guest = _Guest(record, mac_bytes(link.mac), link.lower, begun=now)
+        self._guests[record.id] = guest
+        self._at[guest.lower, guest.mac] = guest
+        below = host.link(index=link.lower)
+        wire = self._wires.setdefault(link.lower, _Wire(below.name if below else ""))
+        wire.changed = True
+        if link.mode == macvtap.MODES["vepa"]:
+            elsewhere = self._store.is_elsewhere(record.id)
+            guest.until = now + (_ELSEWHERE_SECONDS if elsewhere else _SILENT_SECONDS)
+            self._listen_to(guest, pod)
+        else:
+            guest.state = "here"
+
+    def _check(self, host: Rtnl, guest: _Guest) -> None:
+        """Forget the link if it is gone; let go of its namespace if nothing else may keep that alive."""
+        link = _link(host, guest.record)
+        if link is None or link.lower != guest.lower or mac_bytes(link.mac) != guest.mac:
+            self._forget(guest)  # a changed one is watched again at the next look
+            return
+        with _pod(guest.record) as pod:
+            if (
+                guest.ear and pod is None
+            ):  # the open sockets must not keep alive a namespace that nobody else does
+                if guest.state == "waiting":
+                    self._change(guest, "presumed", "its network namespace has no path any more", _NEVER)
+                self._deafen(guest)
+            wanted = "vepa" if guest.state == "waiting" else "bridge"
+            if pod is not None and link.mode != macvtap.MODES[wanted]:
+                with netns.entered(pod):
+                    there = Rtnl()
+                with there:
+                    macvtap.set_mode(there, guest.record.ifindex, wanted)
+                self._log(
+                    guest, WARNING, "its mode was changed by another process, and is set again", mode=wanted
+                )
+
+    def _forget(self, guest: _Guest) -> None:
+        self._deafen(guest)
+        self._guests.pop(guest.record.id, None)
+        if self._at.get((guest.lower, guest.mac)) is guest:
+            del self._at[guest.lower, guest.mac]
+        if wire := self._wires.get(guest.lower):
+            wire.changed = True
+
+    # What is heard
+
+    def _listen_to(self, guest: _Guest, pod: int | None) -> None:
+        """Open the guest's ear."""
+        if guest.ear or pod is None:
+            return
+        with netns.entered(pod):
+            guest.ear = packet.guest(guest.record.ifname)
+            guest.pod = Rtnl()
+        self._ears[guest.ear.fileno()] = guest
+        self._poll.register(guest.ear, select.EPOLLIN)
+
+    def _deafen(self, guest: _Guest) -> None:
+        if guest.ear:
+            self._poll.unregister(guest.ear)
+            del self._ears[guest.ear.fileno()]
+            self._closing.put(guest.ear)
+            guest.ear = None
+        if guest.pod:
+            guest.pod.close()
+            guest.pod = None
+
+    def _hear_guest(self, guest: _Guest) -> None:
+        assert guest.ear is not None  # noqa: S101 - only a guest with an ear is in _ears
+        try:
+            guest.ear.recv(packet.KEPT_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENETDOWN:
+                raise
+            with Rtnl() as host:  # the link was set down, or is gone
+                if _link(host, guest.record) is None:
+                    self._forget(guest)
+            return
+        now = time.monotonic()
+        silent = None if guest.on_wire is None else round(now - guest.on_wire, 3)
+        # Until the pause is over an announcement is only noted.
+        self._change(guest, "here", "its guest was heard", now + _AGAIN_SECONDS, silent_seconds=silent)
+        self._deafen(guest)
+        if silent is not None:
+            self._silence.observe(silent)
+
+    def _hear_wire(self, lower: int, mouth: socket.socket) -> None:
+        for _ in range(_FRAMES):
+            try:
+                frame = mouth.recv(packet.KEPT_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno == errno.ENETDOWN:  # the socket goes on when the device is up again
+                    return
+                raise
+            if len(frame) >= 14 and (guest := self._at.get((lower, packet.source(frame)))):
+                self._heard_elsewhere(guest, frame)
+
+    def _heard_elsewhere(self, guest: _Guest, frame: bytes) -> None:
+        """A frame with the guest's MAC has come from the wire."""
+        now = time.monotonic()
+        if guest.state == "waiting":
+            if guest.on_wire is None:
+                self._store.set_elsewhere(guest.record.id, True)
+            guest.on_wire = now
+            guest.until = now + _ELSEWHERE_SECONDS
+        elif guest.state == "presumed":
+            self._return(guest, "its MAC was heard from the wire", now)
+        elif packet.announces(frame):
+            if guest.until == _NEVER:
+                self._return(guest, "its MAC was announced from the wire", now)
+            else:
+                guest.on_wire = now  # soon after the guest's frame: looked at when the pause is over
+
+    def _return(self, guest: _Guest, why: str, now: float) -> None:
+        """Back to waiting: the VM is elsewhere."""
+        with _pod(guest.record) as pod:
+            self._listen_to(guest, pod)  # first: the guest's next frame must be heard
+        guest.begun = now
+        self._change(guest, "waiting", why, now + _ELSEWHERE_SECONDS)
+        self._store.set_elsewhere(guest.record.id, True)
+        guest.on_wire = now
+
+    def _end_waits(self) -> None:
+        now = time.monotonic()
+        for guest in [each for each in self._guests.values() if each.until <= now]:
+            guest.until = now + _AGAIN_SECONDS  # in case that it fails
+            if guest.state == "waiting":
+                self._change(guest, "presumed", "its MAC was not heard from the wire", _NEVER)
+            elif guest.on_wire is not None:
+                self._return(guest, "its MAC was announced from the wire", now)
+            else:
+                guest.until = _NEVER
+
+    def _change(self, guest: _Guest, state: str, why: str, until: float, **fields: object) -> None:
+        """Put the link into that state, which ends then without a frame."""
+        record = guest.record
+        waited = time.monotonic() - guest.begun
+        if (state == "waiting") != (guest.state == "waiting"):
+            if guest.pod is None:  # no path leads to its network namespace
+                self._forget(guest)
+                return
+            try:
+                macvtap.set_mode(guest.pod, record.ifindex, "vepa" if state == "waiting" else "bridge")
+            except OSError as error:
+                if error.errno != errno.ENODEV:
+                    raise
+                self._forget(guest)
+                return
+        if state != "waiting":
+            self._store.set_elsewhere(record.id, False)
+        guest.state, guest.until, guest.on_wire = state, until, None
+        if wire := self._wires.get(guest.lower):
+            wire.changed = True
+        self._changes.inc(state, why)
+        self._log(guest, INFO, _MESSAGES[state], why=why, seconds=round(waited, 3), **fields)
+
+    # The sockets
+
+    def _listen(self) -> None:
+        """Have the sockets of each wire hear the MACs that matter now."""
+        for lower, wire in list(self._wires.items()):
+            if not wire.changed:
+                continue
+            wire.changed = False
+            guests = [each for each in self._guests.values() if each.lower == lower]
+            every = frozenset(each.mac for each in guests)
+            waiting = frozenset(each.mac for each in guests if each.state == "waiting")
+            for protocol, macs in (
+                (packet.ETH_P_RARP, every),
+                (packet.ETH_P_ARP, every),
+                (packet.ETH_P_ALL, waiting),
+            ):
+                self._listen_for(lower, wire, protocol, macs)
+            if not guests:
+                self._forget_wire(lower)
+
+    def _listen_for(self, lower: int, wire: _Wire, protocol: int, macs: frozenset[bytes]) -> None:
+        if wire.listened.get(protocol) == macs:
+            return
+        listed = sorted(macs)
+        parts = [listed[at : at + packet.MOST] for at in range(0, len(listed), packet.MOST)]
+        sockets = wire.sockets.setdefault(protocol, [])
+        for mouth, part in zip(sockets, parts, strict=False):
+            packet.listen_for(mouth, part)
+        for part in parts[len(sockets) :]:
+            mouth = packet.wire(wire.name, protocol, part)
+            sockets.append(mouth)
+            self._mouths[mouth.fileno()] = (lower, mouth)
+            self._poll.register(mouth, select.EPOLLIN)
+        while len(sockets) > len(parts):
+            self._mute(sockets.pop())
+        wire.listened[protocol] = macs
+
+    def _mute(self, mouth: socket.socket) -> None:
+        self._poll.unregister(mouth)
+        del self._mouths[mouth.fileno()]
+        self._closing.put(mouth)
+
+    def _forget_wire(self, lower: int) -> None:
+        for sockets in self._wires.pop(lower).sockets.values():
+            for mouth in sockets:
+                self._mute(mouth)
+
+    def _close(self) -> None:
+        """Closing waits for the kernel, so another thread does it."""
+        while closed := self._closing.get():
+            closed.close()
+
+    # What is shown
+
+    def _count(self) -> dict[tuple[str, ...], float]:
+        states = [each.state for each in list(self._guests.values())]
+        return {(state,): states.count(state) for state in ("waiting", "presumed", "here")}
+
+    def _log(self, guest: _Guest, level: int, msg: str, **fields: object) -> None:
+        record = guest.record
+        log(
+            level,
+            msg,
+            network=record.network,
+            container=record.container_id,
+            ifname=record.ifname,
+            mac=record.mac,
+            **fields,
+        )
+
+
+def _link(host: Rtnl, record: Record) -> Link | None:
+    """The record's link, if it is there and the attachment's. Raises OSError."""
+    try:
+        link = host.link(index=record.ifindex, nsid=record.nsid)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # EINVAL: its namespace is gone
+            raise
+        return None
+    return link if link and link.alias == record.alias else None
+
+
+@contextmanager
+def _pod(record: Record) -> Iterator[int | None]:
+    """An fd of the record's network namespace by its path; None if the path leads there no more."""
+    try:
+        fd = netns.open_path(record.netns)
+    except CniError:
+        yield None
+        return
+    try:
+        yield fd if netns.identity(fd) == record.netns_id else None
+    finally:
+        os.close(fd)

@@ -1,0 +1,211 @@
+"""Two nodes, each with an agent, and a machine on one learning switch. A guest is a thread on an attachment's fd."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+
+from cni.kernel import netns, tapdev
+from cni.state.store import Store, in_netns
+from lab.frames import ETHERTYPE, VNET_HEADER, Frame, mac_bytes, packet_socket
+from lab.wire import NIC, Lab, Netns
+from tests.agent.conftest import Agent
+from tests.runner import config
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from cni.state.record import Record
+
+VM = "02:00:00:00:00:77"
+_HEADER = bytes(VNET_HEADER)
+_REPLY_SECONDS = 60.0
+"""For one answer, which takes microseconds: a lost frame fails the test, so only a failing test waits."""
+
+
+def arp(mac: str, *, announcement: bool = False) -> bytes:
+    """A broadcast ARP request of a guest; as an announcement it asks for its own address."""
+    sender, target = bytes([10, 77, 0, 7]), bytes([10, 77, 0, 7 if announcement else 9])
+    fixed = bytes.fromhex("0001080006040001")
+    head = b"\xff" * 6 + mac_bytes(mac) + b"\x08\x06"
+    return (head + fixed + mac_bytes(mac) + sender + bytes(6) + target).ljust(60, b"\0")
+
+
+def rarp(mac: str) -> bytes:
+    """What QEMU broadcasts when a guest has arrived (net/announce.c)."""
+    fixed = bytes.fromhex("0001080006040003")
+    address = mac_bytes(mac)
+    return (b"\xff" * 6 + address + b"\x80\x35" + fixed + (address + bytes(4)) * 2).ljust(60, b"\0")
+
+
+class Guest:
+    """Answers every unicast frame on an attachment's fd, from start() to stop(), and sends what it is told to."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._stop, self._stopped = os.pipe()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self, *frames: bytes) -> Self:
+        """Begin to answer, after sending these frames."""
+        for frame in frames:
+            self.send(frame)
+        self._thread.start()
+        return self
+
+    def send(self, frame: bytes) -> None:
+        os.write(self._fd, _HEADER + frame)
+
+    def stop(self) -> None:
+        os.close(self._stopped)
+        if self._thread.ident:
+            self._thread.join()
+        os.close(self._stop)
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        poll.register(self._stop, select.POLLHUP)
+        while self._stop not in (ready := {fd for fd, _ in poll.poll()}):
+            assert ready
+            frame = os.read(self._fd, 1 << 16)[VNET_HEADER:]
+            if not frame[0] & 1 and frame[12:14] == ETHERTYPE.to_bytes(2):
+                os.write(self._fd, _HEADER + frame[6:12] + frame[:6] + frame[12:])
+
+
+@dataclass
+class Attached:
+    """An attachment on a node of the bed."""
+
+    node: Node
+    pod: Netns
+    container: str
+    fields: dict[str, Any]
+    record: Record
+    fd: int
+
+    @property
+    def mode(self) -> str:
+        """The mode that the link has now."""
+        mode: str = self.pod.links()["net1"]["linkinfo"]["info_data"]["mode"]
+        return mode
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the agent has noted that the VM runs elsewhere."""
+        return Store(self.node.agent.run).is_elsewhere(self.record.id)
+
+    def delete(self) -> None:
+        """DEL."""
+        self.node.agent.shim()("DEL", config(**self.fields), netns=self.pod, container=self.container).ok()
+
+
+class Correspondent:
+    """Somebody who exchanges frames with the VM, one after the other, and counts those without an answer."""
+
+    def __init__(self, port: int | socket.socket, mac: str) -> None:
+        self._port, self._mac = port, mac
+        self._sent = 0
+
+    def lost(self, mac: str = VM, frames: int = 5) -> int:
+        """How many of so many frames to that MAC get no answer."""
+        return sum(not self._exchange(mac) for _ in range(frames))
+
+    def _exchange(self, mac: str) -> bool:
+        self._sent += 1
+        token = f"{self._mac} {self._sent}"
+        raw = Frame(mac, self._mac, token).pack()
+        if isinstance(self._port, int):
+            os.write(self._port, _HEADER + raw)
+        else:
+            self._port.send(raw)
+        fd = self._port if isinstance(self._port, int) else self._port.fileno()
+        skip = VNET_HEADER if isinstance(self._port, int) else 0
+        while select.select([fd], [], [], _REPLY_SECONDS)[0]:
+            answer = os.read(fd, 1 << 16)[skip:]
+            if (
+                answer[:6] == mac_bytes(self._mac)
+                and answer[14:].rstrip(b"\0").decode(errors="replace") == token
+            ):
+                return True
+        return False
+
+
+@dataclass
+class Node:
+    """One node of the bed, with its agent."""
+
+    bed: Bed
+    netns: Netns
+    agent: Agent
+    count: int = 0
+
+    def attach(self, mac: str = VM, **fields: Any) -> Attached:
+        """ADD of a pod of its own, and the fd of its queue."""
+        self.count += 1
+        container = f"c{self.count}"
+        fields = {"source": NIC, "mode": "bridge", "mac": mac, **fields}
+        pod = self.bed.stack.enter_context(Netns("pod"))
+        self.agent.shim()("ADD", config(**fields), netns=pod, container=container).ok()
+        fd = netns.open_path(str(pod.path))
+        try:
+            (record,) = in_netns(self.agent.run, netns.identity(fd))
+            (queue,) = tapdev.open_queues(fd, record, 1)
+        finally:
+            os.close(fd)
+        self.bed.stack.callback(os.close, queue)
+        return Attached(self, pod, container, fields, record, queue)
+
+    def neighbour(self) -> Correspondent:
+        """A VM of this node that speaks at once."""
+        mac = f"02:00:00:00:01:{len(self.bed.macs):02x}"
+        self.bed.macs.append(mac)
+        made = self.attach(mac)
+        os.write(made.fd, _HEADER + arp(mac))
+        return Correspondent(made.fd, mac)
+
+
+@dataclass
+class Bed:
+    """Nodes a and b and the wire between them."""
+
+    lab: Lab
+    stack: ExitStack
+    folder: Path
+    macs: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.a = self._node("a", self.lab.node)
+        other = self.stack.enter_context(Netns("node-b", ipv6=False))
+        self.lab.switch.plug("node-b", other, NIC, 1500)
+        self.lab.switch.wait_until_up("node-b")
+        other.wait_until_up(NIC)
+        self.b = self._node("b", other)
+        port = self.stack.enter_context(packet_socket(self.lab.peer, "eth0"))
+        self.machine = Correspondent(port, self.lab.peer.links()["eth0"]["address"])
+        self.wire = port
+
+    def _node(self, name: str, where: Netns) -> Node:
+        agent = Agent(
+            where, self.folder / name, self.folder / "interfaces.yaml", flags=("--log-level", "debug")
+        )
+        self.stack.callback(lambda: agent.process and agent.end())
+        return Node(self, where, agent.start())
+
+    def guest(self, attached: Attached, *frames: bytes) -> Guest:
+        """A guest that runs on the attachment until the end of the test, or until it is stopped."""
+        return Guest(attached.fd).start(*frames)
+
+
+@pytest.fixture
+def bed(lab: Lab, tmp_path: Path) -> Iterator[Bed]:
+    with ExitStack() as stack:
+        yield Bed(lab, stack, tmp_path)
