@@ -7,8 +7,8 @@ record with handover in vepa mode, and this module changes its mode:
     state      mode      begins when                                        ends when
     waiting    vepa      ADD has made the link; or the MAC announces        the guest sends a frame: here;
                          itself from the wire: the VM has left              the MAC is not heard from the wire: presumed
-    presumed   bridge    the MAC was not heard from the wire for some       the guest sends a frame: here;
-                         seconds                                            the MAC is heard from the wire: waiting
+    presumed   bridge    the MAC was not heard from the wire for some       the MAC is heard from the wire: waiting
+                         seconds
     here       bridge    the guest has sent a frame                         the MAC announces itself: waiting
 
 The state outlives the agent: the link's mode is in the kernel, and a file in the store marks a link whose VM was heard
@@ -48,6 +48,8 @@ _SILENT_SECONDS = 5.0
 """How long a new link waits for a guest whose MAC is not heard from the wire."""
 _ELSEWHERE_SECONDS = 600.0
 """How long it waits after its MAC was heard from the wire: a VM is copied for minutes, and may send no broadcast."""
+_PATH_SECONDS = 10.0
+"""How often the path of a waiting link's namespace is looked at: the sockets in it keep the namespace alive."""
 _AGAIN_SECONDS = 1.0
 """From a guest's frame to the next return to waiting: QEMU announces for half a second."""
 _FRAMES = 64
@@ -76,7 +78,7 @@ class _Guest:
     on_wire: float | None = None
     """When a frame of the MAC was last received from the wire in this wait; monotonic seconds."""
     ear: socket.socket | None = None
-    """Hears the guest; open until it has been heard."""
+    """Hears the guest; open while the link waits."""
     pod: Rtnl | None = None
     """A socket of the link's network namespace, which changes the mode; open as long as ear."""
 
@@ -156,13 +158,18 @@ class Handover:
     # The thread
 
     def _run(self) -> None:
-        due = 0.0
+        due = paths = 0.0
         while not self._stopping:
             if (now := time.monotonic()) >= due:
                 self._try(self._look_at_records)
                 due = now + self._seconds
+            if now >= paths:
+                self._try(self._look_at_paths)
+                paths = now + _PATH_SECONDS if self._ears else _NEVER
+            elif self._ears and paths == _NEVER:
+                paths = now + _PATH_SECONDS
             ends = min((each.until for each in self._guests.values()), default=_NEVER)
-            wait = max(0.0, min(due, ends) - time.monotonic())
+            wait = max(0.0, min(due, paths, ends) - time.monotonic())
             for fd, _ in self._poll.poll(wait):
                 if fd == self._wake:
                     os.eventfd_read(self._wake)
@@ -240,27 +247,26 @@ class Handover:
             guest.state = "here"
 
     def _check(self, host: Rtnl, guest: _Guest) -> None:
-        """Forget the link if it is gone; let go of its namespace if nothing else may keep that alive."""
+        """Forget the link if it is gone or another; give it the mode of its state if it has another."""
         link = _link(host, guest.record)
         if link is None or link.lower != guest.lower or mac_bytes(link.mac) != guest.mac:
             self._forget(guest)  # a changed one is watched again at the next look
             return
         with _pod(guest.record) as pod:
-            if (
-                guest.ear and pod is None
-            ):  # the open sockets must not keep alive a namespace that nobody else does
-                if guest.state == "waiting":
-                    self._change(guest, "presumed", "its network namespace has no path any more", _NEVER)
-                self._deafen(guest)
             wanted = "vepa" if guest.state == "waiting" else "bridge"
             if pod is not None and link.mode != macvtap.MODES[wanted]:
                 with netns.entered(pod):
                     there = Rtnl()
                 with there:
                     macvtap.set_mode(there, guest.record.ifindex, wanted)
-                self._log(
-                    guest, WARNING, "its mode was changed by another process, and is set again", mode=wanted
-                )
+                self._log(guest, WARNING, "the link's mode was changed, and is set again", mode=wanted)
+
+    def _look_at_paths(self) -> None:
+        """Let go of namespaces that nothing else may keep alive: a pod can end without a DEL."""
+        for guest in list(self._ears.values()):
+            with _pod(guest.record) as pod:
+                if pod is None:
+                    self._change(guest, "presumed", "its network namespace has no path any more", _NEVER)
 
     def _forget(self, guest: _Guest) -> None:
         self._deafen(guest)
@@ -309,7 +315,6 @@ class Handover:
         silent = None if guest.on_wire is None else round(now - guest.on_wire, 3)
         # Until the pause is over an announcement is only noted.
         self._change(guest, "here", "its guest was heard", now + _AGAIN_SECONDS, silent_seconds=silent)
-        self._deafen(guest)
         if silent is not None:
             self._silence.observe(silent)
 
@@ -378,6 +383,7 @@ class Handover:
                 self._forget(guest)
                 return
         if state != "waiting":
+            self._deafen(guest)
             self._store.set_elsewhere(record.id, False)
         guest.state, guest.until, guest.on_wire = state, until, None
         if wire := self._wires.get(guest.lower):

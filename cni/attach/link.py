@@ -13,6 +13,7 @@ from cni.config import mac as mac_rules
 from cni.kernel import ipv6, macvtap, netns, tap, tapdev
 from cni.kernel.rtnl import IFLA_ADDRESS, IFLA_MTU, RTM_SETLINK, Rtnl, attr, link_message, mac_bytes, u32
 from cni.state import cdi
+from cni.state.record import HANDOVER_GROUP
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def make(call: Call, plan: Plan, record: Record) -> None:
                 bcqueuelen=conf.bcqueuelen,
                 promisc=conf.promisc,
                 allmulti=conf.allmulti,
+                group=HANDOVER_GROUP if record.handover else 0,
             )
         else:
             tap.create(

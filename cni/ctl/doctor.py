@@ -33,6 +33,7 @@ _CAPABILITIES = {
     "CAP_FOWNER": 3,
     "CAP_NET_BROADCAST": 11,
     "CAP_NET_ADMIN": 12,
+    "CAP_NET_RAW": 13,
     "CAP_SYS_PTRACE": 19,
     "CAP_SYS_ADMIN": 21,
     "CAP_MKNOD": 27,

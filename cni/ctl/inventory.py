@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from cni.config import launcher_pod, policy
+from cni.kernel import macvtap
 from cni.kernel.rtnl import IFF_LOWER_UP, IFF_UP
 from cni.lower import vf_discovery
 
@@ -92,6 +93,21 @@ class Attachment:
         return tuple(str(ip["address"]) for ip in self.record.ips)
 
     @property
+    def waiting(self) -> bool:
+        """Whether its link is in vepa mode until its guest is heard (agent/handover.py)."""
+        return self.record.handover and self.link is not None and self.link.mode == macvtap.MODES["vepa"]
+
+    @property
+    def mode(self) -> str | None:
+        """The record's mode, for people."""
+        return f"{self.record.mode} (waiting)" if self.waiting else self.record.mode
+
+    @property
+    def state(self) -> str:
+        """The status, for people."""
+        return f"{self.status}, waiting for its guest" if self.waiting else self.status
+
+    @property
     def function(self) -> str | None:
         """The virtual function that carries the attachment, as "VF 3"; None without one."""
         return f"VF {self.record.vf.number}" if self.record.vf else None
@@ -118,6 +134,7 @@ class Attachment:
             "status": self.status,
             "device": record.device,
             "mode": record.mode,
+            "waiting": self.waiting,
             "interface": record.interface,
             "source": record.source,
             "virtualFunction": (

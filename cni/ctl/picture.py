@@ -166,7 +166,7 @@ def _nic(node: Node, source: Source) -> _Box:
 
 def _attachment(each: Attachment, y: float, nic: _Box | None) -> _Box:
     record = each.record
-    mode = f"{record.device} {record.mode}" if record.mode else record.device
+    mode = f"{record.device} {each.mode}" if each.mode else record.device
     address = f"  {each.addresses[0]}" if each.addresses else ""
     return _Box(
         f"{record.ifname}{address}",

@@ -95,7 +95,7 @@ def _row(each: Attachment, *, terminal: bool) -> dict[str, Text]:
     return {
         "POD": Text(each.sandbox),
         "IFNAME": Text(record.ifname),
-        "DEVICE": Text(" ".join(filter(None, (record.device, record.mode)))),
+        "DEVICE": Text(" ".join(filter(None, (record.device, each.mode)))),
         "SOURCE": Text(" ".join(filter(None, (record.source, each.function))) or "-"),
         "MAC": Text(record.mac),
         "ADDRESS": Text(" ".join(each.addresses) or "-"),
@@ -124,7 +124,11 @@ def details(each: Attachment) -> RenderableType:
     row("pod", f"{pod.namespace}/{pod.name}" if pod else None)
     row("container", record.container_id)
     row("network", record.network)
-    row("device", " ".join(filter(None, (record.device, record.mode))))
+    row("device", " ".join(filter(None, (record.device, each.mode))))
+    if each.waiting:
+        row(
+            "waiting", "in vepa mode until its guest is heard: neighbours on this node reach the VM elsewhere"
+        )
     row("source", _named(record.source, record.interface))
     row("virtual function", f"{each.function}, {record.vf.pci}" if record.vf else None)
     row("VLAN", each.vlan)
@@ -240,7 +244,7 @@ def _add(branch: Tree, found: Iterable[Attachment]) -> None:
         record = each.record
         name = Text.assemble(
             (record.ifname, "bold"),
-            f"  {' '.join(filter(None, (record.device, record.mode)))}  {record.mac}",
+            f"  {' '.join(filter(None, (record.device, each.mode)))}  {record.mac}",
             f"  VLAN {each.vlan}" if each.vlan else "",
             "".join(f"  {address}" for address in each.addresses),
             "  ",

@@ -77,7 +77,7 @@ class Event:
         each, record = self.attachment, self.attachment.record
         on = f" on {record.source}" if record.source else ""
         mode = f" {record.mode}" if record.mode else ""
-        status = f"{self.was} → {each.status}" if self.was else each.status
+        status = f"{self.was} → {each.state}" if self.was else each.state
         held = "".join(f", {holder.program} {holder.pid}" for holder in each.holders)
         after = f"  {status}{held}" if self.what != "detached" else ""
         return (
@@ -122,7 +122,7 @@ def compare(known: dict[str, Attachment], node: Node, *, first: bool = False) ->
         if before is None:
             yield Event(node.time, "present" if first else "attached", each)
         elif _visible(before) != _visible(each):
-            yield Event(node.time, "changed", each, before.status)
+            yield Event(node.time, "changed", each, before.state)
     for id, each in known.items():
         if id not in now:
             yield Event(node.time, "detached", each)
@@ -140,7 +140,7 @@ def _settled(known: dict[str, Attachment], node: Node) -> dict[str, Attachment]:
 
 
 def _visible(each: Attachment) -> object:
-    return each.status, {holder.pid for holder in each.holders}, each.record.ifindex
+    return each.state, {holder.pid for holder in each.holders}, each.record.ifindex
 
 
 def _screen(out: Console, node: Node, lines: Iterable[str]) -> Group:

@@ -16,6 +16,7 @@ from cni.kernel.rtnl import (
     IFF_PROMISC,
     IFF_UP,
     IFLA_ADDRESS,
+    IFLA_GROUP,
     IFLA_IFALIAS,
     IFLA_IFNAME,
     IFLA_INFO_DATA,
@@ -62,6 +63,7 @@ def create(
     bcqueuelen: int | None,
     promisc: bool = False,
     allmulti: bool = False,
+    group: int = 0,
 ) -> None:
     """Make the link in the network namespace of fd netns, down. promisc and allmulti count for passthru only.
 
@@ -85,6 +87,7 @@ def create(
             u32(IFLA_NET_NS_FD, netns),
             attr(IFLA_ADDRESS, mac_bytes(mac)),
             u32(IFLA_MTU, mtu),
+            u32(IFLA_GROUP, group),
             nest(IFLA_LINKINFO, text(IFLA_INFO_KIND, "macvtap"), nest(IFLA_INFO_DATA, *data)),
             index=ifindex,
             flags=flags,

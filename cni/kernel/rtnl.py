@@ -69,6 +69,7 @@ IFLA_LINK = 5
 IFLA_MASTER = 10
 IFLA_LINKINFO = 18
 IFLA_IFALIAS = 20
+IFLA_GROUP = 27
 IFLA_NET_NS_FD = 28
 IFLA_EXT_MASK = 29
 IFLA_PROMISCUITY = 30
@@ -125,6 +126,7 @@ class Link:
     lower_nsid: int | None = None
     master: int | None = None
     promiscuity: int = 0
+    group: int = 0
 
 
 def attr(kind: int, payload: bytes) -> bytes:
@@ -446,6 +448,7 @@ def _link(body: bytes) -> Link:
         lower_nsid=_number(found, IFLA_LINK_NETNSID),
         master=_number(found, IFLA_MASTER),
         promiscuity=_number(found, IFLA_PROMISCUITY) or 0,
+        group=_number(found, IFLA_GROUP) or 0,
     )
 
 

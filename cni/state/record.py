@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _JSON = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=vars)
 
 
+HANDOVER_GROUP = 0x766D7470
+"""The interface group (ip-link(8)) of links with handover: without a record it tells them from links of mode vepa."""
+
+
 @dataclass(frozen=True)
 class VlanDevice:
     """The VLAN device that an attachment's macvtap is on (lower/vlan.py)."""

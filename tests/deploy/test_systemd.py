@@ -78,6 +78,7 @@ def use(host: Host, clients: Path, *, broker: bool = True) -> list[str]:
         config(source="eth1", mode="vepa", owner=1000, group=1000, queues=2, ipam=leases),
         config(source="br0", mode="pepa", device="tap", owner=1000),
         config(device="tap", addressing="link", ipam=leases),
+        config(source="eth1", mode="bridge"),
     ]
     refused = []
     for number, conf in enumerate(configs):
@@ -85,6 +86,8 @@ def use(host: Host, clients: Path, *, broker: bool = True) -> list[str]:
         key: dict[str, Any] = {"netns": pod, "container": f"c{number}"}
         added = plugin("ADD", conf, **key)
         answers = [added]
+        if conf.get("mode") == "bridge" and pod.links()["net1"]["linkinfo"]["info_data"]["mode"] != "vepa":
+            refused.append("the agent does not wait for the guest")
         if added.status == 0:
             refused += launch(host, pod) if broker else []
             answers.append(plugin("CHECK", {**conf, "prevResult": added.document}, **key))

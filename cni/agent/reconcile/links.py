@@ -14,7 +14,7 @@ from cni.errors import CniError
 from cni.kernel import macvtap, netns
 from cni.kernel.rtnl import Rtnl
 from cni.lower import unrecorded
-from cni.state.record import Record, boot_id, identifier, parse_alias
+from cni.state.record import HANDOVER_GROUP, Record, boot_id, identifier, parse_alias
 from cni.state.store import IFINDEX_BASE
 
 TYPE_CHECKING = False
@@ -115,9 +115,9 @@ class Links:
             policy = self._policy()
         except CniError:
             policy = None
-        entries = (
-            [each.name for each in policy.interfaces if lower.source.name in each.sources] if policy else []
-        )
+        entries = [each for each in policy.interfaces if lower.source.name in each.sources] if policy else []
+        entry = entries[0] if len(entries) == 1 else None
+        handover = link.group == HANDOVER_GROUP
         node = self._store.node(link.index)
         return Record(
             network=network,
@@ -132,9 +132,10 @@ class Links:
             mtu=link.mtu,
             queues=1,
             boot_id=boot_id(),
-            interface=entries[0] if len(entries) == 1 else None,
+            interface=entry.name if entry else None,
             source=lower.source.name,
-            mode=lower.mode,
+            mode="bridge" if handover else lower.mode,
+            handover=handover,
             node=node if os.path.exists(node) else None,
             vlan=lower.vlan,
             vf=lower.vf,

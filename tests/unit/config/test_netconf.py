@@ -70,6 +70,7 @@ def test_minimal() -> None:
         owner=None,
         group=None,
         addressing="guest",
+        handover=True,
         vlan=None,
         ipam=None,
         dns=None,
