@@ -13,6 +13,7 @@ from logging import ERROR, INFO, WARNING
 
 from cni.agent.log import log
 from cni.config import policy, schema
+from cni.config.mac import PLAIN
 from cni.config.netconf import canonical
 from cni.config.policy import Interface, Policy
 from cni.errors import CniError
@@ -93,6 +94,7 @@ class Policies:
                 *(Interface(link, link, "ethernet", None, None) for link in free),
             ),
             allow_unlisted=self._file.allow_unlisted if self._file else not self._named,
+            derivation=self._file.derivation if self._file else PLAIN,
         )
 
     def _identity(self) -> object:

@@ -83,7 +83,7 @@ def decide(
             INVALID_NETWORK_CONFIG,
             f"mtu {mtu} is more than the {source.mtu} of source device {source.name!r}",
         )
-    mac = conf.mac or mac_rules.derive(conf.name, container_id, ifname, arguments)
+    mac = conf.mac or mac_rules.derive(grant.derivation, conf.name, container_id, ifname, arguments)
     return Plan(
         device,
         grant.mode if source else None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from cni import spec
 from cni.config import nodefile, schema
+from cni.config.mac import PLAIN, Derivation
 from cni.config.netconf import Vlan, canonical
 from cni.errors import CniError
 from cni.kernel.vf_settings import VfSettings
@@ -79,6 +80,7 @@ class Interface:
 class Policy:
     interfaces: tuple[Interface, ...]
     allow_unlisted: bool
+    derivation: Derivation = PLAIN
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Grant:
     functions: Functions | None = None
     vlan: Vlan | None = None
     handover: bool = True
+    derivation: Derivation = PLAIN
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -106,6 +109,11 @@ class Grant:
 
 def authorize(policy: Policy | None, conf: NetConf) -> Grant:
     """What the policy grants to the config. Raises CniError 7, with a list of what is allowed, if it grants nothing."""
+    grant = _authorize(policy, conf)
+    return replace(grant, derivation=policy.derivation) if policy else grant
+
+
+def _authorize(policy: Policy | None, conf: NetConf) -> Grant:
     entries = policy.interfaces if policy else ()
     name = _selected(conf)
     if name is not None:
@@ -255,7 +263,8 @@ def of(path: str, document: dict[str, Any]) -> Policy:
                 handover=entry["handover"],
             )
         )
-    return Policy(tuple(interfaces), (schema.defaults(rules) | document)["allowUnlisted"])
+    derivation = Derivation(document.get("macSeed", ""), document.get("macPrefix", ""))
+    return Policy(tuple(interfaces), (schema.defaults(rules) | document)["allowUnlisted"], derivation)
 
 
 def _functions(path: str, number: int, entry: dict[str, Any], pool: tuple[str, ...]) -> Functions | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from cni.config import launcher_pod, policy
+from cni.config import policy
+from cni.config.launcher_pod import vm_name
 from cni.kernel import macvtap
 from cni.kernel.rtnl import IFF_LOWER_UP, IFF_UP
 from cni.lower import vf_discovery
@@ -78,7 +79,7 @@ class Attachment:
         for holder in self.holders:
             if holder.vm:
                 return holder.vm
-        return launcher_pod.vm(self.pod.name) if self.pod else None
+        return vm_name(self.pod.name) if self.pod else None
 
     @property
     def names(self) -> set[str]:

@@ -215,3 +215,22 @@ def test_item_23_without_record(plugin: Plugin, pod: Netns, tmp_path: Path) -> N
     result = plugin("ADD", config(source=NIC), netns=pod).ok()
     other = replace(plugin, state=tmp_path / "another")
     other("CHECK", config(source=NIC, prevResult=result), netns=pod).ok()
+
+
+@pytest.mark.parametrize("change", ["macSeed: other", "macPrefix: '02:ab:cd'"])
+def test_a_changed_derivation_of_macs_leaves_running_attachments(
+    plugin: Plugin, pod: Netns, change: str
+) -> None:
+    """CHECK compares with the result of ADD; only the next ADD gets another MAC."""
+    entry = f"interfaces: [{{name: wire, source: {{dev: {NIC}}}}}]"
+    plugin.policy.write_text(f"{entry}\nmacSeed: one\n")
+    conf = config(interface="wire")
+    result = plugin("ADD", conf, netns=pod).ok()
+    plugin.policy.write_text(f"{entry}\n{change}\n")
+    plugin("CHECK", conf | {"prevResult": result}, netns=pod).ok()
+    before = pod.links()["net1"]["address"]
+    assert before == result["interfaces"][0]["mac"]
+    plugin("DEL", conf, netns=pod).ok()
+    after = plugin("ADD", conf, netns=pod).ok()["interfaces"][0]["mac"]
+    assert after != before
+    assert after.startswith("02:ab:cd:") is ("Prefix" in change)

@@ -217,11 +217,20 @@ def test_one_release_keeps_off_anothers_pods() -> None:
         ({"metrics": {"port": 99999}}, "port"),
         ({"devicePlugin": {"resourceNamespace": "Upper.Case"}}, "resourceNamespace"),
         ({"metrics": {"address": "loopback"}, **MONITORING}, "loopback"),
+        ({"macPrefix": "01:00:5e"}, "macPrefix"),
     ],
 )
 def test_wrong_values_are_refused(values: Document, word: str) -> None:
     with pytest.raises(LabError, match=word):
         chart(values)
+
+
+def test_the_seed_and_prefix_of_macs_are_in_the_policy() -> None:
+    given = {"macSeed": "5f0b", "macPrefix": "02:ab:cd"}
+    policies = [
+        yaml.safe_load(of(chart(values), "ConfigMap")["data"]["interfaces.yaml"]) for values in ({}, given)
+    ]
+    assert [{key: each.get(key) for key in given} for each in policies] == [dict.fromkeys(given), given]
 
 
 @pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["as it comes", "everything"])
@@ -291,7 +300,12 @@ def test_a_digest_goes_before_a_tag() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "word"), [({}, "No interface is named"), ({"interfaces": [DATA]}, "on eth0")]
+    ("values", "word"),
+    [
+        ({}, "No interface is named"),
+        ({"interfaces": [DATA]}, "on eth0"),
+        ({}, "Derived MACs have no seed"),  # helm template has no cluster whose UID it could look up
+    ],
 )
 def test_what_the_user_is_told(tmp_path: Path, values: Document, word: str) -> None:
     """helm shows notes of what a cluster has taken; here they are a template as any other."""

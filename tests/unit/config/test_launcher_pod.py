@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cni.config import launcher_pod
+from cni.config.launcher_pod import vm_name
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ from cni.config import launcher_pod
     ],
 )
 def test_the_vm_of_a_pod(pod: str, vm: str | None) -> None:
-    assert launcher_pod.vm(pod) == vm
+    assert vm_name(pod) == vm

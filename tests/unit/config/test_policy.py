@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cni import spec
-from cni.config import netconf, nodefile, policy
+from cni.config import mac, netconf, nodefile, policy, schema
 from cni.config.policy import Functions, Grant, Interface, Policy
 from cni.errors import CniError
 from cni.kernel.vf_settings import VfSettings
@@ -519,3 +519,21 @@ def test_a_virtual_functions_number_is_counted_through_the_whole_pool() -> None:
     assert policy.authorize(pool(), conf(source="pf1")).sources == ("pf1",)
     with pytest.raises(CniError, match="says which; leave it out"):
         policy.authorize(pool(), conf(source="pf1", deviceID="fastMvp0"))
+
+
+def test_the_derivation_of_macs_reaches_every_grant() -> None:
+    document = {
+        "interfaces": [{"name": "fast", "source": {"dev": "eth1"}}],
+        "macSeed": "s",
+        "macPrefix": "02:ab:cd",
+        "allowUnlisted": True,
+    }
+    rules = policy.of("policy", document)
+    for fields in ({"interface": "fast"}, {"source": "eth1"}, {"source": "eth9"}, {"device": "tap"}):
+        assert policy.authorize(rules, conf(**fields)).derivation == mac.Derivation("s", "02:ab:cd")
+    assert policy.authorize(None, conf(source="eth1")).derivation == mac.PLAIN
+
+
+@pytest.mark.parametrize("prefix", ["01:00:5e", "02:ab", "02:ab:cd:ef", "02-ab-cd", "02:ab:cd\n", ""])
+def test_a_prefix_that_is_none_is_refused(prefix: str) -> None:
+    assert not schema.accepts(schema.load("policy"), {"macPrefix": prefix})

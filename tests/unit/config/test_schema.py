@@ -193,7 +193,10 @@ def test_explain_agrees_with_jsonschema(data: st.DataObject) -> None:
             {"interfaces": [{"name": "a", "source": {"dev": "eth0"}, "Mode": []}]},
             'interfaces[0].Mode: unknown key, its value is []; did you mean "modes"?',
         ),
-        ({"wires": 1}, "wires: unknown key, its value is 1; known are: interfaces, allowUnlisted"),
+        (
+            {"wires": 1},
+            "wires: unknown key, its value is 1; known are: interfaces, macSeed, macPrefix, allowUnlisted",
+        ),
         ([], "the document: [] is not allowed; give an object"),
     ],
 )

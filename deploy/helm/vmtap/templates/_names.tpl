@@ -37,6 +37,12 @@ delegateSeconds: {{ .Values.agent.delegateSeconds }}
 {{- define "vmtap.policy" -}}
 interfaces: {{ if .Values.interfaces }}{{ toYaml .Values.interfaces | nindent 2 }}{{ else }}[]{{ end }}
 allowUnlisted: {{ .Values.allowUnlisted }}
+{{- with include "vmtap.macSeed" . }}
+macSeed: {{ . | quote }}
+{{- end }}
+{{- with .Values.macPrefix }}
+macPrefix: {{ . | quote }}
+{{- end }}
 {{- end }}
 
 {{/* The SELinux options; {} if there are none. */}}
@@ -109,3 +115,8 @@ volumes:
   - {name: cdi, hostPath: {path: {{ .Values.devicePlugin.cdiDir }}, type: DirectoryOrCreate}}
   {{- end }}
 {{- end }}
+
+{{- /* The seed of derived MACs: the value, else the UID of kube-system where a cluster can be asked (not by helm template). */ -}}
+{{- define "vmtap.macSeed" -}}
+{{- if .Values.macSeed }}{{ .Values.macSeed }}{{ else }}{{ dig "metadata" "uid" "" (lookup "v1" "Namespace" "" "kube-system") }}{{ end -}}
+{{- end -}}
