@@ -244,7 +244,7 @@ class Handover:
             guest.until = now + (_ELSEWHERE_SECONDS if elsewhere else _SILENT_SECONDS)
             self._listen_to(guest, pod)
         else:
-            guest.state = "here"
+            guest.state = "presumed"  # an agent that was away may have missed an announcement
 
     def _check(self, host: Rtnl, guest: _Guest) -> None:
         """Forget the link if it is gone or another; give it the mode of its state if it has another."""
