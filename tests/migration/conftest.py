@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cni.kernel import netns, tapdev
 from cni.state.store import Store, in_netns
@@ -17,6 +18,7 @@ from lab.frames import ETHERTYPE, VNET_HEADER, Frame, mac_bytes, packet_socket
 from lab.wire import NIC, Lab, Netns
 from tests.agent.conftest import Agent
 from tests.runner import config
+from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
     import socket
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
 
 VM = "02:00:00:00:00:77"
 _HEADER = bytes(VNET_HEADER)
-_REPLY_SECONDS = 60.0
-"""For one answer, which takes microseconds: a lost frame fails the test, so only a failing test waits."""
 
 
 def arp(mac: str, *, announcement: bool = False) -> bytes:
@@ -65,10 +65,13 @@ class Guest:
         os.write(self._fd, _HEADER + frame)
 
     def stop(self) -> None:
-        os.close(self._stopped)
-        if self._thread.ident:
-            self._thread.join()
-        os.close(self._stop)
+        """End it; a second call does nothing."""
+        if self._stopped >= 0:
+            os.close(self._stopped)
+            self._stopped = -1
+            if self._thread.ident:
+                self._thread.join()
+            os.close(self._stop)
 
     def _run(self) -> None:
         poll = select.poll()
@@ -91,6 +94,7 @@ class Attached:
     fields: dict[str, Any]
     record: Record
     fd: int
+    """Of its queue."""
 
     @property
     def mode(self) -> str:
@@ -115,11 +119,11 @@ class Correspondent:
         self._port, self._mac = port, mac
         self._sent = 0
 
-    def lost(self, mac: str = VM, frames: int = 5) -> int:
-        """How many of so many frames to that MAC get no answer."""
-        return sum(not self._exchange(mac) for _ in range(frames))
+    def lost(self, mac: str = VM, frames: int = 5, seconds: float = LIMIT) -> int:
+        """How many of so many frames to that MAC get no answer; seconds: how long each waits for one."""
+        return sum(not self._exchange(mac, seconds) for _ in range(frames))
 
-    def _exchange(self, mac: str) -> bool:
+    def _exchange(self, mac: str, seconds: float) -> bool:
         self._sent += 1
         token = f"{self._mac} {self._sent}"
         raw = Frame(mac, self._mac, token).pack()
@@ -129,7 +133,7 @@ class Correspondent:
             self._port.send(raw)
         fd = self._port if isinstance(self._port, int) else self._port.fileno()
         skip = VNET_HEADER if isinstance(self._port, int) else 0
-        while select.select([fd], [], [], _REPLY_SECONDS)[0]:
+        while select.select([fd], [], [], seconds)[0]:
             answer = os.read(fd, 1 << 16)[skip:]
             if (
                 answer[:6] == mac_bytes(self._mac)
@@ -153,6 +157,7 @@ class Node:
         self.count += 1
         container = f"c{self.count}"
         fields = {"source": NIC, "mode": "bridge", "mac": mac, **fields}
+        fields = {key: value for key, value in fields.items() if value is not None}
         pod = self.bed.stack.enter_context(Netns("pod"))
         self.agent.shim()("ADD", config(**fields), netns=pod, container=container).ok()
         fd = netns.open_path(str(pod.path))
@@ -162,15 +167,38 @@ class Node:
         finally:
             os.close(fd)
         self.bed.stack.callback(os.close, queue)
+        if record.device == "tap":  # it gets a carrier with its first reader
+            pod.wait_until_up(record.ifname)
+            self.netns.wait_until_up(f"vth{record.ifindex:08x}")
         return Attached(self, pod, container, fields, record, queue)
 
-    def neighbour(self) -> Correspondent:
-        """A VM of this node that speaks at once."""
+    def neighbour(self, **fields: Any) -> Correspondent:
+        """A VM of this node that speaks at once, and that the agent has heard."""
         mac = f"02:00:00:00:01:{len(self.bed.macs):02x}"
         self.bed.macs.append(mac)
-        made = self.attach(mac)
+        made = self.attach(mac, **fields)
         os.write(made.fd, _HEADER + arp(mac))
+        if made.record.handover:
+            until(lambda: made.mode == "bridge", "the agent has not heard the neighbour")
         return Correspondent(made.fd, mac)
+
+    def links(self) -> dict[str, float]:
+        """How many links the agent watches, by their state."""
+        return {labels["state"]: value for labels, value in self.metric("vmtap_handover_links")}
+
+    def changes(self) -> float:
+        """How often the agent has changed the state of a link since it was started."""
+        return sum(value for _, value in self.metric("vmtap_handover_changes_total"))
+
+    def metric(self, name: str) -> list[tuple[dict[str, str], float]]:
+        """Each sample of a metric of the agent's: labels and value."""
+        families = text_string_to_metric_families(self.agent.get("/metrics")[2])
+        samples = [sample for family in families for sample in family.samples]
+        return [(sample.labels, sample.value) for sample in samples if sample.name == name]
+
+    def kept(self) -> list[str]:
+        """The marks of VMs that run elsewhere, and what else is left of attachments in the state folder."""
+        return [*map(str, (self.agent.run / "elsewhere").glob("*")), *self.agent.shim().leftovers()]
 
 
 @dataclass
@@ -194,15 +222,16 @@ class Bed:
         self.wire = port
 
     def _node(self, name: str, where: Netns) -> Node:
-        agent = Agent(
-            where, self.folder / name, self.folder / "interfaces.yaml", flags=("--log-level", "debug")
-        )
+        flags = ("--metrics", "127.0.0.1:0", "--reconcile-seconds", "1")
+        agent = Agent(where, self.folder / name, self.folder / "interfaces.yaml", flags=flags)
         self.stack.callback(lambda: agent.process and agent.end())
         return Node(self, where, agent.start())
 
     def guest(self, attached: Attached, *frames: bytes) -> Guest:
         """A guest that runs on the attachment until the end of the test, or until it is stopped."""
-        return Guest(attached.fd).start(*frames)
+        made = Guest(attached.fd).start(*frames)
+        self.stack.callback(made.stop)
+        return made
 
 
 @pytest.fixture

@@ -1,38 +1,214 @@
-"""A VM moves from node a to node b: frames are counted, not timed."""
+"""A VM moves between two nodes: frames are counted, not timed."""
 
 from __future__ import annotations
 
+import json
+import signal
 from typing import TYPE_CHECKING
 
-from tests.migration.conftest import VM, Bed, arp, rarp
+import pytest
+
+from lab.wire import BRIDGE, BRIDGE_UPLINK, NIC
+from tests.migration.conftest import VM, arp, rarp
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from tests.migration.conftest import Attached, Guest
+    from collections.abc import Sequence
 
+    from tests.migration.conftest import Attached, Bed, Correspondent, Guest, Node
 
-def heard_elsewhere(target: Attached, source: Guest) -> bool:
-    source.send(arp(VM))
-    return target.elsewhere and target.mode == "vepa"
+OTHER_VM = "02:00:00:00:00:78"
 
 
 def test_a_migration(bed: Bed) -> None:
-    beside_source, beside_target = bed.a.neighbour(), bed.b.neighbour()
-    source = bed.a.attach()
-    assert source.mode == "vepa"
-    running = bed.guest(source, rarp(VM))
-    until(lambda: source.mode == "bridge", "the guest to be heard")
-    everybody = [beside_source, beside_target, bed.machine]
-    assert [each.lost() for each in everybody] == [0, 0, 0]
+    everybody = around(bed)
+    source, running = runs_on(bed.a)
+    none_lost(everybody)
+    target = copied_to(bed.b, running)
+    none_lost(everybody, frames=20)
+    arrived = switched_over(source, running, target)
+    none_lost(everybody, frames=20)
+    source.delete()
+    none_lost(everybody)
+    arrived.stop()
+    target.delete()
+    assert bed.a.links()["waiting"] == bed.b.links()["waiting"] == 0
 
-    target = bed.b.attach()
-    until(lambda: heard_elsewhere(target, running), "the agent to hear that the VM is on the other node")
-    assert [each.lost(frames=20) for each in everybody] == [0, 0, 0]
 
+def test_one_that_fails(bed: Bed) -> None:
+    everybody = around(bed)
+    source, running = runs_on(bed.a)
+    target = copied_to(bed.b, running)
+    none_lost(everybody)
+    target.delete()
+    none_lost(everybody, frames=20)
+    assert source.mode == "bridge"
+    assert not (bed.b.agent.run / "elsewhere" / target.record.id).exists()
+
+
+def test_one_back_again(bed: Bed) -> None:
+    everybody = around(bed)
+    first, running = runs_on(bed.a)
+    second = copied_to(bed.b, running)
+    running = switched_over(first, running, second)
+    first.delete()
+    third = copied_to(bed.a, running)
+    none_lost(everybody)
+    switched_over(second, running, third)
+    none_lost(everybody, frames=20)
+    second.delete()
+    none_lost(everybody)
+
+
+def test_two_vms_at_once_in_both_directions(bed: Bed) -> None:
+    everybody = around(bed)
+    here, running = runs_on(bed.a)
+    there, other_running = runs_on(bed.b, OTHER_VM)
+    target, other_target = copied_to(bed.b, running), copied_to(bed.a, other_running, OTHER_VM)
+    none_lost(everybody, VM, OTHER_VM)
+    switched_over(here, running, target)
+    none_lost(everybody, VM, OTHER_VM)
+    switched_over(there, other_running, other_target, OTHER_VM)
+    none_lost(everybody, VM, OTHER_VM)
+    here.delete()
+    there.delete()
+    none_lost(everybody, VM, OTHER_VM)
+
+
+@pytest.mark.parametrize("dies", ["target", "source"])
+def test_an_agent_is_killed_during_the_copy(bed: Bed, dies: str) -> None:
+    everybody = around(bed)
+    source, running = runs_on(bed.a)
+    target = copied_to(bed.b, running)
+    agent = (target if dies == "target" else source).node.agent
+    agent.end(signal.SIGKILL)
+    none_lost(everybody)
+    agent.start()
+    none_lost(everybody)
+    assert (source.mode, target.mode, target.elsewhere) == ("bridge", "vepa", True)
+    switched_over(source, running, target)
+    none_lost(everybody)
+    source.delete()
+    none_lost(everybody)
+
+
+def test_the_agents_are_killed_after_the_switch_over(bed: Bed) -> None:
+    everybody = around(bed)
+    source, running = runs_on(bed.a)
+    target = copied_to(bed.b, running)
+    arrived = switched_over(source, running, target)
+    for node in (bed.a, bed.b):
+        node.agent.end(signal.SIGKILL)
+    none_lost(everybody)
+    for node in (bed.a, bed.b):
+        node.agent.start()
+    none_lost(everybody)
+    assert (source.mode, target.mode) == ("vepa", "bridge")
+    source.delete()
+    arrived.send(arp(VM))
+    none_lost(everybody)
+
+
+def test_both_agents_miss_the_switch_over(bed: Bed) -> None:
+    """No frame announces the VM afterwards: both links follow an ordinary ARP request."""
+    everybody = around(bed)
+    source, running = runs_on(bed.a)
+    target = copied_to(bed.b, running)
+    for node in (bed.a, bed.b):
+        node.agent.end(signal.SIGKILL)
     running.stop()
     arrived = bed.guest(target, rarp(VM))
-    until(lambda: (source.mode, target.mode) == ("vepa", "bridge"), "both agents to hear the announcement")
-    assert [each.lost(frames=20) for each in everybody] == [0, 0, 0]
+    for node in (bed.a, bed.b):
+        node.agent.start()
+
+    def modes() -> tuple[str, str]:
+        arrived.send(arp(VM))
+        return source.mode, target.mode
+
+    until(modes, "the links do not follow the VM", lambda seen: seen == ("vepa", "bridge"))
+    none_lost(everybody)
+
+
+@pytest.mark.parametrize("where", ["policy", "config"])
+def test_without_handover_frames_are_lost(bed: Bed, where: str) -> None:
+    """The control experiment: without it the neighbour of the target loses every frame during the copy."""
+    beside_source, beside_target, machine = around(bed)
+    source, _ = runs_on(bed.a)
+    entry = {"name": "data", "source": {"dev": NIC}, "handover": where != "policy"}
+    bed.b.agent.policy.write_text(json.dumps({"interfaces": [entry]}))
+    target = bed.b.attach(interface="data", source=None, handover=where != "config")
+    assert (target.mode, target.record.handover) == ("bridge", False)
+    assert beside_target.lost(frames=3, seconds=1.0) == 3
+    none_lost([beside_source, machine])
+    target.delete()
+    none_lost([beside_source, beside_target, machine])
+    assert source.mode == "bridge"
+
+
+def test_taps_on_linux_bridges(bed: Bed) -> None:
+    """The bridges learn where the VM is: there is nothing to wait for."""
+    bed.lab.switch.plug("uplink-b", bed.b.netns, BRIDGE_UPLINK, 1500)
+    bed.b.netns.ip(
+        f"link add {BRIDGE} up type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+        f"link set {BRIDGE_UPLINK} master {BRIDGE}",
+    )
+    bed.lab.switch.wait_until_up("uplink-b")
+    bed.b.netns.wait_until_up(BRIDGE, BRIDGE_UPLINK)
+    on_bridge = {"source": BRIDGE, "device": "tap"}
+    everybody = [bed.a.neighbour(**on_bridge), bed.b.neighbour(**on_bridge), bed.machine]
+    source = bed.a.attach(**on_bridge)
+    running = bed.guest(source, rarp(VM))
+    none_lost(everybody)
+    target = bed.b.attach(**on_bridge)
+    assert not target.record.handover
+    none_lost(everybody, frames=20)
+    running.stop()
+    bed.guest(target, rarp(VM))
+    none_lost(everybody, frames=20)
     source.delete()
-    assert [each.lost() for each in everybody] == [0, 0, 0]
-    arrived.stop()
+    none_lost(everybody)
+
+
+def around(bed: Bed) -> list[Correspondent]:
+    """Beside the source, beside the target, and on the wire."""
+    return [bed.a.neighbour(), bed.b.neighbour(), bed.machine]
+
+
+def runs_on(node: Node, mac: str = VM) -> tuple[Attached, Guest]:
+    """A VM that has been started on the node, and that the agent has heard."""
+    made = node.attach(mac)
+    assert (made.mode, made.record.handover) == ("vepa", True)
+    running = node.bed.guest(made, rarp(mac))
+    until(lambda: made.mode, "the agent has not heard the guest", lambda mode: mode == "bridge")
+    return made, running
+
+
+def copied_to(node: Node, running: Guest, mac: str = VM) -> Attached:
+    """The link of the target's pod, whose agent has heard that the VM runs elsewhere."""
+    target = node.attach(mac)
+
+    def heard() -> tuple[bool, str]:
+        running.send(arp(mac))
+        return target.elsewhere, target.mode
+
+    until(heard, "the agent has not heard the VM on the wire", lambda seen: seen == (True, "vepa"))
+    return target
+
+
+def switched_over(source: Attached, running: Guest, target: Attached, mac: str = VM) -> Guest:
+    """The VM stops on the source, goes on on the target, and is announced, several times as QEMU does it."""
+    running.stop()
+    arrived = target.node.bed.guest(target)
+
+    def modes() -> tuple[str, str]:
+        arrived.send(rarp(mac))
+        return source.mode, target.mode
+
+    until(modes, "the links do not follow the VM", lambda seen: seen == ("vepa", "bridge"))
+    return arrived
+
+
+def none_lost(everybody: Sequence[Correspondent], *macs: str, frames: int = 5) -> None:
+    """Nobody loses a frame to any of the VMs."""
+    for mac in macs or (VM,):
+        assert [each.lost(mac, frames) for each in everybody] == [0] * len(everybody)
