@@ -8,7 +8,7 @@ record with handover in vepa mode, and this module changes its mode:
     waiting    vepa      ADD has made the link; or the MAC announces        the guest sends a frame: here;
                          itself from the wire: the VM has left              the MAC is not heard from the wire: presumed
     presumed   bridge    the MAC was not heard from the wire for some       the MAC is heard from the wire: waiting
-                         seconds
+                         seconds; or an agent that starts finds it so
     here       bridge    the guest has sent a frame                         the MAC announces itself: waiting
 
 The state outlives the agent: the link's mode is in the kernel, and a file in the store marks a link whose VM was heard
@@ -87,7 +87,7 @@ class _Guest:
 class _Wire:
     """A lower device and the sockets that hear it, by protocol."""
 
-    name: str
+    name: str = ""
     sockets: dict[int, list[socket.socket]] = field(default_factory=dict)
     listened: dict[int, frozenset[bytes]] = field(default_factory=dict)
     changed: bool = True
@@ -236,9 +236,7 @@ class Handover:
         guest = _Guest(record, mac_bytes(link.mac), link.lower, begun=now)
         self._guests[record.id] = guest
         self._at[guest.lower, guest.mac] = guest
-        below = host.link(index=link.lower)
-        wire = self._wires.setdefault(link.lower, _Wire(below.name if below else ""))
-        wire.changed = True
+        self._wires.setdefault(link.lower, _Wire()).changed = True
         if link.mode == macvtap.MODES["vepa"]:
             elsewhere = self._store.is_elsewhere(record.id)
             guest.until = now + (_ELSEWHERE_SECONDS if elsewhere else _SILENT_SECONDS)
@@ -398,8 +396,13 @@ class Handover:
         for lower, wire in list(self._wires.items()):
             if not wire.changed:
                 continue
-            wire.changed = False
             guests = [each for each in self._guests.values() if each.lower == lower]
+            with Rtnl() as host:
+                link = host.link(index=lower)
+            if link is None:  # it is deleted, and its macvtaps with it
+                guests = []
+            else:
+                wire.name = link.name
             every = frozenset(each.mac for each in guests)
             waiting = frozenset(each.mac for each in guests if each.state == "waiting")
             for protocol, macs in (
@@ -408,6 +411,7 @@ class Handover:
                 (packet.ETH_P_ALL, waiting),
             ):
                 self._listen_for(lower, wire, protocol, macs)
+            wire.changed = False  # after a failure above it is tried again
             if not guests:
                 self._forget_wire(lower)
 
