@@ -40,12 +40,15 @@ class Agent:
     policy: Path
     flags: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+    """A command that runs the agent, such as setpriv(1) with its options."""
     process: subprocess.Popen[str] | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
 
     def start(self) -> Self:
         """Returns when the agent says that it is ready."""
         argv: list[str | Path] = [
+            *self.prefix,
             sys.executable,
             "-m",
             "cni.agent",

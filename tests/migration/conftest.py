@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import threading
@@ -22,7 +23,7 @@ from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from cni.state.record import Record
@@ -107,6 +108,12 @@ class Attached:
         """Whether the agent has noted that the VM runs elsewhere."""
         return Store(self.node.agent.run).is_elsewhere(self.record.id)
 
+    def close(self) -> None:
+        """Close the fd; a second call does nothing."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
     def delete(self) -> None:
         """DEL."""
         self.node.agent.shim()("DEL", config(**self.fields), netns=self.pod, container=self.container).ok()
@@ -150,12 +157,11 @@ class Node:
     bed: Bed
     netns: Netns
     agent: Agent
-    count: int = 0
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def attach(self, mac: str = VM, **fields: Any) -> Attached:
         """ADD of a pod of its own, and the fd of its queue."""
-        self.count += 1
-        container = f"c{self.count}"
+        container = f"c{next(self.numbers)}"
         fields = {"source": NIC, "mode": "bridge", "mac": mac, **fields}
         fields = {key: value for key, value in fields.items() if value is not None}
         pod = self.bed.stack.enter_context(Netns("pod"))
@@ -166,20 +172,24 @@ class Node:
             (queue,) = tapdev.open_queues(fd, record, 1)
         finally:
             os.close(fd)
-        self.bed.stack.callback(os.close, queue)
+        made = Attached(self, pod, container, fields, record, queue)
+        self.bed.stack.callback(made.close)
         if record.device == "tap":  # it gets a carrier with its first reader
             pod.wait_until_up(record.ifname)
             self.netns.wait_until_up(f"vth{record.ifindex:08x}")
-        return Attached(self, pod, container, fields, record, queue)
+        return made
 
     def neighbour(self, **fields: Any) -> Correspondent:
         """A VM of this node that speaks at once, and that the agent has heard."""
         mac = f"02:00:00:00:01:{len(self.bed.macs):02x}"
         self.bed.macs.append(mac)
         made = self.attach(mac, **fields)
-        os.write(made.fd, _HEADER + arp(mac))
-        if made.record.handover:
-            until(lambda: made.mode == "bridge", "the agent has not heard the neighbour")
+
+        def speaks() -> str:
+            os.write(made.fd, _HEADER + arp(mac))
+            return made.mode if made.record.handover else "bridge"
+
+        until(speaks, "the agent has not heard the neighbour", lambda mode: mode == "bridge")
         return Correspondent(made.fd, mac)
 
     def links(self) -> dict[str, float]:
@@ -238,3 +248,53 @@ class Bed:
 def bed(lab: Lab, tmp_path: Path) -> Iterator[Bed]:
     with ExitStack() as stack:
         yield Bed(lab, stack, tmp_path)
+
+
+def around(bed: Bed) -> list[Correspondent]:
+    """Beside the source, beside the target, and on the wire."""
+    return [bed.a.neighbour(), bed.b.neighbour(), bed.machine]
+
+
+def runs_on(node: Node, mac: str = VM) -> tuple[Attached, Guest]:
+    """A VM that has been started on the node, and that the agent has heard."""
+    made = node.attach(mac)
+    assert (made.mode, made.record.handover) == ("vepa", True)
+    running = node.bed.guest(made)
+
+    def speaks() -> str:
+        running.send(rarp(mac))
+        return made.mode
+
+    until(speaks, "the agent has not heard the guest", lambda mode: mode == "bridge")
+    return made, running
+
+
+def copied_to(node: Node, running: Guest, mac: str = VM) -> Attached:
+    """The link of the target's pod, whose agent has heard that the VM runs elsewhere."""
+    target = node.attach(mac)
+
+    def heard() -> tuple[bool, str]:
+        running.send(arp(mac))
+        return target.elsewhere, target.mode
+
+    until(heard, "the agent has not heard the VM on the wire", lambda seen: seen == (True, "vepa"))
+    return target
+
+
+def switched_over(source: Attached, running: Guest, target: Attached, mac: str = VM) -> Guest:
+    """The VM stops on the source, goes on on the target, and is announced, several times as QEMU does it."""
+    running.stop()
+    arrived = target.node.bed.guest(target)
+
+    def modes() -> tuple[str, str]:
+        arrived.send(rarp(mac))
+        return source.mode, target.mode
+
+    until(modes, "the links do not follow the VM", lambda seen: seen == ("vepa", "bridge"))
+    return arrived
+
+
+def none_lost(everybody: Sequence[Correspondent], *macs: str, frames: int = 5) -> None:
+    """Nobody loses a frame to any of the VMs."""
+    for mac in macs or (VM,):
+        assert [each.lost(mac, frames) for each in everybody] == [0] * len(everybody)

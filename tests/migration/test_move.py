@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lab.wire import BRIDGE, BRIDGE_UPLINK, NIC
-from tests.migration.conftest import VM, arp, rarp
+from tests.migration.conftest import VM, around, arp, copied_to, none_lost, rarp, runs_on, switched_over
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tests.migration.conftest import Attached, Bed, Correspondent, Guest, Node
+    from tests.migration.conftest import Bed
 
 OTHER_VM = "02:00:00:00:00:78"
 
@@ -167,48 +165,3 @@ def test_taps_on_linux_bridges(bed: Bed) -> None:
     none_lost(everybody, frames=20)
     source.delete()
     none_lost(everybody)
-
-
-def around(bed: Bed) -> list[Correspondent]:
-    """Beside the source, beside the target, and on the wire."""
-    return [bed.a.neighbour(), bed.b.neighbour(), bed.machine]
-
-
-def runs_on(node: Node, mac: str = VM) -> tuple[Attached, Guest]:
-    """A VM that has been started on the node, and that the agent has heard."""
-    made = node.attach(mac)
-    assert (made.mode, made.record.handover) == ("vepa", True)
-    running = node.bed.guest(made, rarp(mac))
-    until(lambda: made.mode, "the agent has not heard the guest", lambda mode: mode == "bridge")
-    return made, running
-
-
-def copied_to(node: Node, running: Guest, mac: str = VM) -> Attached:
-    """The link of the target's pod, whose agent has heard that the VM runs elsewhere."""
-    target = node.attach(mac)
-
-    def heard() -> tuple[bool, str]:
-        running.send(arp(mac))
-        return target.elsewhere, target.mode
-
-    until(heard, "the agent has not heard the VM on the wire", lambda seen: seen == (True, "vepa"))
-    return target
-
-
-def switched_over(source: Attached, running: Guest, target: Attached, mac: str = VM) -> Guest:
-    """The VM stops on the source, goes on on the target, and is announced, several times as QEMU does it."""
-    running.stop()
-    arrived = target.node.bed.guest(target)
-
-    def modes() -> tuple[str, str]:
-        arrived.send(rarp(mac))
-        return source.mode, target.mode
-
-    until(modes, "the links do not follow the VM", lambda seen: seen == ("vepa", "bridge"))
-    return arrived
-
-
-def none_lost(everybody: Sequence[Correspondent], *macs: str, frames: int = 5) -> None:
-    """Nobody loses a frame to any of the VMs."""
-    for mac in macs or (VM,):
-        assert [each.lost(mac, frames) for each in everybody] == [0] * len(everybody)
