@@ -107,6 +107,13 @@ class NetConf:
         return deviceid.index_of(self.device_id)
 
 
+_PLAIN = (
+    *("interface", "source", "device", "mtu", "queues", "allmulti", "bcqueuelen", "owner", "group"),
+    *("addressing", "handover", "dns"),
+)
+"""Fields of NetConf that are the config's field of that name, or its default: a new one is added here."""
+
+
 def parse(stdin: bytes, *, command: str = "ADD", called_as: str = "vmtap") -> NetConf:
     """The configuration of one request. called_as: the name of the executable.
 
@@ -181,34 +188,24 @@ def _read(stdin: bytes, command: str, called_as: str) -> NetConf:
     mac = None
     if command not in _CLEANING:
         mac = _mac("runtimeConfig.mac", runtime) or _mac("mac", fields)
+    plain: dict[str, Any] = {name: fields.get(name) for name in _PLAIN}
     return NetConf(
         cni_version=version,
         name=fields["name"],
         type=fields.get("type", called_as),
-        interface=fields.get("interface"),
-        source=fields.get("source"),
-        device=fields.get("device"),
         mode=canonical(fields["mode"]) if "mode" in fields else None,
         mac=mac,
         mac_is_final=bool(runtime.get("mac")) or command in _CLEANING,
-        mtu=fields.get("mtu"),
-        queues=fields["queues"],
         promisc=fields["promisc"] or fields.get("promiscMode", False),
-        allmulti=fields["allmulti"],
-        bcqueuelen=fields.get("bcqueuelen"),
-        owner=fields.get("owner"),
-        group=fields.get("group"),
-        addressing=fields["addressing"],
-        handover=fields["handover"],
         vlan=_vlan(fields),
         ipam=ipam if ipam and ipam.get("type") else None,
-        dns=fields.get("dns"),
         prev_result=fields.get("prevResult"),
         device_id=runtime.get("deviceID") or fields.get("deviceID"),
         valid_attachments=attachments
         if attachments is None
         else tuple((each["containerID"], each["ifname"]) for each in attachments),
         raw=raw,
+        **plain,
     )
 
 

@@ -1,7 +1,8 @@
 /* vmtap, the CNI executable of a node: sends the request to the resident agent and prints the agent's answer.
  *
- * A static file without dependencies: the host need not have Python, which the agent is written in, and Multus runs
- * plugins chrooted into the host. Parses no JSON and decides nothing, except while the agent is away (see below).
+ * A static executable of one source file, so that one call of a compiler builds it. It has no dependencies: the host
+ * need not have Python, which the agent is written in, and Multus runs plugins chrooted into the host. Parses no JSON
+ * and decides nothing, except while the agent is away (see below).
  *
  * Request:  struct head { magic, called as macvtap?, length of env, length of stdin }, the environment (each entry
  *           ends with a NUL), stdin. The first byte carries, by SCM_RIGHTS, an fd of CNI_NETNS if that can be opened.

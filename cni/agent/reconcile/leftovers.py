@@ -7,7 +7,7 @@ from functools import partial
 from logging import INFO
 
 from cni.agent.log import log
-from cni.agent.reconcile.links import id_of
+from cni.agent.reconcile.adoption import id_of
 from cni.kernel import bridge_port
 from cni.kernel.rtnl import Rtnl
 from cni.lower import unrecorded as lower

@@ -10,8 +10,8 @@ import time
 from logging import DEBUG
 
 from cni.agent.log import log
+from cni.agent.reconcile.adoption import Links
 from cni.agent.reconcile.leftovers import Leftovers
-from cni.agent.reconcile.links import Links
 from cni.agent.reconcile.pending import Pending
 from cni.agent.reconcile.records import Records
 from cni.agent.reconcile.workers import Workers
