@@ -26,10 +26,12 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from logging import ERROR, INFO, WARNING
 from queue import SimpleQueue
 
 from cni.agent.log import log
+from cni.agent.reconcile.adoption import namespace_paths
 from cni.errors import CniError
 from cni.kernel import macvtap, netns, packet
 from cni.kernel.rtnl import Rtnl, mac_bytes
@@ -219,6 +221,7 @@ class Handover:
             ids = set(self._store.recorded())
             for id in self._guests.keys() - ids:
                 self._forget(self._guests[id])
+            self._store.sweep_elsewhere(ids)  # a DEL may have come between a frame and its mark
             for id in ids:
                 if guest := self._guests.get(id):
                     self._check(host, guest)
@@ -264,7 +267,7 @@ class Handover:
         for guest in list(self._ears.values()):
             with _pod(guest.record) as pod:
                 if pod is None:
-                    self._change(guest, "presumed", "its network namespace has no path any more", _NEVER)
+                    self._change(guest, "presumed", "nothing else keeps its network namespace", _NEVER)
 
     def _forget(self, guest: _Guest) -> None:
         self._deafen(guest)
@@ -312,8 +315,11 @@ class Handover:
         now = time.monotonic()
         silent = None if guest.on_wire is None else round(now - guest.on_wire, 3)
         # Until the pause is over an announcement is only noted.
-        self._change(guest, "here", "its guest was heard", now + _AGAIN_SECONDS, silent_seconds=silent)
-        if silent is not None:
+        until = now + _AGAIN_SECONDS
+        if (
+            self._change(guest, "here", "its guest was heard", until, silent_seconds=silent)
+            and silent is not None
+        ):
             self._silence.observe(silent)
 
     def _hear_wire(self, lower: int, mouth: socket.socket) -> None:
@@ -350,9 +356,9 @@ class Handover:
         with _pod(guest.record) as pod:
             self._listen_to(guest, pod)  # first: the guest's next frame must be heard
         guest.begun = now
-        self._change(guest, "waiting", why, now + _ELSEWHERE_SECONDS)
-        self._store.set_elsewhere(guest.record.id, True)
-        guest.on_wire = now
+        if self._change(guest, "waiting", why, now + _ELSEWHERE_SECONDS):
+            self._store.set_elsewhere(guest.record.id, True)
+            guest.on_wire = now
 
     def _end_waits(self) -> None:
         now = time.monotonic()
@@ -365,21 +371,21 @@ class Handover:
             else:
                 guest.until = _NEVER
 
-    def _change(self, guest: _Guest, state: str, why: str, until: float, **fields: object) -> None:
-        """Put the link into that state, which ends then without a frame."""
+    def _change(self, guest: _Guest, state: str, why: str, until: float, **fields: object) -> bool:
+        """Put the link into that state, which ends at `until` without a frame. False: the link is gone."""
         record = guest.record
         waited = time.monotonic() - guest.begun
         if (state == "waiting") != (guest.state == "waiting"):
-            if guest.pod is None:  # no path leads to its network namespace
+            if guest.pod is None:  # its network namespace is gone, or dies with its last socket
                 self._forget(guest)
-                return
+                return False
             try:
                 macvtap.set_mode(guest.pod, record.ifindex, "vepa" if state == "waiting" else "bridge")
             except OSError as error:
                 if error.errno != errno.ENODEV:
                     raise
                 self._forget(guest)
-                return
+                return False
         if state != "waiting":
             self._deafen(guest)
             self._store.set_elsewhere(record.id, False)
@@ -388,6 +394,7 @@ class Handover:
             wire.changed = True
         self._changes.inc(state, why)
         self._log(guest, INFO, _MESSAGES[state], why=why, seconds=round(waited, 3), **fields)
+        return True
 
     # The sockets
 
@@ -479,13 +486,16 @@ def _link(host: Rtnl, record: Record) -> Link | None:
 
 @contextmanager
 def _pod(record: Record) -> Iterator[int | None]:
-    """An fd of the record's network namespace by its path; None if the path leads there no more."""
-    try:
-        fd = netns.open_path(record.netns)
-    except CniError:
-        yield None
-        return
-    try:
-        yield fd if netns.identity(fd) == record.netns_id else None
-    finally:
-        os.close(fd)
+    """An fd of the record's network namespace; None if neither a path nor a process has it any more."""
+    for path in chain([record.netns], namespace_paths()):
+        try:
+            fd = netns.open_path(path)
+        except (CniError, OSError):
+            continue
+        try:
+            if netns.identity(fd) == record.netns_id:
+                yield fd
+                return
+        finally:
+            os.close(fd)
+    yield None

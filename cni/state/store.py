@@ -195,6 +195,13 @@ class Store:
             else:
                 _unlink(f"{self._elsewhere}/{id}")
 
+    def sweep_elsewhere(self, keep: Collection[str]) -> None:
+        """Remove the marks of set_elsewhere(), except those of the ids to keep."""
+        with _io(self._elsewhere):
+            for id in os.listdir(self._elsewhere) if os.path.isdir(self._elsewhere) else []:
+                if id not in keep:
+                    _unlink(f"{self._elsewhere}/{id}")
+
     def reserve_ifindex(self, id: str, device_id: str | None = None) -> int:
         """Reserve an interface index that no other attachment on this host has, until forget().
 

@@ -161,7 +161,7 @@ def _own_nsid(host: Rtnl) -> int | None:
 
 def _namespace(host: Rtnl, nsid: int) -> tuple[str, tuple[int, int]] | None:
     """A path of the network namespace of that id, and its (st_dev, st_ino); None if no path is visible here."""
-    for path in _paths():
+    for path in namespace_paths():
         try:
             fd = netns.open_path(path)
         except (CniError, OSError):
@@ -174,7 +174,7 @@ def _namespace(host: Rtnl, nsid: int) -> tuple[str, tuple[int, int]] | None:
     return None
 
 
-def _paths() -> Iterator[str]:
+def namespace_paths() -> Iterator[str]:
     """Paths of network namespaces: mounts (proc_pid_mountinfo(5)), then /proc/PID/ns/net of those without a mount."""
     seen = set()
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:

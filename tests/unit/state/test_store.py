@@ -232,3 +232,19 @@ def test_names_fit_and_differ() -> None:
     assert long != alias("wire", "c" * 301, "net1")
     assert len(identifier("n" * 500, "c" * 500, "net1")) < 64
     assert identifier("a", "b.c", "d") != identifier("a.b", "c", "d")
+
+
+def test_marks_of_vms_that_run_elsewhere(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state")
+    store.prepare()
+    store.sweep_elsewhere(())  # without the folder
+    for id in ("a-1", "a-2", "a-3"):
+        assert not store.is_elsewhere(id)
+        store.set_elsewhere(id, True)
+        store.set_elsewhere(id, True)
+    store.set_elsewhere("a-1", False)
+    store.set_elsewhere("a-1", False)
+    store.sweep_elsewhere({"a-2"})
+    assert [store.is_elsewhere(id) for id in ("a-1", "a-2", "a-3")] == [False, True, False]
+    store.forget_id("a-2")
+    assert not store.is_elsewhere("a-2")
