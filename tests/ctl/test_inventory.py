@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lab.wire import Lab, Netns
 
 KEYS = {
-    "id", "network", "containerID", "ifname", "netns", "pod", "vm", "status", "device", "mode", "interface",
-    "source", "virtualFunction", "vlan", "mac", "mtu", "queues", "addresses", "ifindex", "deviceNumber",
+    "id", "network", "containerID", "ifname", "netns", "pod", "vm", "status", "device", "mode", "waiting",
+    "interface", "source", "virtualFunction", "vlan", "mac", "mtu", "queues", "addresses", "ifindex", "deviceNumber",
     "deviceNode", "since", "holders", "toGuest", "fromGuest",
 }  # fmt: skip
 """docs/vmtapctl.md lists them: taking one away breaks somebody's script."""

@@ -86,9 +86,9 @@ def use(host: Host, clients: Path, *, broker: bool = True) -> list[str]:
         key: dict[str, Any] = {"netns": pod, "container": f"c{number}"}
         added = plugin("ADD", conf, **key)
         answers = [added]
-        if conf.get("mode") == "bridge" and pod.links()["net1"]["linkinfo"]["info_data"]["mode"] != "vepa":
-            refused.append("the agent does not wait for the guest")
         if added.status == 0:
+            if pod.links()["net1"]["linkinfo"]["info_data"].get("mode", "vepa") != "vepa":
+                refused.append("the agent does not wait for the guest")
             refused += launch(host, pod) if broker else []
             answers.append(plugin("CHECK", {**conf, "prevResult": added.document}, **key))
         answers.append(plugin("DEL", conf, **key))
