@@ -113,7 +113,6 @@ static int open_netns(const char *path)
     return fd;
 }
 
-/* Write all of data; 0, or -1 with errno set. */
 static int write_all(int fd, const char *data, size_t length)
 {
     while (length) {
@@ -128,8 +127,7 @@ static int write_all(int fd, const char *data, size_t length)
     return 0;
 }
 
-/* Print an error object (SPEC section 5, "Error") on stdout and the message on stderr; returns the exit status.
- * The message must not need JSON escapes. */
+/* Print an error object (SPEC section 5, "Error"), and the message on stderr; returns 1. It must not need escapes. */
 static int fail(int code, const char *message)
 {
     char text[512], number[24];
@@ -251,8 +249,7 @@ static int receive_all(int fd, void *data, size_t length, int64_t until)
     return 0;
 }
 
-/* Send the request and print the answer. Returns the exit status; -1 if there was no whole answer (nothing is printed
- * then); -2 if stdout could not be written. */
+/* Send the request, print the answer. The exit status; -1: no whole answer, nothing printed; -2: stdout failed. */
 static int ask(int fd, const struct head *head, const char *env, int netns, int64_t until)
 {
     struct tail tail;

@@ -105,7 +105,7 @@ class DevicePlugin:
             settings,
             store,
             registry.counter(
-                "vmtap_device_plugin_allocations_total", "Devices that the kubelet was told of.", "resource"
+                "vmtap_device_plugin_allocations_total", "Devices that the kubelet has allocated.", "resource"
             ),
         )
         self._registrations = registry.counter(
