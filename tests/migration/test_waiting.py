@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -12,11 +14,11 @@ import pytest
 from cni.state.store import Store
 from lab.frames import mac_bytes
 from tests.migration.conftest import VM, around, arp, copied_to, none_lost, rarp, runs_on
-from tests.runner import Plugin, config
-from tests.waiting import until
+from tests.runner import BIN, Plugin, config
+from tests.waiting import until, watched
 
 if TYPE_CHECKING:
-    from tests.migration.conftest import Bed
+    from tests.migration.conftest import Attached, Bed
 
 FORGED = 2000
 MANY = 50
@@ -30,7 +32,6 @@ def test_a_guest_that_is_silent_from_its_start(bed: Bed) -> None:
     _, running = runs_on(bed.a)
     target = copied_to(bed.b, running)
     silent = bed.b.attach(SILENT)
-    assert silent.mode == "vepa"
     bed.guest(silent)
     until(lambda: silent.mode, "the silent guest is not presumed", lambda mode: mode == "bridge")
     assert target.mode == "vepa"
@@ -213,15 +214,47 @@ def test_an_agent_that_may_hear_nothing(bed: Bed) -> None:
 
 def test_many_at_once(bed: Bed) -> None:
     """Every second guest speaks; all end in bridge mode, and nothing is left of them."""
-    macs = [f"02:00:00:00:02:{number:02x}" for number in range(MANY)]
+
+    def attach(number: int) -> Attached:
+        made = bed.a.attach(mac := f"02:00:00:00:02:{number:02x}")
+        if number % 2:
+            os.write(made.fd, bytes(10) + arp(mac))
+        return made
+
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(bed.a.attach, macs))
-    for mac, each in list(zip(macs, made, strict=True))[::2]:
-        os.write(each.fd, bytes(10) + arp(mac))
-    wanted = {"waiting": 0, "here": MANY / 2, "presumed": MANY / 2}
-    until(bed.a.links, "not every guest is heard or presumed", lambda links: links == wanted)
+        made = list(pool.map(attach, range(MANY)))
+    links = until(bed.a.links, "a guest is waited for without end", lambda links: links["waiting"] == 0)
+    assert links["here"] + links["presumed"] == MANY
+    assert links["presumed"] >= MANY / 2
     assert {each.mode for each in made} == {"bridge"}
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda each: each.delete(), made))
     assert bed.a.kept() == []
     until(bed.a.links, "the agent still watches links", lambda links: not any(links.values()))
+
+
+def test_vmtapctl_shows_who_waits(bed: Bed) -> None:
+    """list and show name it, and watch prints the change when the guest is heard."""
+    _, running = runs_on(bed.b)
+    made = copied_to(bed.a, running)  # it would not wait for long if its VM were nowhere
+    command = [BIN / "vmtapctl"]
+    where = ["--json", "--run", str(bed.a.agent.run)]
+    (listed,) = json.loads(bed.a.netns.run([*command, "list", *where]).stdout)["attachments"]
+    assert (listed["mode"], listed["waiting"]) == ("bridge", True)
+    assert "bridge (waiting)" in bed.a.netns.run([*command, "list", *where[1:]]).stdout
+    assert "until its guest is heard" in bed.a.netns.run([*command, "show", "net1", *where[1:]]).stdout
+    with (
+        bed.a.netns.popen([*command, "watch", *where], stdout=subprocess.PIPE, text=True) as watch,
+        watched(watch),
+    ):
+        assert watch.stdout
+        (before,) = [json.loads(watch.stdout.readline())]
+        bed.guest(made, rarp(VM))
+        after = json.loads(watch.stdout.readline())
+        watch.terminate()
+    assert (before["event"], before["attachment"]["waiting"]) == ("present", True)
+    assert (after["event"], after["was"], after["attachment"]["waiting"]) == (
+        "changed",
+        "in use, waiting for its guest",
+        False,
+    )
