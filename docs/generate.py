@@ -75,7 +75,17 @@ in this list is refused with code 4 unless `IgnoreUnknown` is 1 or true:
 
 {args}
 
-The guest's MAC address is the first of `runtimeConfig.mac`, `MAC=` in CNI_ARGS, and `mac` that is given.
+The guest's MAC address is the first of `runtimeConfig.mac`, `MAC=` in CNI_ARGS, and `mac` that is given. If none is,
+vmtap derives one from the policy's `macSeed` and these names:
+
+| attached is | the MAC follows from | it survives |
+| --- | --- | --- |
+| a KubeVirt VM | namespace, VM, interface | [restart, migration, another network](kubevirt.md#the-mac-of-a-vm) |
+| another pod | namespace, pod, interface | restart under the same name, as in a StatefulSet |
+| a container without Kubernetes | network, container, interface | stop and start of the container |
+
+A Deployment gives each new pod a new name, and so a new MAC. To keep one, set it: in `mac` if the network has one
+guest, else for each pod by the runtime (Multus: `mac` in the pod's annotation `k8s.v1.cni.cncf.io/networks`).
 
 ### Under the name macvtap
 

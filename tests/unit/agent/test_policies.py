@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cni.agent.policies import Policies, interfaces
+from cni.config.mac import PLAIN, Derivation
 from cni.config.policy import Interface
 from cni.errors import CniError
 
@@ -101,6 +102,20 @@ def test_what_is_found_widens_nothing_that_the_file_says(tmp_path: Path) -> None
     assert not policy.allow_unlisted
     policies.discovered([])
     assert _names(policies) == ["mine", "eth2"]
+
+
+@pytest.mark.parametrize("conf", [None, CONF, "[]"])
+def test_the_files_derivation_of_macs_stays(tmp_path: Path, conf: str | None) -> None:
+    file = tmp_path / "interfaces.yaml"
+    policies = Policies(str(file), conf)
+    file.write_text("{macSeed: s, macPrefix: '02:ab:cd'}")
+    policies.discovered(["eth7"] if policies.discovers else [])
+    policy = policies()
+    assert policy
+    assert policy.derivation == Derivation("s", "02:ab:cd")
+    file.unlink()
+    policy = policies()
+    assert policy is None or policy.derivation == PLAIN
 
 
 def test_a_first_file_that_is_bad_is_no_leave_for_anything(tmp_path: Path) -> None:

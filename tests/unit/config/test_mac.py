@@ -78,6 +78,12 @@ def test_vms_whose_names_differ_after_44_characters_have_one_address() -> None:
     assert _of(_generated("x" * 43 + "a", "x7k2p")) != _of(_generated("x" * 43 + "b", "x7k2p"))
 
 
+def test_a_dash_where_a_name_is_cut_is_lost() -> None:
+    """The API server's dash and one of the VM's name look alike there, and nowhere else."""
+    assert _of(_generated("x" * 43, "x7k2p")) == _of(_generated("x" * 43 + "-b", "x7k2p"))
+    assert _of(_generated("x" * 42, "x7k2p")) != _of(_generated("x" * 42 + "-b", "x7k2p"))
+
+
 @pytest.mark.parametrize(
     "pod", ["virt-launcher-", "virt-launcher-x7k2p", "virt-launcher-db-X7K2P", "web-x7k2p", ""]
 )

@@ -537,3 +537,16 @@ def test_the_derivation_of_macs_reaches_every_grant() -> None:
 @pytest.mark.parametrize("prefix", ["01:00:5e", "02:ab", "02:ab:cd:ef", "02-ab-cd", "02:ab:cd\n", ""])
 def test_a_prefix_that_is_none_is_refused(prefix: str) -> None:
     assert not schema.accepts(schema.load("policy"), {"macPrefix": prefix})
+
+
+def test_a_prefix_that_yaml_reads_as_a_number_is_refused(file: Path) -> None:
+    """52:54:00 is 190440 seconds to YAML 1.1."""
+    file.write_text("macPrefix: 52:54:00")
+    assert (
+        "macPrefix: 190440 is not allowed; give three hexadecimal pairs with colons, in quotes"
+        in distrusted(file)
+    )
+    file.write_text("macPrefix: '52:54:00'")
+    found = policy.load(file)
+    assert found
+    assert found.derivation == mac.Derivation("", "52:54:00")
