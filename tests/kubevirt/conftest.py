@@ -40,7 +40,7 @@ class LauncherPod:
         args = {
             "IgnoreUnknown": "1",
             "K8S_POD_NAMESPACE": "default",
-            "K8S_POD_NAME": f"virt-launcher-{self.vm}-{self.suffix}",
+            "K8S_POD_NAME": f"virt-launcher-{self.vm}-"[:58] + self.suffix,  # as the API server cuts it
             "K8S_POD_INFRA_CONTAINER_ID": self.container,
             "K8S_POD_UID": "1b6ee3a6-0d0b-4a52-9f0a-52ac6d4c0f1e",
             **({"MAC": mac} if mac else {}),

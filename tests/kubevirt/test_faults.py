@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cni.state import deviceid
@@ -68,6 +69,32 @@ def test_a_vms_pods_on_two_nodes_have_one_mac(nodes: Nodes) -> None:
     macs = [pod.link("red")["address"] for pod in (source, target, neighbour)]
     assert [result["interfaces"][0]["mac"] for result in results] == macs
     assert macs[0] == macs[1] != macs[2]
+
+
+def test_the_mac_outlives_another_network_and_a_cut_name(nodes: Nodes, tmp_path: Path) -> None:
+    """KubeVirt names the pod's interface after the VM's own name of the network, which the NAD reference is no part of.
+
+    The other cluster has the same objects, and another seed.
+    """
+    seeds = {name: tmp_path / name for name in ("ours", "theirs")}
+    for name, file in seeds.items():
+        file.write_text(f"{nodes.first.policy.read_text()}\nmacSeed: {name}\n")
+        file.chmod(0o644)
+    first, second = (replace(plugin, policy=seeds["ours"]) for plugin in (nodes.first, nodes.second))
+    elsewhere = replace(nodes.second, policy=seeds["theirs"], state=tmp_path / "state3")
+    for vm in ("db", "x" * 43, "x" * 44, "x" * 63):
+        pods = [
+            LauncherPod(first, nodes.lab.pod(f"{len(vm)}s"), vm=vm, suffix="x7k2p"),
+            LauncherPod(second, nodes.lab.pod(f"{len(vm)}t"), vm=vm, suffix="9qwz4"),
+            LauncherPod(elsewhere, nodes.lab.pod(f"{len(vm)}e"), vm=vm, suffix="9qwz4"),
+        ]
+        networks = ("red", "blue", "red")
+        macs = []
+        for pod, network in zip(pods, networks, strict=True):
+            macs.append(pod.add("red", name=network, **DEVICE)["interfaces"][0]["mac"])
+            assert pod.link("red")["address"] == macs[-1]
+            pod.request("DEL", "red", name=network, **DEVICE).ok()
+        assert macs[0] == macs[1] != macs[2]
 
 
 def test_the_targets_link_is_silent_until_the_guest_speaks(nodes: Nodes) -> None:
