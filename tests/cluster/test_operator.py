@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 from lab.kubernetes import manifests
+from lab.process import LabError
 from lab.wire import NIC
 from tests.cluster.conftest import CAPACITY, CHART, NAMESPACE, RESOURCES, network, pod
 
@@ -35,6 +37,20 @@ def test_the_api_server_takes_what_helm_runs_at_the_end(release: Release) -> Non
     text = manifests.run("helm", "template", "tried-vmtap", CHART, "--namespace", NAMESPACE)
     said = release.cluster.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", stdin=text)
     assert said.count("created (server dry run)") == len(manifests.objects(text))
+
+
+def test_the_seed_of_macs_is_the_clusters(release: Release) -> None:
+    """helm looks up the UID of kube-system."""
+    files = release.cluster.get("-n", NAMESPACE, "configmap", "vmtap")["data"]
+    uid = release.cluster.get("namespace", "kube-system")["metadata"]["uid"]
+    assert yaml.safe_load(files["interfaces.yaml"])["macSeed"] == uid
+
+
+def test_who_may_not_look_the_seed_up_sets_it(release: Release) -> None:
+    words = ("helm", "template", "tried", str(CHART), "--dry-run=server", "--kube-as-user", "nobody")
+    with pytest.raises(LabError, match='namespaces "kube-system" is forbidden'):
+        release.cluster.run([*words])
+    assert 'macSeed: "mine"' in release.cluster.run([*words, "--set", "macSeed=mine"])
 
 
 def test_doctor_finds_nothing_wrong(release: Release) -> None:
