@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PermissionError as error:
         return _fail(f"{error}: run it as root", os.EX_NOPERM)
     except OSError as error:
-        return _fail(f"the system refused it: {error}", os.EX_OSERR)
+        return _fail(f"system call failed: {error}", os.EX_OSERR)
     return status
 
 
@@ -64,8 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     """All commands and options; docs and completions are made from it."""
     parser = _Parser(
         prog=PROGRAM,
-        description="What vmtap has attached on this node, to what, for whom, and what is wrong. "
-        "Only install and uninstall change anything; probe sends frames.",
+        description="Shows the attachments of this node, their devices, pods and VMs, and checks the node. "
+        "Only install and uninstall change the node; probe sends frames.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
@@ -74,36 +74,38 @@ def make_parser() -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         made.set_defaults(command=name)
         if name != "completion":
-            made.add_argument("--json", action="store_true", help="for programs")
+            made.add_argument("--json", action="store_true", help="print JSON")
         if places:
             made.add_argument(
-                "--run", metavar="FOLDER", help="state and sockets; default: as the agent has it"
+                "--run",
+                metavar="FOLDER",
+                help="folder of state and sockets; default: VMTAP_RUN, else the agent's",
             )
             made.add_argument(
-                "--policy", metavar="FILE", help="the node's policy; default: as the agent has it"
+                "--policy", metavar="FILE", help="the node's policy; default: VMTAP_POLICY, else the agent's"
             )
-            made.add_argument("--config", metavar="FILE", help="the agent's file")
+            made.add_argument("--config", metavar="FILE", help="the agent's configuration file")
         return made
 
-    made = command("list", "every attachment, one a line")
-    made.add_argument("--wide", action="store_true", help="more columns")
-    made = command("show", "everything about some attachments, and their traffic")
+    made = command("list", "list the attachments, one a line")
+    made.add_argument("--wide", action="store_true", help="show all columns")
+    made = command("show", "show all details of attachments, and their traffic")
     argument: Any = made.add_argument(
-        "what", metavar="ID|POD|IFNAME", help="also a VM, a MAC or a container id"
+        "what", metavar="ID|POD|IFNAME", help="or a VM, a MAC or a container id"
     )
     argument.completer = _names
-    made = command("tree", "switch port, NIC, attachment, pod and VM as a tree")
-    made.add_argument("--svg", metavar="FILE", help="draw a picture instead, for a ticket; - is stdout")
+    made = command("tree", "show switch ports, NICs, attachments, pods and VMs as a tree")
+    made.add_argument("--svg", metavar="FILE", help="write an SVG picture instead; - is stdout")
     made.add_argument(
         "--lldp",
         metavar="SECONDS",
         type=_seconds,
         default=0.0,
-        help="wait that long for switches to say who they are; lldpd is asked anyway, where it runs",
+        help="listen for LLDP so long; without it, only lldpd is queried, if it runs",
     )
-    command("watch", "what comes and goes, as it happens, until Ctrl-C")
-    command("doctor", "what is wrong on this node, and what to do about it")
-    made = command("probe", "does the switch behind a source device reflect, as vepa needs it?")
+    command("watch", "print changes of attachments until Ctrl-C")
+    command("doctor", "check the node, and print the next step for each fault")
+    made = command("probe", "test whether the switch has reflective relay, which mode vepa needs")
     argument = made.add_argument("source", metavar="SOURCE", help="a NIC, bond, VLAN or bridge of this node")
     argument.completer = _devices
     made.add_argument(
@@ -111,12 +113,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         type=_seconds,
         default=0.0,
-        help="wait that long for what switches say of it (EVB TLV); most announce every 30 s",
+        help="then listen for LLDP so long (EVB TLV); most switches send it every 30 s",
     )
-    made = command("lint", "check network configs and policy files before a node meets them", places=False)
-    made.add_argument("files", metavar="FILE", nargs="+", help="JSON is a network config, YAML a policy")
-    made.add_argument("--policy", metavar="FILE", help="would this policy allow them?")
-    made = command("install", "put the shim into the container runtime's CNI folder", places=False)
+    made = command("lint", "check network configs, policies and agent's files", places=False)
+    made.add_argument(
+        "files", metavar="FILE", nargs="+", help="a network config (JSON), a policy or an agent's file (YAML)"
+    )
+    made.add_argument(
+        "--policy", metavar="FILE", help="also check that this policy allows the network configs"
+    )
+    made = command("install", "install the shim in the container runtime's CNI folder", places=False)
     made.add_argument("--bin-dir", metavar="FOLDER", default=BIN_DIR, help=f"default: {BIN_DIR}")
     made.add_argument(
         "--as",
@@ -125,12 +131,14 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=["vmtap"],
         choices=("macvtap",),
-        help="under this name as well: macvtap, for the network configs of kubevirt/macvtap-cni",
+        help="install it under this name, too: macvtap, for network configs of kubevirt/macvtap-cni",
     )
-    made = command("uninstall", "take the shim out of that folder, and nothing else")
+    made = command("uninstall", "remove the shim from that folder")
     made.add_argument("--bin-dir", metavar="FOLDER", default=BIN_DIR, help=f"default: {BIN_DIR}")
-    made.add_argument("--state", action="store_true", help="the state folder and our CDI files go, too")
-    made.add_argument("--force", action="store_true", help="also if pods are attached, or an agent runs")
+    made.add_argument(
+        "--state", action="store_true", help="also remove the state folder and vmtap's CDI files"
+    )
+    made.add_argument("--force", action="store_true", help="even if pods are attached, or an agent runs")
     made = command("completion", "print the completion script of a shell", places=False)
     made.add_argument("shell", choices=("bash", "zsh", "fish"))
     return parser

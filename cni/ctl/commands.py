@@ -35,7 +35,10 @@ def _list(options: argparse.Namespace) -> int:
         return _json({key: node.document()[key] for key in ("node", "time", "attachments", "unreadable")})
     render.say(render.attachments(node.attachments, render.console(), wide=options.wide))
     if node.unreadable:
-        print(f"{PROGRAM}: unreadable: {', '.join(node.unreadable)}; see doctor", file=sys.stderr)
+        print(
+            f"{PROGRAM}: records cannot be read: {', '.join(node.unreadable)}; run vmtapctl doctor",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -46,8 +49,8 @@ def _show(options: argparse.Namespace) -> int:
         found = [each for each in node.attachments if _begins(each, options.what)]
     if not found:
         known = sorted({each.sandbox for each in node.attachments})
-        there = f"there is {', '.join(known)}" if known else "nothing is attached on this node"
-        raise CniError(spec.NO_ATTACHMENT, f"no attachment is or belongs to {options.what!r}; {there}")
+        there = f"attached are {', '.join(known)}" if known else "nothing is attached on this node"
+        raise CniError(spec.NO_ATTACHMENT, f"no attachment is named or belongs to {options.what!r}; {there}")
     if options.json:
         return _json({"attachments": [each.document() for each in found]})
     for number, each in enumerate(found):
@@ -115,7 +118,7 @@ def _lint(options: argparse.Namespace) -> int:
             for fault in each.faults:
                 print(f"{each.file}: {fault}")
             if not each.faults:
-                print(f"{each.file}: a good {each.kind}")
+                print(f"{each.file}: valid {each.kind}")
     return ERRORS if any(each.faults for each in found) else 0
 
 

@@ -70,8 +70,8 @@ def _offload(node: Node, source: Source, name: str) -> Iterator[tuple[str, str, 
     if (taken := offload.taken(source.name)) < wanted:
         yield (
             "warning",
-            f"the NIC sorts for {taken} of {wanted} attachments of {name}; for the others the kernel does, slower",
-            "look at its number of queues (ethtool -l), or attach fewer",
+            f"the NIC has queues for {taken} of {wanted} attachments of {name}; the kernel serves the others, slower",
+            "raise its number of queues (ethtool -L), or attach fewer",
         )
 
 
@@ -84,7 +84,7 @@ def _link_faults(node: Node, source: Source, link: Link) -> Iterator[tuple[str, 
             "name a NIC, a bond, a VLAN or a bridge",
         )
     if source.state == "down":
-        yield "error", "it is down, and so is every VM's wire on it", f"ip link set {name} up"
+        yield "error", "it is down: no VM on it reaches anything", f"ip link set {name} up"
     elif source.state == "no carrier":
         yield (
             "warning",
@@ -106,7 +106,7 @@ def _link_faults(node: Node, source: Source, link: Link) -> Iterator[tuple[str, 
     if takers:
         yield (
             "error",
-            f"{takers[0]} has all of it (passthru)",
+            f"{takers[0]} uses it exclusively (mode passthru)",
             f"ip link delete {takers[0]}, or use another NIC",
         )
     small = [each for each in node.on(name) if each.link and each.link.mtu > link.mtu]
@@ -124,19 +124,19 @@ def _link_faults(node: Node, source: Source, link: Link) -> Iterator[tuple[str, 
             continue
         for feature, option in _OFFLOADS.items():
             if offloads.get(feature) is False:
-                what = f"the offload {feature} of {nic} is off: VMs get less out of it"
+                what = f"the offload {feature} of {nic} is off: throughput of VMs is lower"
                 yield "warning", what, f"ethtool -K {nic} {option} on"
 
 
 def attachments(node: Node) -> Iterator[Finding]:
     for path, why in node.unreadable.items():
         yield Finding(
-            "attachments", "warning", f"{path}: {why}", "look at it, then remove it; DEL does not need it"
+            "attachments", "warning", f"{path}: {why}", "examine and remove it; DEL does not need it"
         )
     bad = [finding for each in node.attachments for finding in _attachment(each)]
     yield from bad
     if not bad:
-        yield Finding("attachments", "ok", f"{len(node.attachments)}, and each is as it should be")
+        yield Finding("attachments", "ok", f"{len(node.attachments)}, without a fault")
 
 
 def _attachment(each: Attachment) -> Iterator[Finding]:
@@ -145,22 +145,22 @@ def _attachment(each: Attachment) -> Iterator[Finding]:
     if each.link and record.vf:
         yield from (Finding(check, *found) for found in virtual_functions.changes(each))
     if each.status in ("gone", "old"):
-        why = "its link is gone" if each.status == "gone" else "it is of an earlier boot"
+        why = "its link is gone" if each.status == "gone" else "it was made before this boot"
         yield Finding(
             check,
             "warning",
-            f"there is a record of it ({record.id}), but {why}",
-            "the agent ends it by itself; without one, DEL it, or GC its network",
+            f"{why}, and its record {record.id} is left",
+            "the agent removes it; without an agent, run DEL, or GC of its network",
         )
     elif each.status == "down":
         inside = f"nsenter --net={record.netns} ip link set {record.ifname} up"
-        yield Finding(check, "error", "somebody has set its link down", inside)
+        yield Finding(check, "error", "its link was set down", inside)
     holders = [holder for holder in each.holders if holder.queues]
     if len(holders) > 1 or sum(holder.queues for holder in holders) > record.queues:
         who = ", ".join(f"{holder.program} {holder.pid} ({holder.queues})" for holder in holders)
         yield Finding(
             check,
             "warning",
-            f"queues: {record.queues}, and it is open in {who}: frames are shared out, and get lost",
+            f"queues: {record.queues}, and it is open in {who}: each gets a part of the frames",
             "end the process that should not have it",
         )

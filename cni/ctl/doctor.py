@@ -68,7 +68,7 @@ def examine(settings: Settings) -> list[Finding]:
         node = snapshot.take(settings)
     except CniError as error:
         found.append(
-            Finding("attachments", "error", str(error), "mend what is said above of user and kernel")
+            Finding("attachments", "error", str(error), "correct the findings on user and kernel above")
         )
         return found
     for source in node.sources:
@@ -84,7 +84,7 @@ def _user() -> Iterator[Finding]:
         yield Finding("user", "ok", "root")
     else:
         yield Finding(
-            "user", "error", f"uid {os.geteuid()} may not look at other namespaces", "run it as root"
+            "user", "error", f"uid {os.geteuid()} cannot enter other network namespaces", "run it as root"
         )
 
 
@@ -99,7 +99,7 @@ def _kernel(settings: Settings) -> Iterator[Finding]:
             yield Finding("kernel", "error", f"{step}: {why}", root if refused else _MODULES.get(step, root))
     if not failed:
         opens = "makes, opens and shows" if settings.broker else "makes and shows"
-        yield Finding("kernel", "ok", f"Linux {release} {opens} macvtaps and taps: it was tried")
+        yield Finding("kernel", "ok", f"Linux {release} {opens} macvtaps and taps (tested)")
 
 
 def _vhost() -> Iterator[Finding]:
@@ -107,12 +107,12 @@ def _vhost() -> Iterator[Finding]:
         os.close(os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         if _knows("vhost-net"):
-            yield Finding("vhost", "ok", "the kernel has it; /dev/vhost-net is not for this container")
+            yield Finding("vhost", "ok", "the kernel has it; this container has no /dev/vhost-net")
             return
         yield Finding(
             "vhost",
             "warning",
-            f"/dev/vhost-net cannot be opened ({error.strerror}): QEMU copies every frame itself",
+            f"/dev/vhost-net cannot be opened ({error.strerror}): QEMU copies every frame in user space",
             "modprobe vhost_net",
         )
     else:
@@ -149,14 +149,16 @@ def _policy(settings: Settings, rules: Policy | None) -> Finding:
 def _agent(settings: Settings) -> Iterator[Finding]:
     path = f"{settings.run}/agent/cni.sock"
     if not os.path.exists(f"{settings.run}/agent"):
-        yield Finding("agent", "ok", f"none has run on {settings.run}: the one-shot executable does the work")
+        yield Finding(
+            "agent", "ok", f"none has run on {settings.run}: the one-shot executable serves requests"
+        )
         return
     start = "start it: systemctl start vmtapd.socket, or see why its pod does not run"
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asked:
-            asked.settimeout(_SECONDS)
-            asked.connect(path)
-            credentials = asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
+            agent.settimeout(_SECONDS)
+            agent.connect(path)
+            credentials = agent.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     except OSError as error:
         yield Finding(
             "agent", "error", f"it does not answer at {path} ({error.strerror}): ADDs wait, then fail", start
@@ -168,15 +170,15 @@ def _agent(settings: Settings) -> Iterator[Finding]:
             yield Finding(
                 "agent",
                 "error",
-                f"it (pid {pid}) has not {', '.join(missing)}",
-                "give it these: CapabilityBoundingSet= of vmtapd.service, or the container's securityContext",
+                f"it (pid {pid}) lacks {', '.join(missing)}",
+                "add them: CapabilityBoundingSet= of vmtapd.service, or the container's securityContext",
             )
         else:
             yield Finding(
                 "agent", "ok", f"it listens at {path} (pid {pid}) and has the capabilities it needs"
             )
     else:
-        who = "systemd" if pid else "a process out of sight (another pid namespace)"
+        who = "systemd" if pid else "a process of another pid namespace"
         yield Finding("agent", "ok", f"{who} listens for it at {path}")
     yield from _ready(settings.metrics)
 
@@ -222,27 +224,30 @@ def _state(settings: Settings) -> Iterator[Finding]:
     try:
         status = os.stat(run)
     except FileNotFoundError:
-        yield Finding("state", "ok", f"there is no {run} yet: nothing was ever attached")
+        yield Finding("state", "ok", f"{run} does not exist yet: nothing was attached")
         return
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
         yield Finding(
-            "state", "error", f"others may look into or write to {run}", f"chown root {run}; chmod 0700 {run}"
+            "state",
+            "error",
+            f"users other than root can read or write {run}",
+            f"chown root {run}; chmod 0700 {run}",
         )
     elif (kind := _filesystem(status.st_dev)) not in ("tmpfs", None):
         yield Finding(
             "state",
             "warning",
-            f"{run} is on {kind}: what it says outlives a reboot",
+            f"{run} is on {kind}: records survive a reboot",
             "put it on a tmpfs, as /run is",
         )
     else:
-        yield Finding("state", "ok", f"{run} is root's alone" + (", on a tmpfs" if kind else ""))
+        yield Finding("state", "ok", f"{run} belongs to root, mode 0700" + (", on a tmpfs" if kind else ""))
     for path in sorted(_entries(f"{run}/pending")):
         yield Finding(
             "state",
             "warning",
-            f"{path}: a DEL that came while the agent was away",
-            "start the agent: it carries it out",
+            f"{path}: a DEL that waits for the agent",
+            "start the agent: it carries the DEL out",
         )
     known = {name.removesuffix(".json") for name in _names(f"{run}/attachments") if name.endswith(".json")}
     for path in sorted(_entries(f"{run}/ifindex") + _entries(f"{run}/vf")):
@@ -252,7 +257,7 @@ def _state(settings: Settings) -> Iterator[Finding]:
                 "state",
                 "warning",
                 f"{path} is reserved for {id}, which has no record: an ADD was killed",
-                "GC of any vmtap network gives it back, and so does the agent",
+                "start the agent, or run GC of any vmtap network: both release it",
             )
 
 

@@ -31,7 +31,7 @@ _MARK = b"a CNI plugin that puts a VM on a NIC"
 """A byte string that every version of the shim contains (cni/shim/vmtap.c)."""
 _LARGEST = 1 << 22
 _PREFIX = ".vmtap-shim-"
-"""The suffix of a file that is being written. No runtime looks for such a name."""
+"""The prefix of a file that is being written. No runtime looks for such a name."""
 
 
 def install(folder: str, names: Sequence[str]) -> Iterator[str]:
@@ -46,7 +46,7 @@ def install(folder: str, names: Sequence[str]) -> Iterator[str]:
         path = f"{folder}/{name}"
         had = os.path.lexists(path)
         if had and _shim(path) == shim and os.stat(path).st_mode & 0o7777 == 0o755:
-            yield f"{path} is there already"
+            yield f"{path} is up to date"
             continue
         _write(folder, path, shim)
         yield f"{path} is {'replaced' if had else 'installed'}"
@@ -73,7 +73,7 @@ def uninstall(folder: str, run: str, cdi: str, *, state: bool, force: bool) -> I
             each.unlink()
             yield f"{each} is removed"
     for source in offload.restore(run):
-        yield f"{offload.FEATURE} of {source} is off again, as it was"
+        yield f"{offload.FEATURE} of {source} is off, as before ADD"
     if os.path.isdir(run):
         shutil.rmtree(run)
         yield f"{run} is removed"
@@ -84,11 +84,10 @@ def _unused(run: str, *, state: bool) -> None:
         pods = ", ".join(sorted({each.sandbox for each in living})[:5])
         raise CniError(
             TRY_AGAIN_LATER,
-            f"{len(living)} attachments are in use ({pods}), and their pods could not be deleted without the shim: "
-            "end them first, or --force",
+            f"pods are attached ({pods}), and cannot be deleted without the shim: delete them first, or use --force",
         )
     if state and served(f"{run}/agent/cni.sock") is None:
-        why = f"an agent runs and has its state in {run}: end it first, or --force"
+        why = f"an agent runs on {run}: stop it first, or use --force"
         raise CniError(TRY_AGAIN_LATER, why)
 
 

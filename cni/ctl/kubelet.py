@@ -71,11 +71,11 @@ def _resources(text: str) -> Iterator[tuple[str, str, str]]:
             step = "look at the agent's log for \"not registered\", and at the kubelet's"
             yield "error", f"{resource} is not registered with the kubelet", step
         elif sick:
-            step = "mend its source: what is said of that above; the agent's log has each one's reason"
+            step = "correct the findings on its source above; the agent's log has the reason for each device"
             some = f"{sick} of its {well + sick}" if well else f"its {sick}"
             yield "warning", f"{resource}: {some} devices are unhealthy, and no new pod gets one", step
         elif not well:
-            step = "make virtual functions: what is said of its source above"
+            step = "make virtual functions: see the finding on its source above"
             yield "warning", f"{resource} is registered, and has no devices", step
         else:
             yield "ok", f"{resource} is registered, with {well} devices", ""

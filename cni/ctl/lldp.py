@@ -1,7 +1,7 @@
-"""Which port of which switch a NIC is plugged into, by LLDP (IEEE 802.1AB).
+"""Finds the switch port behind a NIC by LLDP (IEEE 802.1AB): from lldpd, or by listening.
 
-lldpd knows, where it runs; else the next announcement can be waited for, which a switch sends every 30 s as a
-rule. It may say of reflective relay, too, what the switch can and does. Must not send anything.
+A switch normally sends a frame every 30 s. The frame may contain the state of reflective relay (EVB TLV). Must not
+send anything.
 """
 
 from __future__ import annotations

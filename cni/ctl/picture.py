@@ -65,14 +65,14 @@ def draw(node: Node) -> str:
     width = x - _GAP + _MARGIN
     height = max((box.y for boxes in columns.values() for box in boxes), default=_TOP) + _BOX / 2 + 54
     used = sum(each.status == "in use" for each in node.attachments)
-    said = f"{node.time:%Y-%m-%d %H:%M:%S %Z}, {len(node.attachments)} attachments, {used} in use"
+    summary = f"{node.time:%Y-%m-%d %H:%M:%S %Z}, {len(node.attachments)} attachments, {used} in use"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
-        f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{_xml(f"node {node.name}, {said}")}">',
+        f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{_xml(f"node {node.name}, {summary}")}">',
         f"<style>{_STYLE}</style>",
         f'<rect width="{width:g}" height="{height:g}" fill="#ffffff"/>',
         f'<text class="h" x="{_MARGIN}" y="42">{_xml(_cut(f"node {node.name}", width - 2 * _MARGIN, 11))}</text>',
-        f'<text class="s" x="{_MARGIN}" y="62">{_xml(said)}</text>',
+        f'<text class="s" x="{_MARGIN}" y="62">{_xml(summary)}</text>',
     ]
     x = _MARGIN
     for title, boxes in columns.items():
@@ -124,9 +124,9 @@ def _columns(node: Node) -> dict[str, list[_Box]]:
     for (container, sandbox), members in pods.items():
         boxes = tuple(box for _, box in members)
         namespace, _, name = sandbox.rpartition("/")
-        said = f"pod in {namespace}" if namespace else f"sandbox {container[:12]}"
+        subtitle = f"pod in {namespace}" if namespace else f"sandbox {container[:12]}"
         colour = _GREEN if any(box.colour == _GREEN for box in boxes) else _GREY
-        pod = _Box(name, said, colour, _middle(boxes), boxes)
+        pod = _Box(name, subtitle, colour, _middle(boxes), boxes)
         sandboxes.append((pod, members))
     _spread([pod for pod, _ in sandboxes])
     for pod, members in sandboxes:

@@ -46,7 +46,7 @@ _WAITS = (0.2, 0.4, 1.4)
 _SEEN = {
     2: (True, "frames between two vepa macvtaps came back, both ways"),
     1: (None, "frames between two vepa macvtaps came back one way only: probe again"),
-    0: (False, f"of frames between two vepa macvtaps none came back, in {len(_WAITS)} tries"),
+    0: (False, f"no frame between two vepa macvtaps came back, in {len(_WAITS)} tries"),
 }
 
 
@@ -107,7 +107,7 @@ def _judge(host: Rtnl, lower: Link) -> tuple[bool | None, str]:
         return None, _refusal(error, host, lower)
     if arrived < 2:
         now = host.link(index=lower.index)
-        why = _unfit(now) if now else "it went away"
+        why = _unfit(now) if now else "it was deleted"
         if why:
             return None, f"meanwhile, {why}"
     return _SEEN[arrived]
@@ -127,7 +127,7 @@ def _refusal(error: OSError | CniError, host: Rtnl, lower: Link) -> str:
     """Why the device can have no macvtap. Raises the error again if the cause is not the device."""
     if isinstance(error, CniError):
         if error.code == NO_ATTACHMENT:
-            return f"a macvtap on it went away: {error}"
+            return f"a macvtap on it was deleted: {error}"
         raise error
     master = host.link(index=lower.master) if lower.master else None
     if master:

@@ -38,7 +38,7 @@ def _judged(run: str, source: Source, own: Sysfs) -> tuple[str, str, str]:
     if known.reflects is None:
         return (
             "warning",
-            f"whether the switch reflects could not be found out ({known.time}): {known.why}",
+            f"the probe had no result ({known.time}): {known.why}",
             again,
         )
     if known.reflects:

@@ -41,12 +41,12 @@ SOURCE = {"up": "green", "no carrier": "yellow", "down": "yellow", "missing": "r
 REFLECTS = {
     True: ("reflects", "green"),
     False: ("does not reflect", "yellow"),
-    None: ("not found out", "red"),
+    None: ("unknown", "red"),
 }
 _MEANS = {
     True: "guests in vepa mode on this node reach each other",
     False: "guests in vepa mode on this node do not reach each other",
-    None: "whether guests in vepa mode on this node reach each other is not known",
+    None: "it is unknown whether guests in vepa mode on this node reach each other",
 }
 SEVERITY = {"ok": ("✔", "green"), "warning": ("▲", "yellow"), "error": ("✘", "red")}
 _WIDE = ("NETWORK", "MTU", "QUEUES", "SINCE", "ID")
@@ -166,7 +166,7 @@ def tree(node: Node) -> RenderableType:
         for number, taken in _by_function(found).items():
             _add(_function(branch, source, number) if number is not None else branch, taken)
     if plain := node.on(None):
-        _add(root.add(Text("no source: taps of their pods alone", style="dim")), plain)
+        _add(root.add(Text("no source: plain taps", style="dim")), plain)
     if len(node.sources) == 0 and not plain:
         root.add(Text("nothing is attached, and the policy names nothing", style="dim"))
     return root
@@ -198,11 +198,11 @@ def findings(found: Iterable[Finding], *, terminal: bool) -> RenderableType:
     grid.columns[1].no_wrap = True
     for each in found:
         sign, style = SEVERITY[each.severity]
-        said = Text(each.message)
+        message = Text(each.message)
         if each.next_step:
-            said.append(f"\n→ {each.next_step}", style="bold" if terminal else "")
+            message.append(f"\n→ {each.next_step}", style="bold" if terminal else "")
         grid.add_row(
-            Text(sign if terminal else each.severity, style=style), Text(each.check, style="dim"), said
+            Text(sign if terminal else each.severity, style=style), Text(each.check, style="dim"), message
         )
     return grid
 
@@ -219,7 +219,7 @@ def probe(made: Probe) -> RenderableType:
         grid.add_row("switch", f"{neighbour.system} port {neighbour.port}, at {nic}")
         grid.add_row("EVB", _evb(made.evb.get(nic)))
     if made.seconds and not made.neighbours:
-        grid.add_row("LLDP", f"nothing was heard in {made.seconds:g} s")
+        grid.add_row("LLDP", f"no frame was received in {made.seconds:g} s")
     if found.reflects is False:
         grid.add_row("→", Text(MEND, style="bold"))
     word, style = REFLECTS[found.reflects]
@@ -228,7 +228,7 @@ def probe(made: Probe) -> RenderableType:
 
 def _evb(evb: Evb | None) -> str:
     if evb is None:
-        return "nothing was said of reflective relay"
+        return "the switch sent no EVB TLV"
     can = "on" if evb.on else "possible, off" if evb.capable else "not possible"
     return f"reflective relay is {can}; {'requested' if evb.requested else 'not requested'} by this node"
 

@@ -35,9 +35,9 @@ STEPS = (
     "a network namespace",
     "a tap in it",
     "a macvtap in one namespace on a device of another",
-    "its character device, by a private sysfs",
-    "a look at a link of another namespace",
-    "news of links of other namespaces",
+    "its character device, found in a detached sysfs",
+    "reading a link of another namespace",
+    "events of links in other namespaces",
 )
 
 _LOWER = 2

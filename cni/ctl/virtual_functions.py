@@ -31,13 +31,13 @@ def faults(node: Node, source: Source, entry: Interface) -> Iterator[tuple[str, 
     if not source.functions and vfs is None:
         yield (
             "error",
-            f"0 of {source.most} VFs are made, and {entry.name} does not say how many to make",
+            f"0 of {source.most} VFs are made, and {entry.name} does not set vfs",
             f"echo {min(source.most, 8)} > {make}, or set vfs in the policy",
         )
     elif not source.functions and vfs is not None and vfs > source.most:
         yield (
             "error",
-            f"{entry.name} says vfs: {vfs}, and it can have {source.most}",
+            f"{entry.name} sets vfs: {vfs}, and the NIC can have {source.most} at most",
             "correct vfs in the policy",
         )
     for each in source.functions:
@@ -51,7 +51,7 @@ def faults(node: Node, source: Source, entry: Interface) -> Iterator[tuple[str, 
     if entry.modes and "vepa" in entry.modes and source.switch_mode is None:
         yield (
             "warning",
-            f"{entry.name} allows mode vepa, and the driver knows no mode of the embedded switch",
+            f"{entry.name} allows mode vepa, and the driver cannot set the mode of the embedded switch",
             "take vepa out of its modes: an ADD that asks for it is refused (7)",
         )
     for guest in node.on(name):

@@ -152,7 +152,7 @@ def _screen(out: Console, node: Node, lines: Iterable[str]) -> Group:
         ("  Ctrl-C ends", "dim"),
     )
     table = render.attachments(node.attachments, out, wide=False)
-    return Group(title, table, *(Text(line, style="dim", no_wrap=True) for line in lines))
+    return Group(title, table, *(Text(line, style="dim", overflow="fold") for line in lines))
 
 
 class _News:

@@ -39,7 +39,7 @@ def test_vepa_on_a_source_that_was_not_seen_to_reflect(agent: Agent, lab: Lab) -
     assert said["next"] == "vmtapctl probe eth1"
     assert _probe(agent, lab) == 1
     [said] = _attach(agent.start(), lab, "vepa", "vepa")
-    assert "none came back" in str(said["probed"])
+    assert "no frame between two vepa macvtaps came back" in str(said["probed"])
     lab.switch.reflect(True)
     assert _probe(agent, lab) == 0
     assert _attach(agent.start(), lab, "vepa") == []

@@ -85,7 +85,7 @@ def test_without_a_broker_no_device_is_opened(good: Ctl, lab: Lab, tmp_path: Pat
         assert wrong(good, "--config", file) == {}
         text = good("doctor", "--config", file, status=None).stdout
         assert "makes and shows macvtaps and taps" in text
-        assert "has not CAP_SYS_PTRACE" in good("doctor", status=None).stdout
+        assert "lacks CAP_SYS_PTRACE" in good("doctor", status=None).stdout
     finally:
         agent.kill()
         agent.communicate()
@@ -122,7 +122,7 @@ def test_a_capability_is_missing(good: Ctl) -> None:
         ("link set eth1 master br0", "port of br0", "nomaster"),
         (
             "link add link eth1 name taker type macvlan mode passthru",
-            "taker has all of it",
+            "taker uses it exclusively",
             "ip link delete taker",
         ),
     ],
@@ -213,7 +213,7 @@ def test_attachments_that_are_not_what_they_were(good: Ctl, lab: Lab) -> None:
 def test_two_hold_one_device(good: Ctl, pod: Netns) -> None:
     good.add(pod)
     with good.vm(pod, "one"), good.vm(pod, "two"):
-        assert "frames are shared out" in wrong(good)["c1 net1"][1]
+        assert "each gets a part of the frames" in wrong(good)["c1 net1"][1]
 
 
 def test_the_agent(lab: Lab, tmp_path: Path) -> None:

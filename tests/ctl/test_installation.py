@@ -40,7 +40,7 @@ def test_install_again_and_replace(tmp_path: Path) -> None:
     assert install(folder) == f"{folder}/vmtap is installed\n"
     assert (folder / "vmtap").read_bytes() == SHIM.read_bytes()
     assert (folder / "vmtap").stat().st_mode & 0o7777 == 0o755
-    assert install(folder) == f"{folder}/vmtap is there already\n"
+    assert install(folder) == f"{folder}/vmtap is up to date\n"
     (folder / "vmtap").write_bytes(b"an older one")
     (folder / "macvtap").symlink_to("/nowhere")
     assert json.loads(install(folder, "--as", "macvtap", "--json")) == {
@@ -120,7 +120,7 @@ def test_uninstall_waits_for_the_last_pod(ctl: Ctl, pod: Netns, tmp_path: Path) 
     uninstall: tuple[Any, ...] = ("uninstall", "--bin-dir", tmp_path / "bin", "--state")
     ctl.add(pod, name="web")
     refused = ctl(*uninstall, status=TEMPORARY)
-    assert "1 attachments are in use (shop/web)" in refused.stderr
+    assert "pods are attached (shop/web)" in refused.stderr
     assert (tmp_path / "bin/vmtap").exists()
     assert ctl.plugin.state.exists()
     ctl.delete(pod)

@@ -135,7 +135,7 @@ def test_show_what_is_not_there(ctl: Ctl, pod: Netns) -> None:
     ctl.add(pod, name="web")
     done = ctl("show", "net7", status=os.EX_NOINPUT)
     assert (done.stdout, done.stderr) == (
-        "", "vmtapctl: no attachment is or belongs to 'net7'; there is shop/web\n",
+        "", "vmtapctl: no attachment is named or belongs to 'net7'; attached are shop/web\n",
     )  # fmt: skip
 
 

@@ -27,15 +27,14 @@ if TYPE_CHECKING:
     from lab.wire import Lab
 
 YES, NO, UNKNOWN = 0, 1, 2
-ALL = 0x0003
-"""ETH_P_ALL."""
+ETH_P_ALL = 0x0003
 _RTMGRP_LINK = 1
-EVB = bytes.fromhex("0080c20d")
+EVB_IDENTIFIER = bytes.fromhex("0080c20d")  # the OUI of IEEE 802.1, and the subtype
 
 
 def evb(bridge: int, station: int) -> tuple[int, bytes]:
     """An EVB TLV with these status octets; the rest of it is timers and the mode."""
-    return 127, EVB + bytes([bridge, station, 0x72, 0x54, 0x14])
+    return 127, EVB_IDENTIFIER + bytes([bridge, station, 0x72, 0x54, 0x14])
 
 
 STOPS = """
@@ -105,7 +104,7 @@ def test_a_source_that_cannot_be_probed(ctl: Ctl, lab: Lab, change: str, why: st
     document = ctl.json("probe", "eth1", status=UNKNOWN)
     assert document["reflects"] is None
     assert why in document["why"]
-    assert ctl("probe", "eth1", status=UNKNOWN).stdout.startswith("eth1  not found out\n")
+    assert ctl("probe", "eth1", status=UNKNOWN).stdout.startswith("eth1  unknown\n")
 
 
 def test_without_carrier(ctl: Ctl, lab: Lab) -> None:
@@ -142,7 +141,7 @@ def test_without_privilege(ctl: Ctl) -> None:
     [
         ("switch", "link set node down", "meanwhile, it has no carrier"),
         ("node", "link set eth1 down", "meanwhile, it is down"),
-        ("node", "link delete eth1", "meanwhile, it went away"),
+        ("node", "link delete eth1", "meanwhile, it was deleted"),
     ],
 )
 def test_it_is_lost_meanwhile(ctl: Ctl, lab: Lab, *, machine: str, change: str, why: str) -> None:
@@ -156,7 +155,7 @@ def test_it_is_lost_meanwhile(ctl: Ctl, lab: Lab, *, machine: str, change: str, 
 
 def test_frames_come_back_one_way_only(ctl: Ctl, lab: Lab) -> None:
     """The test is what reflects: the first frame, and no other."""
-    with frames.packet_socket(lab.switch, "node", ALL) as port, stopped(ctl) as running:
+    with frames.packet_socket(lab.switch, "node", ETH_P_ALL) as port, stopped(ctl) as running:
         port.settimeout(LIMIT)
         port.send(port.recv(2048))
         running.send_signal(signal.SIGCONT)
@@ -177,7 +176,7 @@ def test_several_at_once(ctl: Ctl, lab: Lab) -> None:
 
 def test_nothing_else_is_sent_and_nothing_left(ctl: Ctl, lab: Lab) -> None:
     before = lab.node.links()
-    with frames.packet_socket(lab.peer, "eth0", ALL) as capture:
+    with frames.packet_socket(lab.peer, "eth0", ETH_P_ALL) as capture:
         ctl("probe", "eth1", status=NO)
         with frames.packet_socket(lab.switch, "peer") as port:
             port.send(frames.Frame(frames.BROADCAST, "02:00:00:00:00:09", "end").pack())
@@ -242,7 +241,9 @@ def test_what_the_switch_says_of_it(
     assert said in text
 
 
-@pytest.mark.parametrize("tlv", [(127, b"\x00\x80\xc2\x0d"), (127, EVB + b"\x07"), (126, EVB + bytes(5))])
+@pytest.mark.parametrize(
+    "tlv", [(127, b"\x00\x80\xc2\x0d"), (127, EVB_IDENTIFIER + b"\x07"), (126, EVB_IDENTIFIER + bytes(5))]
+)
 def test_a_switch_that_says_nothing_of_it(ctl: Ctl, lab: Lab, tlv: tuple[int, bytes]) -> None:
     """Nor does one whose EVB TLV is cut short."""
     lab.switch.reflect(True)
@@ -250,21 +251,21 @@ def test_a_switch_that_says_nothing_of_it(ctl: Ctl, lab: Lab, tlv: tuple[int, by
         document = ctl.json("probe", "eth1", "--lldp", "2", status=YES)
         text = ctl("probe", "eth1", "--lldp", "2", status=YES).stdout
     assert document["switch"] == [{"nic": "eth1", "system": "leaf-12", "port": "Eth1/7", "evb": None}]
-    assert "nothing was said of reflective relay" in text
+    assert "the switch sent no EVB TLV" in text
 
 
 @given(st.binary(max_size=300))
 def test_junk_does_no_harm(junk: bytes) -> None:
-    for frame in (junk, lldp_frame((127, EVB + junk))[:300]):
-        assert lldp.parse_evb(frame) is None or EVB in frame
+    for frame in (junk, lldp_frame((127, EVB_IDENTIFIER + junk))[:300]):
+        assert lldp.parse_evb(frame) is None or EVB_IDENTIFIER in frame
         lldp.parse(frame)
 
 
 def test_a_switch_without_lldp(ctl: Ctl, lab: Lab) -> None:
     lab.switch.reflect(True)
-    assert "nothing was heard in 1 s" in ctl("probe", "eth1", "--lldp", "1", status=YES).stdout
+    assert "no frame was received in 1 s" in ctl("probe", "eth1", "--lldp", "1", status=YES).stdout
     lab.node.ip("link set eth1 down")
-    assert "nothing was heard in 1 s" in ctl("probe", "eth1", "--lldp", "1", status=UNKNOWN).stdout
+    assert "no frame was received in 1 s" in ctl("probe", "eth1", "--lldp", "1", status=UNKNOWN).stdout
 
 
 def test_doctor_goes_by_the_last_probe(ctl: Ctl, lab: Lab) -> None:

@@ -1,5 +1,5 @@
-"""What tree, list, show and doctor say of virtual functions. The NICs are faked, as the snapshot that inventory.py
-would take of them: tests/hw/test_ctl.py has emulated ones."""
+"""Virtual functions in the output of tree, list, show and doctor. The NICs are faked, as snapshot.py returns them;
+tests/hw/test_ctl.py has emulated NICs."""
 
 from __future__ import annotations
 
@@ -73,20 +73,20 @@ def said(source: Source, of: Interface, *attached: Attachment) -> list[tuple[str
     return [(severity, what) for severity, what, _ in found]
 
 
-NONE = replace(PF, functions=())
+WITHOUT_VFS = replace(PF, functions=())
 
 
 @pytest.mark.parametrize(
     ("source", "of", "severity", "what"),
     [
-        (replace(NONE, most=0), entry(), "error", "has no virtual functions"),
-        (NONE, entry(), "error", "0 of 7 VFs are made"),
-        (NONE, entry(9), "error", "says vfs: 9, and it can have 7"),
+        (replace(WITHOUT_VFS, most=0), entry(), "error", "has no virtual functions"),
+        (WITHOUT_VFS, entry(), "error", "0 of 7 VFs are made"),
+        (WITHOUT_VFS, entry(9), "error", "sets vfs: 9, and the NIC can have 7"),
         (
             replace(PF, switch_mode=None),
             entry(None, "vepa"),
             "warning",
-            "knows no mode of the embedded switch",
+            "cannot set the mode of the embedded switch",
         ),
     ],
 )
@@ -98,7 +98,7 @@ def test_what_is_wrong_with_a_pf(source: Source, of: Interface, severity: str, w
 
 def test_nothing_is_wrong() -> None:
     assert said(PF, entry()) == []
-    assert said(NONE, entry(4)) == [], "an ADD makes them"
+    assert said(WITHOUT_VFS, entry(4)) == [], "an ADD makes them"
     assert said(PF, entry(), attachment(0), attachment(1)) == []
 
 
@@ -141,7 +141,7 @@ def test_the_tree_has_the_function_between_its_pf_and_the_attachment() -> None:
         "net1  macvtap bridge  02:00:00:00:00:09  VLAN 100  ● idle",
         "sandbox c2",
     ]
-    gone = text(render.tree(node(NONE, attachment(2))))
+    gone = text(render.tree(node(WITHOUT_VFS, attachment(2))))
     assert gone[2] == "VF 2  gone"
 
 

@@ -43,7 +43,7 @@ def test_what_is_said_of_a_nic_and_its_functions(
         == "2 of 7 VFs made, 1 free, embedded switch without a mode to set"
     )
     (vepa,) = virtual_functions.faults(taken, pf0, entry)
-    assert "knows no mode" in vepa[1]
+    assert "cannot set the mode" in vepa[1]
     assert "0 of 7 VFs are made" in next(virtual_functions.faults(taken, pf1, entry))[1]
     render.say(render.tree(taken))
     said = capsys.readouterr().out
