@@ -24,25 +24,24 @@ import os
 import select
 import threading
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from itertools import chain
+from contextlib import suppress
 from logging import ERROR, INFO, WARNING
 from queue import SimpleQueue
 
+from cni.agent.guest_link import NEVER, GuestLink
 from cni.agent.log import log
-from cni.agent.reconcile.adoption import namespace_paths
+from cni.agent.wire_sockets import WireSockets
 from cni.errors import CniError
 from cni.kernel import macvtap, netns, packet
 from cni.kernel.rtnl import Rtnl, mac_bytes
+from cni.state.lookup import find_link, opened_netns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from cni.agent.metrics import Registry
-    from cni.kernel.rtnl import Link
     from cni.state.record import Record
     from cni.state.store import Store
 
@@ -54,45 +53,11 @@ _PATH_SECONDS = 10.0
 """How often the path of a waiting link's namespace is looked at: the sockets in it keep the namespace alive."""
 _AGAIN_SECONDS = 1.0
 """From a guest's frame to the next return to waiting: QEMU announces for half a second."""
-_FRAMES = 64
-"""Frames that are read from one socket before the others have their turn."""
-_NEVER = float("inf")
 _MESSAGES = {
     "waiting": "the VM has left: its link waits in vepa mode",
     "presumed": "no longer waiting for the guest: its link is in bridge mode",
     "here": "the VM is here: its link is in bridge mode",
 }
-
-
-@dataclass
-class _Guest:
-    """A link that is watched."""
-
-    record: Record
-    mac: bytes
-    lower: int
-    """The interface index of the lower device."""
-    state: str = "waiting"
-    until: float = _NEVER
-    """When the state ends without a frame; monotonic seconds."""
-    begun: float = 0.0
-    """When the link was made, or its MAC was announced; monotonic seconds."""
-    on_wire: float | None = None
-    """When a frame of the MAC was last received from the wire in this wait; monotonic seconds."""
-    ear: socket.socket | None = None
-    """Hears the guest; open while the link waits."""
-    pod: Rtnl | None = None
-    """A socket of the link's network namespace, which changes the mode; open as long as ear."""
-
-
-@dataclass
-class _Wire:
-    """A lower device and the sockets that hear it, by protocol."""
-
-    name: str = ""
-    sockets: dict[int, list[socket.socket]] = field(default_factory=dict)
-    listened: dict[int, frozenset[bytes]] = field(default_factory=dict)
-    changed: bool = True
 
 
 class Handover:
@@ -102,15 +67,16 @@ class Handover:
         """seconds: from one look at all records to the next."""
         self._store = store
         self._seconds = seconds
-        self._guests: dict[str, _Guest] = {}
-        self._at: dict[tuple[int, bytes], _Guest] = {}
-        self._wires: dict[int, _Wire] = {}
-        self._ears: dict[int, _Guest] = {}
-        self._mouths: dict[int, tuple[int, socket.socket]] = {}
+        self._guests: dict[str, GuestLink] = {}
+        self._at: dict[tuple[int, bytes], GuestLink] = {}
+        self._ears: dict[int, GuestLink] = {}
         self._made: SimpleQueue[tuple[Record, int]] = SimpleQueue()
         self._closing: SimpleQueue[socket.socket | None] = SimpleQueue()
         self._poll = select.epoll()
+        self._wire = WireSockets(self._poll, self._closing.put)
+        self._changed: set[int] = set()  # lower devices on which other MACs matter than before
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._logged: dict[str, float] = {}  # when a step's failure was logged last; monotonic seconds
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._run, name="handover", daemon=True),
@@ -167,10 +133,10 @@ class Handover:
                 due = now + self._seconds
             if now >= paths:
                 self._try(self._look_at_paths)
-                paths = now + _PATH_SECONDS if self._ears else _NEVER
-            elif self._ears and paths == _NEVER:
+                paths = now + _PATH_SECONDS if self._ears else NEVER
+            elif self._ears and paths == NEVER:
                 paths = now + _PATH_SECONDS
-            ends = min((each.until for each in self._guests.values()), default=_NEVER)
+            ends = min((each.until for each in self._guests.values()), default=NEVER)
             wait = max(0.0, min(due, paths, ends) - time.monotonic())
             for fd, _ in self._poll.poll(wait):
                 if fd == self._wake:
@@ -178,31 +144,42 @@ class Handover:
                     self._try(self._look_at_made)
                 elif fd in self._ears:
                     self._try(self._hear_guest, self._ears[fd])
-                elif fd in self._mouths:
-                    self._try(self._hear_wire, *self._mouths[fd])
-            self._try(self._end_waits)
-            self._try(self._listen)
+                elif fd in self._wire:
+                    self._try(self._hear_wire, fd)
+            now = time.monotonic()
+            for guest in [each for each in self._guests.values() if each.until <= now]:
+                self._try(self._end_wait, guest)
+            for lower in list(self._changed):
+                self._try(self._listen, lower)
         self._end()
 
     def _end(self) -> None:
         for guest in self._guests.values():
             self._deafen(guest)
-        for lower in list(self._wires):
-            self._forget_wire(lower)
+        self._wire.close()
         while not self._made.empty():
             os.close(self._made.get()[1])
         self._closing.put(None)
         self._poll.close()
         os.close(self._wake)
 
-    def _try(self, step: Callable[..., None], *args: object) -> None:
-        """Run one step; its failure is logged, and ends nothing else."""
+    def _try(self, step: Callable[..., object], *args: object) -> None:
+        """Run one step, of one link or device; its failure ends nothing else, and is logged once in _AGAIN_SECONDS."""
         try:
             step(*args)
-        except (CniError, OSError) as error:
-            log(WARNING, "watching guests failed; it is tried again", step=step.__name__, error=str(error))
         except Exception as error:
-            log(ERROR, "a fault in vmtapd itself: please report it", step=step.__name__, error=repr(error))
+            now = time.monotonic()
+            if now < self._logged.get(step.__name__, 0.0) + _AGAIN_SECONDS:
+                return  # frames may begin a step thousands of times a second
+            self._logged[step.__name__] = now
+            if isinstance(error, CniError | OSError):
+                log(
+                    WARNING, "watching guests failed; it is tried again", step=step.__name__, error=str(error)
+                )
+            else:
+                log(
+                    ERROR, "a fault in vmtapd itself: please report it", step=step.__name__, error=repr(error)
+                )
 
     # Which links there are
 
@@ -211,7 +188,7 @@ class Handover:
             while not self._made.empty():
                 record, pod = self._made.get()
                 try:
-                    self._watch(host, record, pod, time.monotonic())
+                    self._try(self._watch, host, record, pod)
                 finally:
                     os.close(pod)
 
@@ -223,23 +200,27 @@ class Handover:
                 self._forget(self._guests[id])
             self._store.sweep_elsewhere(ids)  # a DEL may have come between a frame and its mark
             for id in ids:
-                if guest := self._guests.get(id):
-                    self._check(host, guest)
-                elif (record := self._store.load(id)) and record.handover and self._store.sealed(id):
-                    with _pod(record) as pod:
-                        self._watch(host, record, pod, time.monotonic())
+                self._try(self._look_at_record, host, id)
 
-    def _watch(self, host: Rtnl, record: Record, pod: int | None, now: float) -> None:
+    def _look_at_record(self, host: Rtnl, id: str) -> None:
+        if guest := self._guests.get(id):
+            self._check(host, guest)
+        elif (record := self._store.load(id)) and record.handover and self._store.sealed(id):
+            with opened_netns(record) as pod:
+                self._watch(host, record, pod)
+
+    def _watch(self, host: Rtnl, record: Record, pod: int | None) -> None:
         """Begin to watch the record's link. pod: an fd of its network namespace, if it is known."""
-        link = _link(host, record)
+        link = find_link(host, record)
         if link is None or link.lower is None:
             return
         if old := self._guests.get(record.id):
             self._forget(old)
-        guest = _Guest(record, mac_bytes(link.mac), link.lower, begun=now)
+        now = time.monotonic()
+        guest = GuestLink(record, mac_bytes(link.mac), link.lower, begun=now)
         self._guests[record.id] = guest
         self._at[guest.lower, guest.mac] = guest
-        self._wires.setdefault(link.lower, _Wire()).changed = True
+        self._changed.add(link.lower)
         if link.mode == macvtap.MODES["vepa"]:
             elsewhere = self._store.is_elsewhere(record.id)
             guest.until = now + (_ELSEWHERE_SECONDS if elsewhere else _SILENT_SECONDS)
@@ -247,15 +228,17 @@ class Handover:
         else:
             guest.state = "presumed"  # an agent that was away may have missed an announcement
 
-    def _check(self, host: Rtnl, guest: _Guest) -> None:
+    def _check(self, host: Rtnl, guest: GuestLink) -> None:
         """Forget the link if it is gone or another; give it the mode of its state if it has another."""
-        link = _link(host, guest.record)
+        link = find_link(host, guest.record)
         if link is None or link.lower != guest.lower or mac_bytes(link.mac) != guest.mac:
             self._forget(guest)  # a changed one is watched again at the next look
             return
-        with _pod(guest.record) as pod:
-            wanted = "vepa" if guest.state == "waiting" else "bridge"
-            if pod is not None and link.mode != macvtap.MODES[wanted]:
+        wanted = "vepa" if guest.state == "waiting" else "bridge"
+        if link.mode == macvtap.MODES[wanted]:
+            return
+        with opened_netns(guest.record) as pod:
+            if pod is not None:
                 with netns.entered(pod):
                     there = Rtnl()
                 with there:
@@ -265,41 +248,36 @@ class Handover:
     def _look_at_paths(self) -> None:
         """Let go of namespaces that nothing else may keep alive: a pod can end without a DEL."""
         for guest in list(self._ears.values()):
-            with _pod(guest.record) as pod:
-                if pod is None:
-                    self._change(guest, "presumed", "nothing else keeps its network namespace", _NEVER)
+            self._try(self._look_at_path, guest)
 
-    def _forget(self, guest: _Guest) -> None:
+    def _look_at_path(self, guest: GuestLink) -> None:
+        with opened_netns(guest.record) as pod:
+            if pod is None:
+                self._change(guest, "presumed", "nothing else keeps its network namespace", NEVER)
+
+    def _forget(self, guest: GuestLink) -> None:
         self._deafen(guest)
         self._guests.pop(guest.record.id, None)
         if self._at.get((guest.lower, guest.mac)) is guest:
             del self._at[guest.lower, guest.mac]
-        if wire := self._wires.get(guest.lower):
-            wire.changed = True
+        self._changed.add(guest.lower)
 
     # What is heard
 
-    def _listen_to(self, guest: _Guest, pod: int | None) -> None:
-        """Open the guest's ear."""
-        if guest.ear or pod is None:
-            return
-        with netns.entered(pod):
-            guest.ear = packet.guest(guest.record.ifname)
-            guest.pod = Rtnl()
-        self._ears[guest.ear.fileno()] = guest
-        self._poll.register(guest.ear, select.EPOLLIN)
+    def _listen_to(self, guest: GuestLink, pod: int | None) -> None:
+        """Open the guest's sockets, unless they are open."""
+        if guest.ear is None and pod is not None:
+            ear = guest.open(pod)
+            self._ears[ear.fileno()] = guest
+            self._poll.register(ear, select.EPOLLIN)
 
-    def _deafen(self, guest: _Guest) -> None:
+    def _deafen(self, guest: GuestLink) -> None:
         if guest.ear:
             self._poll.unregister(guest.ear)
             del self._ears[guest.ear.fileno()]
-            self._closing.put(guest.ear)
-            guest.ear = None
-        if guest.pod:
-            guest.pod.close()
-            guest.pod = None
+        guest.close(self._closing.put)
 
-    def _hear_guest(self, guest: _Guest) -> None:
+    def _hear_guest(self, guest: GuestLink) -> None:
         assert guest.ear is not None  # noqa: S101 - only a guest with an ear is in _ears
         try:
             guest.ear.recv(packet.KEPT_BYTES)
@@ -309,7 +287,7 @@ class Handover:
             if error.errno != errno.ENETDOWN:
                 raise
             with Rtnl() as host:  # the link was set down, or is gone
-                if _link(host, guest.record) is None:
+                if find_link(host, guest.record) is None:
                     self._forget(guest)
             return
         now = time.monotonic()
@@ -322,20 +300,12 @@ class Handover:
         ):
             self._silence.observe(silent)
 
-    def _hear_wire(self, lower: int, mouth: socket.socket) -> None:
-        for _ in range(_FRAMES):
-            try:
-                frame = mouth.recv(packet.KEPT_BYTES)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno == errno.ENETDOWN:  # the socket goes on when the device is up again
-                    return
-                raise
-            if len(frame) >= 14 and (guest := self._at.get((lower, packet.source(frame)))):
+    def _hear_wire(self, fd: int) -> None:
+        for lower, frame in self._wire.frames(fd):
+            if guest := self._at.get((lower, packet.source(frame))):
                 self._heard_elsewhere(guest, frame)
 
-    def _heard_elsewhere(self, guest: _Guest, frame: bytes) -> None:
+    def _heard_elsewhere(self, guest: GuestLink, frame: bytes) -> None:
         """A frame with the guest's MAC has come from the wire."""
         now = time.monotonic()
         if guest.state == "waiting":
@@ -346,108 +316,62 @@ class Handover:
         elif guest.state == "presumed":
             self._return(guest, "its MAC was heard from the wire", now)
         elif packet.announces(frame):
-            if guest.until == _NEVER:
+            if guest.until == NEVER:
                 self._return(guest, "its MAC was announced from the wire", now)
             else:
                 guest.on_wire = now  # soon after the guest's frame: looked at when the pause is over
 
-    def _return(self, guest: _Guest, why: str, now: float) -> None:
+    def _return(self, guest: GuestLink, why: str, now: float) -> None:
         """Back to waiting: the VM is elsewhere."""
-        with _pod(guest.record) as pod:
+        with opened_netns(guest.record) as pod:
             self._listen_to(guest, pod)  # first: the guest's next frame must be heard
         guest.begun = now
         if self._change(guest, "waiting", why, now + _ELSEWHERE_SECONDS):
             self._store.set_elsewhere(guest.record.id, True)
             guest.on_wire = now
 
-    def _end_waits(self) -> None:
+    def _end_wait(self, guest: GuestLink) -> None:
+        """What the end of a state's time means."""
         now = time.monotonic()
-        for guest in [each for each in self._guests.values() if each.until <= now]:
-            guest.until = now + _AGAIN_SECONDS  # in case that it fails
-            if guest.state == "waiting":
-                self._change(guest, "presumed", "its MAC was not heard from the wire", _NEVER)
-            elif guest.on_wire is not None:
-                self._return(guest, "its MAC was announced from the wire", now)
-            else:
-                guest.until = _NEVER
+        guest.until = now + _AGAIN_SECONDS  # in case that it fails
+        if guest.state == "waiting":
+            self._change(guest, "presumed", "its MAC was not heard from the wire", NEVER)
+        elif guest.on_wire is not None:
+            self._return(guest, "its MAC was announced from the wire", now)
+        else:
+            guest.until = NEVER
 
-    def _change(self, guest: _Guest, state: str, why: str, until: float, **fields: object) -> bool:
+    def _change(self, guest: GuestLink, state: str, why: str, until: float, **fields: object) -> bool:
         """Put the link into that state, which ends at `until` without a frame. False: the link is gone."""
         record = guest.record
         waited = time.monotonic() - guest.begun
-        if (state == "waiting") != (guest.state == "waiting"):
-            if guest.pod is None:  # its network namespace is gone, or dies with its last socket
-                self._forget(guest)
-                return False
-            try:
-                macvtap.set_mode(guest.pod, record.ifindex, "vepa" if state == "waiting" else "bridge")
-            except OSError as error:
-                if error.errno != errno.ENODEV:
-                    raise
-                self._forget(guest)
-                return False
+        mode, before = ("vepa" if each == "waiting" else "bridge" for each in (state, guest.state))
+        if mode != before and not guest.set_mode(mode):
+            self._forget(guest)
+            return False
         if state != "waiting":
             self._deafen(guest)
             self._store.set_elsewhere(record.id, False)
         guest.state, guest.until, guest.on_wire = state, until, None
-        if wire := self._wires.get(guest.lower):
-            wire.changed = True
+        self._changed.add(guest.lower)
         self._changes.inc(state, why)
         self._log(guest, INFO, _MESSAGES[state], why=why, seconds=round(waited, 3), **fields)
         return True
 
     # The sockets
 
-    def _listen(self) -> None:
-        """Have the sockets of each wire hear the MACs that matter now."""
-        for lower, wire in list(self._wires.items()):
-            if not wire.changed:
-                continue
-            guests = [each for each in self._guests.values() if each.lower == lower]
-            with Rtnl() as host:
-                link = host.link(index=lower)
-            if link is None:  # it is deleted, and its macvtaps with it
-                guests = []
-            else:
-                wire.name = link.name
-            every = frozenset(each.mac for each in guests)
-            waiting = frozenset(each.mac for each in guests if each.state == "waiting")
-            for protocol, macs in (
-                (packet.ETH_P_RARP, every),
-                (packet.ETH_P_ARP, every),
-                (packet.ETH_P_ALL, waiting),
-            ):
-                self._listen_for(lower, wire, protocol, macs)
-            wire.changed = False  # after a failure above it is tried again
-            if not guests:
-                self._forget_wire(lower)
-
-    def _listen_for(self, lower: int, wire: _Wire, protocol: int, macs: frozenset[bytes]) -> None:
-        if wire.listened.get(protocol) == macs:
-            return
-        listed = sorted(macs)
-        parts = [listed[at : at + packet.MOST] for at in range(0, len(listed), packet.MOST)]
-        sockets = wire.sockets.setdefault(protocol, [])
-        for mouth, part in zip(sockets, parts, strict=False):
-            packet.listen_for(mouth, part)
-        for part in parts[len(sockets) :]:
-            mouth = packet.wire(wire.name, protocol, part)
-            sockets.append(mouth)
-            self._mouths[mouth.fileno()] = (lower, mouth)
-            self._poll.register(mouth, select.EPOLLIN)
-        while len(sockets) > len(parts):
-            self._mute(sockets.pop())
-        wire.listened[protocol] = macs
-
-    def _mute(self, mouth: socket.socket) -> None:
-        self._poll.unregister(mouth)
-        del self._mouths[mouth.fileno()]
-        self._closing.put(mouth)
-
-    def _forget_wire(self, lower: int) -> None:
-        for sockets in self._wires.pop(lower).sockets.values():
-            for mouth in sockets:
-                self._mute(mouth)
+    def _listen(self, lower: int) -> None:
+        """Have the sockets of a lower device hear the MACs that matter now."""
+        guests = [each for each in self._guests.values() if each.lower == lower]
+        with Rtnl() as host:
+            link = host.link(index=lower)
+        if link is None:  # it is deleted, and its macvtaps with it
+            guests = []
+        every = frozenset(each.mac for each in guests)
+        waiting = frozenset(each.mac for each in guests if each.state == "waiting")
+        macs = {packet.ETH_P_RARP: every, packet.ETH_P_ARP: every, packet.ETH_P_ALL: waiting}
+        self._wire.hear(lower, link.name if link else "", macs)
+        self._changed.discard(lower)  # after a failure above it is tried again
 
     def _close(self) -> None:
         """Closing waits for the kernel, so another thread does it."""
@@ -460,7 +384,7 @@ class Handover:
         states = [each.state for each in list(self._guests.values())]
         return {(state,): states.count(state) for state in ("waiting", "presumed", "here")}
 
-    def _log(self, guest: _Guest, level: int, msg: str, **fields: object) -> None:
+    def _log(self, guest: GuestLink, level: int, msg: str, **fields: object) -> None:
         record = guest.record
         log(
             level,
@@ -471,31 +395,3 @@ class Handover:
             mac=record.mac,
             **fields,
         )
-
-
-def _link(host: Rtnl, record: Record) -> Link | None:
-    """The record's link, if it is there and the attachment's. Raises OSError."""
-    try:
-        link = host.link(index=record.ifindex, nsid=record.nsid)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # EINVAL: its namespace is gone
-            raise
-        return None
-    return link if link and link.alias == record.alias else None
-
-
-@contextmanager
-def _pod(record: Record) -> Iterator[int | None]:
-    """An fd of the record's network namespace; None if neither a path nor a process has it any more."""
-    for path in chain([record.netns], namespace_paths()):
-        try:
-            fd = netns.open_path(path)
-        except (CniError, OSError):
-            continue
-        try:
-            if netns.identity(fd) == record.netns_id:
-                yield fd
-                return
-        finally:
-            os.close(fd)
-    yield None

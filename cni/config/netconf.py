@@ -210,7 +210,7 @@ def _read(stdin: bytes, command: str, called_as: str) -> NetConf:
 
 
 _read_again = lru_cache(maxsize=_KEPT)(_read)
-"""A node has few network configs and thousands of ADDs, so the parsed form of the same bytes is kept."""
+"""Caches parsed network configs by their bytes, because thousands of ADDs on a node have few different ones."""
 
 
 def peek_version(stdin: bytes) -> str | None:

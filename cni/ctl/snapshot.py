@@ -5,20 +5,20 @@ The record shows what ADD made, the kernel what is there now. Must not print, an
 
 from __future__ import annotations
 
-import errno
 import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import UTC, datetime
 
 from cni.config import policy
 from cni.ctl import open_devices
 from cni.ctl.inventory import Attachment, Node, Source, Traffic
 from cni.errors import CniError
-from cni.kernel import netns, sysfs, vf
+from cni.kernel import sysfs, vf
 from cni.kernel.rtnl import IFF_LOWER_UP, IFF_UP, Rtnl
 from cni.lower import vf_discovery
 from cni.spec import IO_FAILURE
 from cni.state import lock
+from cni.state.lookup import find_link, opened_netns
 from cni.state.record import boot_id, decode
 
 TYPE_CHECKING = False
@@ -94,7 +94,7 @@ def living(run: str) -> list[Attachment]:
         return [
             Attachment(record, since, "there", link)
             for record, since in read_records(run)[0]
-            if record.boot_id == boot_id() and (link := _link(host, record))
+            if record.boot_id == boot_id() and (link := find_link(host, record))
         ]
 
 
@@ -108,14 +108,12 @@ def _attachments(host: Rtnl, run: str, records: Iterable[tuple[Record, datetime]
             if record.boot_id != boot_id():
                 made.append(Attachment(record, since, "old"))
                 continue
-            link = _link(host, record)
+            link = find_link(host, record)
             if link is None:
                 made.append(Attachment(record, since, _unless_busy(run, record, "gone")))
                 continue
             if record.netns_id not in seen:
-                namespace = open_netns(record)
-                if namespace is not None:
-                    stack.callback(os.close, namespace)
+                namespace = stack.enter_context(opened_netns(record))
                 seen[record.netns_id] = (
                     None if namespace is None else stack.enter_context(sysfs.mounted(namespace))
                 )
@@ -159,33 +157,6 @@ def _judged(each: Attachment, found: tuple[Holder, ...]) -> Attachment:
 def _unless_busy(run: str, record: Record, status: str) -> str:
     """The status, or "in progress" while a request holds the attachment's lock."""
     return "in progress" if lock.is_held(f"{run}/lock", record.id) else status
-
-
-def _link(host: Rtnl, record: Record) -> Link | None:
-    """The record's link, identified by index and alias; None if it is gone. Raises OSError."""
-    try:
-        link = host.link(index=record.ifindex, nsid=record.nsid)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # that: no namespace has the id
-            raise
-        return None
-    return link if link and link.alias == record.alias else None
-
-
-def open_netns(record: Record) -> int | None:
-    """An fd of the record's network namespace, by its path or a process in it, or None. The caller closes it."""
-    with suppress(CniError):
-        fd = netns.open_path(record.netns)
-        if netns.identity(fd) == record.netns_id:
-            return fd
-        os.close(fd)
-    for name in os.listdir("/proc"):
-        with suppress(OSError, CniError):
-            path = f"/proc/{name}/ns/net"
-            status = os.stat(path)
-            if name.isdecimal() and (status.st_dev, status.st_ino) == record.netns_id:
-                return netns.open_path(path)
-    return None
 
 
 def _number(own: Sysfs, record: Record) -> tuple[int, int] | None:

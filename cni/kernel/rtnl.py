@@ -453,7 +453,7 @@ def _link(body: bytes) -> Link:
 
 
 _link_again = lru_cache(maxsize=64)(_link)
-"""A source has mostly not changed since the last ADD, so the parsed form of the same bytes is kept."""
+"""Caches parsed links by the bytes of the kernel's answer, because most sources do not change between ADDs."""
 
 
 def _text(attrs: dict[int, bytes], kind: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-from contextlib import suppress
 from functools import partial
 from logging import WARNING
 
@@ -14,13 +13,12 @@ from cni.errors import CniError
 from cni.kernel import macvtap, netns
 from cni.kernel.rtnl import Rtnl
 from cni.lower import unrecorded
+from cni.state.lookup import namespace_paths
 from cni.state.record import HANDOVER_GROUP, Record, boot_id, identifier, parse_alias
 from cni.state.store import IFINDEX_BASE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from cni.agent.metrics import Registry
     from cni.agent.reconcile.workers import Workers
     from cni.attach.call import Node
@@ -172,21 +170,3 @@ def _namespace(host: Rtnl, nsid: int) -> tuple[str, tuple[int, int]] | None:
         finally:
             os.close(fd)
     return None
-
-
-def namespace_paths() -> Iterator[str]:
-    """Paths of network namespaces: mounts (proc_pid_mountinfo(5)), then /proc/PID/ns/net of those without a mount."""
-    seen = set()
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            fields = line.split(" ")
-            if fields[3].startswith("net:["):
-                seen.add(fields[3])
-                yield re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            path = f"/proc/{name}/ns/net"
-            with suppress(OSError):
-                if (namespace := os.readlink(path)) not in seen:
-                    seen.add(namespace)
-                    yield path

@@ -1,0 +1,75 @@
+"""A macvtap whose guest is watched: its state, and sockets in its network namespace while it waits for the guest.
+
+Must not decide when the state changes: handover.py does.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+from cni.kernel import macvtap, netns, packet
+from cni.kernel.rtnl import Rtnl
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from cni.state.record import Record
+
+NEVER = float("inf")
+
+
+@dataclass
+class GuestLink:
+    """The link and its state."""
+
+    record: Record
+    mac: bytes
+    lower: int
+    """The interface index of the lower device."""
+    state: str = "waiting"
+    until: float = NEVER
+    """When the state ends without a frame; monotonic seconds."""
+    begun: float = 0.0
+    """When the link was made, or its MAC was announced; monotonic seconds."""
+    on_wire: float | None = None
+    """When a frame of the MAC was last received from the wire in this wait; monotonic seconds."""
+    ear: socket.socket | None = None
+    """Hears the guest; open while the link waits."""
+    _pod: Rtnl | None = None
+    """A socket of the link's network namespace, which changes the mode; open as long as ear."""
+
+    def open(self, pod: int) -> socket.socket:
+        """Open the sockets, and return the ear. pod: an fd of the network namespace. Raises OSError or CniError."""
+        with netns.entered(pod):
+            ear = packet.guest(self.record.ifname)
+            try:
+                self._pod = Rtnl()
+            except BaseException:
+                ear.close()
+                raise
+        self.ear = ear
+        return ear
+
+    def close(self, close: Callable[[socket.socket], object]) -> None:
+        """Close the sockets, the ear by `close`; a second call does nothing."""
+        if self.ear:
+            close(self.ear)
+            self.ear = None
+        if self._pod:
+            self._pod.close()
+            self._pod = None
+
+    def set_mode(self, mode: str) -> bool:
+        """Put the link into vepa or bridge mode, while the sockets are open. False: it is gone. Raises OSError."""
+        if self._pod is None:  # its network namespace is gone, or dies with its last socket
+            return False
+        try:
+            macvtap.set_mode(self._pod, self.record.ifindex, mode)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return False
+        return True
