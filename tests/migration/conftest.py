@@ -123,7 +123,7 @@ class Correspondent:
     """Somebody who exchanges frames with the VM, one after the other, and counts those without an answer."""
 
     def __init__(self, port: int | socket.socket, mac: str) -> None:
-        self._port, self._mac = port, mac
+        self.port, self.mac = port, mac
         self._sent = 0
 
     def lost(self, mac: str = VM, frames: int = 5, seconds: float = LIMIT) -> int:
@@ -132,18 +132,18 @@ class Correspondent:
 
     def _exchange(self, mac: str, seconds: float) -> bool:
         self._sent += 1
-        token = f"{self._mac} {self._sent}"
-        raw = Frame(mac, self._mac, token).pack()
-        if isinstance(self._port, int):
-            os.write(self._port, _HEADER + raw)
+        token = f"{self.mac} {self._sent}"
+        raw = Frame(mac, self.mac, token).pack()
+        if isinstance(self.port, int):
+            os.write(self.port, _HEADER + raw)
         else:
-            self._port.send(raw)
-        fd = self._port if isinstance(self._port, int) else self._port.fileno()
-        skip = VNET_HEADER if isinstance(self._port, int) else 0
+            self.port.send(raw)
+        fd = self.port if isinstance(self.port, int) else self.port.fileno()
+        skip = VNET_HEADER if isinstance(self.port, int) else 0
         while select.select([fd], [], [], seconds)[0]:
             answer = os.read(fd, 1 << 16)[skip:]
             if (
-                answer[:6] == mac_bytes(self._mac)
+                answer[:6] == mac_bytes(self.mac)
                 and answer[14:].rstrip(b"\0").decode(errors="replace") == token
             ):
                 return True
