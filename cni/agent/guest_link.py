@@ -6,9 +6,13 @@ Must not decide when the state changes: handover.py does.
 from __future__ import annotations
 
 import errno
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 
-from cni.kernel import macvtap, netns, packet
+from cni.agent.log import log
+from cni.errors import CniError
+from cni.kernel import last_frame, macvtap, netns, packet
 from cni.kernel.rtnl import Rtnl
 
 TYPE_CHECKING = False
@@ -36,6 +40,8 @@ class GuestLink:
     """When the link was made, or its MAC was announced; monotonic seconds."""
     on_wire: float | None = None
     """When a frame of the MAC was last received from the wire in this wait; monotonic seconds."""
+    silent: float | None = None
+    """From the guest's last frame before this wait to the beginning of the wait, seconds; None: not known."""
     ear: socket.socket | None = None
     """Hears the guest; open while the link waits."""
     _pod: Rtnl | None = None
@@ -50,6 +56,9 @@ class GuestLink:
             except BaseException:
                 ear.close()
                 raise
+            self.silent = None
+            with suppress(OSError):  # a kernel without it: only this figure is missing
+                self.silent = last_frame.watch(self.record.ifname)
         self.ear = ear
         return ear
 
@@ -73,3 +82,27 @@ class GuestLink:
                 raise
             return False
         return True
+
+    def forget_frames(self) -> None:
+        """Remove what open() has left in the network namespace, if the record's path still leads to it."""
+        with suppress(CniError, OSError):
+            pod = netns.open_path(self.record.netns)
+            try:
+                if netns.identity(pod) == self.record.netns_id:
+                    with netns.entered(pod):
+                        last_frame.forget(self.record.ifname)
+            finally:
+                os.close(pod)
+
+    def log(self, level: int, msg: str, **fields: object) -> None:
+        """Write a log line about the link."""
+        record = self.record
+        log(
+            level,
+            msg,
+            network=record.network,
+            container=record.container_id,
+            ifname=record.ifname,
+            mac=record.mac,
+            **fields,
+        )

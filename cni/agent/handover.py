@@ -96,7 +96,9 @@ class Handover:
         )
         self._silence = registry.histogram(
             "vmtap_handover_silence_seconds",
-            "From the last frame of an arriving guest that was heard from the wire to its first frame on this node.",
+            "left: from a guest's last frame on this node to its MAC's announcement from the wire; arrived: from the "
+            "last frame of its MAC from the wire to its first frame on this node.",
+            "vm",
         )
 
     def start(self) -> None:
@@ -243,7 +245,7 @@ class Handover:
                     there = Rtnl()
                 with there:
                     macvtap.set_mode(there, guest.record.ifindex, wanted)
-                self._log(guest, WARNING, "the link's mode was changed, and is set again", mode=wanted)
+                guest.log(WARNING, "the link's mode was changed, and is set again", mode=wanted)
 
     def _look_at_paths(self) -> None:
         """Let go of namespaces that nothing else may keep alive: a pod can end without a DEL."""
@@ -257,6 +259,7 @@ class Handover:
 
     def _forget(self, guest: GuestLink) -> None:
         self._deafen(guest)
+        guest.forget_frames()
         self._guests.pop(guest.record.id, None)
         if self._at.get((guest.lower, guest.mac)) is guest:
             del self._at[guest.lower, guest.mac]
@@ -291,14 +294,10 @@ class Handover:
                     self._forget(guest)
             return
         now = time.monotonic()
-        silent = None if guest.on_wire is None else round(now - guest.on_wire, 3)
+        silent = None if guest.on_wire is None else now - guest.on_wire
         # Until the pause is over an announcement is only noted.
         until = now + _AGAIN_SECONDS
-        if (
-            self._change(guest, "here", "its guest was heard", until, silent_seconds=silent)
-            and silent is not None
-        ):
-            self._silence.observe(silent)
+        self._change(guest, "here", "its guest was heard", until, silent)
 
     def _hear_wire(self, fd: int) -> None:
         for lower, frame in self._wire.frames(fd):
@@ -319,14 +318,18 @@ class Handover:
             if guest.until == NEVER:
                 self._return(guest, "its MAC was announced from the wire", now)
             else:
-                guest.on_wire = now  # soon after the guest's frame: looked at when the pause is over
+                guest.on_wire = (
+                    guest.on_wire or now
+                )  # soon after the guest's frame: looked at after the pause
 
     def _return(self, guest: GuestLink, why: str, now: float) -> None:
         """Back to waiting: the VM is elsewhere."""
         with opened_netns(guest.record) as pod:
             self._listen_to(guest, pod)  # first: the guest's next frame must be heard
+        since = now - (guest.on_wire or now)  # the announcement, if there was a pause
+        silent = None if guest.silent is None else max(0.0, guest.silent - since)
         guest.begun = now
-        if self._change(guest, "waiting", why, now + _ELSEWHERE_SECONDS):
+        if self._change(guest, "waiting", why, now + _ELSEWHERE_SECONDS, silent):
             self._store.set_elsewhere(guest.record.id, True)
             guest.on_wire = now
 
@@ -341,9 +344,13 @@ class Handover:
         else:
             guest.until = NEVER
 
-    def _change(self, guest: GuestLink, state: str, why: str, until: float, **fields: object) -> bool:
-        """Put the link into that state, which ends at `until` without a frame. False: the link is gone."""
-        record = guest.record
+    def _change(
+        self, guest: GuestLink, state: str, why: str, until: float, silent: float | None = None
+    ) -> bool:
+        """Put the link into that state, which ends at `until` without a frame. False: the link is gone.
+
+        silent: seconds for which the moving VM was not heard, if they are known.
+        """
         waited = time.monotonic() - guest.begun
         mode, before = ("vepa" if each == "waiting" else "bridge" for each in (state, guest.state))
         if mode != before and not guest.set_mode(mode):
@@ -351,11 +358,14 @@ class Handover:
             return False
         if state != "waiting":
             self._deafen(guest)
-            self._store.set_elsewhere(record.id, False)
+            self._store.set_elsewhere(guest.record.id, False)
         guest.state, guest.until, guest.on_wire = state, until, None
         self._changed.add(guest.lower)
         self._changes.inc(state, why)
-        self._log(guest, INFO, _MESSAGES[state], why=why, seconds=round(waited, 3), **fields)
+        fields = {"silent_seconds": round(silent, 3)} if silent is not None else {}
+        guest.log(INFO, _MESSAGES[state], why=why, seconds=round(waited, 3), **fields)
+        if silent is not None:
+            self._silence.observe(silent, "left" if state == "waiting" else "arrived")
         return True
 
     # The sockets
@@ -383,15 +393,3 @@ class Handover:
     def _count(self) -> dict[tuple[str, ...], float]:
         states = [each.state for each in list(self._guests.values())]
         return {(state,): states.count(state) for state in ("waiting", "presumed", "here")}
-
-    def _log(self, guest: GuestLink, level: int, msg: str, **fields: object) -> None:
-        record = guest.record
-        log(
-            level,
-            msg,
-            network=record.network,
-            container=record.container_id,
-            ifname=record.ifname,
-            mac=record.mac,
-            **fields,
-        )

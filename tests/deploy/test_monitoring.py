@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from lab.frames import packet_socket
 from lab.kubernetes.kubelet import Kubelet
 from lab.wire import NIC, Lab
 from tests.agent.conftest import Agent
+from tests.migration.conftest import VM, arp, rarp
 from tests.runner import config
 from tests.waiting import LIMIT, until
 
@@ -172,7 +174,8 @@ def work(lab: Lab, agent: Agent, kubelet: Kubelet, prometheus: Prometheus) -> No
         shim("DEL", config(interface="data"), netns=pod).ok()
 
     once()
-    shim("ADD", config(interface="data"), netns=lab.pod(), container="stays").ok()
+    stays = lab.pod()
+    shim("ADD", config(interface="data", mac=VM), netns=stays, container="stays").ok()
 
     def scraped() -> bool:
         with suppress(OSError):
@@ -182,6 +185,15 @@ def work(lab: Lab, agent: Agent, kubelet: Kubelet, prometheus: Prometheus) -> No
     until(scraped, "Prometheus has scraped nothing")
     once()
     prometheus.wait("increase(vmtap_reconcile_ended_total[1m]) > 0")
+    with packet_socket(stays, "net1") as guest, packet_socket(lab.peer, "eth0") as wire:
+
+        def moves() -> list[dict[str, Any]]:
+            """The VM is here, and announced from elsewhere."""
+            guest.send(arp(VM))
+            wire.send(rarp(VM))
+            return prometheus.query('increase(vmtap_handover_silence_seconds_count{vm="left"}[1m]) > 0')
+
+        until(moves, "no VM that has left is counted")
 
 
 @pytest.mark.parametrize("name", [rule["alert"] for rule in RULES])

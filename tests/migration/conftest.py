@@ -205,6 +205,11 @@ class Node:
         """How often the agent has changed the state of a link since it was started."""
         return sum(value for _, value in self.metric("vmtap_handover_changes_total"))
 
+    def silences(self) -> dict[str, float]:
+        """How many VMs have left and arrived, as far as the agent knows how long they were silent."""
+        counts = self.metric("vmtap_handover_silence_seconds_count")
+        return {"left": 0.0, "arrived": 0.0} | {labels["vm"]: value for labels, value in counts}
+
     def metric(self, name: str) -> list[tuple[dict[str, str], float]]:
         """Each sample of a metric of the agent's: labels and value."""
         families = text_string_to_metric_families(self.agent.get("/metrics")[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,15 +23,29 @@ def test_a_migration(bed: Bed) -> None:
     everybody = around(bed)
     source, running = runs_on(bed.a)
     none_lost(everybody)
+    before, began = bed.a.silences()["left"], time.monotonic()
     target = copied_to(bed.b, running)
     none_lost(everybody, frames=20)
     arrived = switched_over(source, running, target)
     none_lost(everybody, frames=20)
+    at_most = time.monotonic() - began
+    assert bed.a.silences() == {"left": before + 1, "arrived": 0.0}
+    assert bed.b.silences() == {"left": 0.0, "arrived": 1.0}
     source.delete()
     none_lost(everybody)
     arrived.stop()
     target.delete()
-    assert bed.a.links()["waiting"] == bed.b.links()["waiting"] == 0
+    until(
+        lambda: bed.a.links()["waiting"] + bed.b.links()["waiting"],
+        "a link still waits",
+        lambda now: now == 0,
+    )
+    for node, message in ((bed.a, "the VM has left"), (bed.b, "the VM is here")):
+        node.agent.end()
+        (*_, line) = [
+            each for each in node.agent.log if each["msg"].startswith(message) and each["mac"] == VM
+        ]
+        assert 0 <= line["silent_seconds"] <= at_most + 0.01, "the kernel counts in ticks of up to 10 ms"
 
 
 def test_one_that_fails(bed: Bed) -> None:
