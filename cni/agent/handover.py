@@ -53,6 +53,8 @@ _PATH_SECONDS = 10.0
 """How often the path of a waiting link's namespace is looked at: the sockets in it keep the namespace alive."""
 _AGAIN_SECONDS = 1.0
 """From a guest's frame to the next return to waiting: QEMU announces for half a second."""
+_LISTEN_SECONDS = 0.1
+"""From one change of the wire sockets' filters to the next: a thousand ADDs must not cost a thousand changes."""
 _MESSAGES = {
     "waiting": "the VM has left: its link waits in vepa mode",
     "presumed": "no longer waiting for the guest: its link is in bridge mode",
@@ -128,7 +130,7 @@ class Handover:
     # The thread
 
     def _run(self) -> None:
-        due = paths = 0.0
+        due = paths = listen = 0.0
         while not self._stopping:
             if (now := time.monotonic()) >= due:
                 self._try(self._look_at_records)
@@ -139,7 +141,8 @@ class Handover:
             elif self._ears and paths == NEVER:
                 paths = now + _PATH_SECONDS
             ends = min((each.until for each in self._guests.values()), default=NEVER)
-            wait = max(0.0, min(due, paths, ends) - time.monotonic())
+            wake = min(due, paths, ends, listen if self._changed else NEVER)
+            wait = max(0.0, wake - time.monotonic())
             for fd, _ in self._poll.poll(wait):
                 if fd == self._wake:
                     os.eventfd_read(self._wake)
@@ -151,8 +154,10 @@ class Handover:
             now = time.monotonic()
             for guest in [each for each in self._guests.values() if each.until <= now]:
                 self._try(self._end_wait, guest)
-            for lower in list(self._changed):
-                self._try(self._listen, lower)
+            if self._changed and now >= listen:
+                listen = now + _LISTEN_SECONDS
+                for lower in list(self._changed):
+                    self._try(self._listen, lower)
         self._end()
 
     def _end(self) -> None:

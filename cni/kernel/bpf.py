@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 Instruction = tuple[int, int, int, int]
 """Code, instructions to skip if a comparison holds, if it does not, and the operand."""
-_INSTRUCTION = struct.Struct("=HBBI")
+INSTRUCTION = struct.Struct("=HBBI")
+"""One struct sock_filter."""
 
 SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 
@@ -43,11 +44,11 @@ def keep_only(receiver: socket.socket, *fields: tuple[int, bytes]) -> None:
 
 def assemble(program: Iterable[Instruction]) -> bytes:
     """The struct sock_filter of each instruction."""
-    return b"".join(_INSTRUCTION.pack(*instruction) for instruction in program)
+    return b"".join(INSTRUCTION.pack(*instruction) for instruction in program)
 
 
 def attach(receiver: socket.socket, code: bytes) -> None:
     """Set the socket's filter, in the place of an earlier one. code: assemble()'s. Raises OSError."""
     held = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("HP", len(code) // _INSTRUCTION.size, ctypes.addressof(held))
+    program = struct.pack("HP", len(code) // INSTRUCTION.size, ctypes.addressof(held))
     receiver.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)

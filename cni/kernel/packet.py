@@ -28,6 +28,7 @@ KEPT_BYTES = 64
 """Of each frame: an ARP packet has 42."""
 _DROP = (bpf.BPF_RET_K, 0, 0, 0)
 _KEEP = (bpf.BPF_RET_K, 0, 0, KEPT_BYTES)
+_KEPT = bpf.assemble([_KEEP])
 _GUEST = bpf.assemble([(_LD_B, 0, 0, _PKTTYPE), (bpf.BPF_JEQ_K, 0, 1, _OUTGOING), _KEEP, _DROP])
 _FROM_OUTSIDE = bpf.assemble(
     [(_LD_B, 0, 0, _PKTTYPE), (bpf.BPF_JEQ_K, 0, 1, _OUTGOING), _DROP, (bpf.BPF_LD_W_ABS, 0, 0, 8)]
@@ -82,8 +83,8 @@ def _sources(macs: Iterable[bytes]) -> bytes:
 
     That is one load and two instructions for each MAC; the receiver compares the whole MAC.
     """
-    each = (bpf.assemble([(bpf.BPF_JEQ_K, 0, 1, int.from_bytes(mac[2:])), _KEEP]) for mac in macs)
-    return _FROM_OUTSIDE + b"".join(each) + bpf.assemble([_DROP])
+    each = [bpf.INSTRUCTION.pack(bpf.BPF_JEQ_K, 0, 1, int.from_bytes(mac[2:])) + _KEPT for mac in macs]
+    return b"".join([_FROM_OUTSIDE, *each, bpf.assemble([_DROP])])
 
 
 def _open(ifname: str, protocol: int, code: bytes) -> socket.socket:
