@@ -10,13 +10,17 @@ import pytest
 
 from cni.kernel import tapdev
 from cni.state.store import Store
-from lab.frames import BROADCAST, Frame, collect, packet_socket, write_tap
+from lab.frames import BROADCAST, VNET_HEADER, Frame, collect, packet_socket, write_tap
 from lab.process import run
+from tests.agent.conftest import Agent
 from tests.hw.nic import killed
+from tests.migration.conftest import VM, arp, rarp
 from tests.runner import config
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from lab.wire import Netns
     from tests.hw.nic import Root
@@ -117,6 +121,45 @@ def test_somebody_elses_device_is_used_and_stays(
         assert set(_vlans(node)) == {"theirs"}
     finally:
         run(["ip", "link", "delete", "theirs"])
+
+
+def test_the_link_of_a_vm_that_leaves_and_comes_back(
+    node: Root, pods: Callable[[], Netns], tmp_path: Path
+) -> None:
+    """The agent hears its MAC on the VLAN device (docs/agent.md, the handover)."""
+    agent = Agent(node, tmp_path / "run", tmp_path / "interfaces.yaml", ("--reconcile-seconds", "1")).start()
+    pod, conf = pods(), config(source="pf1", vlan=100, mode="bridge", mac=VM)
+    try:
+        agent.shim()("ADD", conf, netns=pod).ok()
+        pod.wait_until_up("net1")
+        (record,) = Store(agent.run).records()
+        assert record.handover
+        with pod.path.open() as namespace:
+            (fd,) = tapdev.open_queues(namespace.fileno(), record, 1)
+        run(["ip", "link", "add", "link", "wire1", "name", "far", "up", "type", "vlan", "id", "100"])
+        node.wait_until_up("far")
+        with packet_socket(node, "far") as far:
+
+            def mode(announce: Callable[[], object]) -> str:
+                announce()
+                found: str = pod.links()["net1"]["linkinfo"]["info_data"]["mode"]
+                return found
+
+            def here() -> None:
+                os.write(fd, bytes(VNET_HEADER) + arp(VM))
+
+            for _ in range(2):
+                until(lambda: mode(here), "the guest is not heard", lambda seen: seen == "bridge")
+                until(
+                    lambda: mode(lambda: far.send(rarp(VM))),
+                    "its announcement on the VLAN is not heard",
+                    lambda seen: seen == "vepa",
+                )
+        os.close(fd)
+        run(["ip", "link", "delete", "far"])
+        agent.shim()("DEL", conf, netns=pod).ok()
+    finally:
+        agent.end()
 
 
 @pytest.mark.parametrize(
