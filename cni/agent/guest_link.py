@@ -6,7 +6,6 @@ Must not decide when the state changes: handover.py does.
 from __future__ import annotations
 
 import errno
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from cni.agent.log import log
 from cni.errors import CniError
 from cni.kernel import last_frame, macvtap, netns, packet
 from cni.kernel.rtnl import Rtnl
+from cni.state.lookup import opened_netns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,14 +85,10 @@ class GuestLink:
 
     def forget_frames(self) -> None:
         """Remove what open() has left in the network namespace, if the record's path still leads to it."""
-        with suppress(CniError, OSError):
-            pod = netns.open_path(self.record.netns)
-            try:
-                if netns.identity(pod) == self.record.netns_id:
-                    with netns.entered(pod):
-                        last_frame.forget(self.record.ifname)
-            finally:
-                os.close(pod)
+        with suppress(CniError, OSError), opened_netns(self.record, search=False) as pod:
+            if pod is not None:
+                with netns.entered(pod):
+                    last_frame.forget(self.record.ifname)
 
     def log(self, level: int, msg: str, **fields: object) -> None:
         """Write a log line about the link."""

@@ -31,9 +31,12 @@ def find_link(host: Rtnl, record: Record) -> Link | None:
 
 
 @contextmanager
-def opened_netns(record: Record) -> Iterator[int | None]:
-    """An fd of the record's network namespace, open in the block; None if no path leads to it any more."""
-    for path in chain([record.netns], namespace_paths()):
+def opened_netns(record: Record, *, search: bool = True) -> Iterator[int | None]:
+    """An fd of the record's network namespace, open in the block; None if no path leads to it any more.
+
+    search: whether to look at the paths of all namespaces, if the record's own does not lead there.
+    """
+    for path in chain([record.netns], namespace_paths() if search else ()):
         try:
             fd = netns.open_path(path)
         except (CniError, OSError):

@@ -252,6 +252,18 @@ def test_a_device_that_cannot_be_listened_on(bed: Bed) -> None:
     assert {line["error"] for line in failed} == {"[Errno 12] Cannot allocate memory"}
 
 
+def test_no_table_is_left_in_a_pod_that_lives_on(bed: Bed) -> None:
+    """As after the hot-unplug of one interface of several."""
+    made = bed.a.attach()
+
+    def tables() -> list[str]:
+        return made.pod.run(["nft", "list", "tables"]).stdout.splitlines()
+
+    until(tables, "its frames are not noted", lambda found: found == ["table netdev vmtap-net1"])
+    made.delete()
+    until(tables, "the table stays", lambda found: found == [])
+
+
 def test_many_at_once(bed: Bed) -> None:
     """Every second guest speaks; all end in bridge mode, and nothing is left of them."""
 
