@@ -6,8 +6,9 @@
 #
 # podman and buildah work too. Nothing is cross-compiled: each platform is built natively or under emulation.
 #
-# BASE: any Debian 12 or newer with Python 3.11 or newer and its venv module.
-ARG BASE=docker.io/library/python:3.12-slim-bookworm
+# BASE: any Debian 12 or newer with Python 3.11 or newer and its venv module. The digest is that of the index of all
+# platforms, published as 3.12.15-slim-bookworm; CONTRIBUTING.md says how to update it.
+ARG BASE=docker.io/library/python:3.12-slim-bookworm@sha256:54c85f3c47607a77f32adec749d3c81d1348bf25833671f512b26a9b6d778cb3
 
 FROM ${BASE} AS build
 RUN apt-get update \

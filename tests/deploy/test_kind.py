@@ -1,4 +1,4 @@
-"""deploy/kind and the workflow, which take registries to run: what of them can be held against the rest is.
+"""deploy/kind and the workflows, which take registries to run: what of them can be held against the rest is.
 
 tests/test_project.py has shellcheck for the scripts.
 """
@@ -15,17 +15,20 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 UP = (ROOT / "deploy/kind/up").read_text()
-WORKFLOW: dict[str, Any] = yaml.safe_load((ROOT / ".github/workflows/ci.yaml").read_text())
+WORKFLOWS: list[dict[str, Any]] = [
+    yaml.safe_load(path.read_text()) for path in sorted((ROOT / ".github/workflows").iterdir())
+]
 STEPS: list[tuple[str, str]] = [
-    (f"{name} {number}", step["run"])
-    for name, job in WORKFLOW["jobs"].items()
-    for number, step in enumerate(job["steps"])
+    (f"{workflow['name']} {name} {number}", step["run"])
+    for workflow in WORKFLOWS
+    for name, job in workflow["jobs"].items()
+    for number, step in enumerate(job.get("steps", ()))
     if "run" in step
 ]
 
 
 def test_what_the_scripts_name_is_there() -> None:
-    for path in re.findall(r"\b(?:deploy|\.ci)/[\w./-]*\w", UP + yaml.safe_dump(WORKFLOW)):
+    for path in re.findall(r"\b(?:deploy|\.ci)/[\w./-]*\w", UP + yaml.safe_dump_all(WORKFLOWS)):
         assert (ROOT / path).exists(), path
 
 
