@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 T ?=
 A ?=
 
-.PHONY: help setup demo bench test test-hw cluster test-cluster lint clean
+.PHONY: help setup demo bench test test-hw cluster test-cluster sbom lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ cluster: ## a real Kubernetes of one node, and a shell on it with kubectl
 test-cluster: ## the tests that want that Kubernetes; the first time it is built, in ten minutes
 	@lab/setup cluster
 	@$(BIN)/python -m pytest -n 2 tests/cluster tests/deploy/manifests $(T)
+
+sbom: ## the SBOMs of both images, in CycloneDX JSON: writes .cache/sbom
+	@lab/setup cluster
+	@$(BIN)/python -m lab.sbom --lab "$(CACHE)/sbom"
 
 lint: ## format what can be formatted, then say what is wrong
 	@lab/setup test
