@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from http import HTTPStatus
 from logging import ERROR, INFO, WARNING
 
 from cni import plugin
@@ -17,6 +18,7 @@ from cni.agent import health, metrics, node_metrics, server
 from cni.agent import log as logs
 from cni.agent.broker import Broker
 from cni.agent.handover import Handover
+from cni.agent.http_server import Answer, HttpServer
 from cni.agent.link_deletion import LinkDeleter
 from cni.agent.log import log
 from cni.agent.policies import VARIABLE, Policies
@@ -199,7 +201,7 @@ def _run(settings: Settings) -> int:
     serving.start()
     if offering:
         offering.start()
-    monitoring = _health(settings.metrics, path, store, agent, registry)
+    pages = _pages(path, agent, broker, registry)
     _notify("READY=1")
     log(INFO, "ready", socket=path)
     number = signal.sigwait((signal.SIGTERM, signal.SIGINT))
@@ -213,8 +215,8 @@ def _run(settings: Settings) -> int:
     if handover:
         handover.stop()
     reconciler.stop()
-    if monitoring:
-        monitoring.stop()
+    for each in pages:
+        each.stop()
     return 0
 
 
@@ -241,30 +243,34 @@ def _device_plugin(
     return DevicePlugin(settings, policies, store, registry)
 
 
-def _health(
-    address: str, path: str, store: Store, agent: Agent, registry: metrics.Registry
-) -> health.Health | None:
-    """Serve health and metrics at address; None if it is empty, or fails, which must not keep pods from starting."""
-    if not address:
-        return None
+def _pages(path: str, agent: Agent, broker: Broker, registry: metrics.Registry) -> list[HttpServer]:
+    """Serve health and metrics. A server that cannot listen is logged and left out: pods must start all the same."""
 
-    def text() -> bytes:
-        return registry.render(
+    def text() -> Answer:
+        body = registry.render(
             lambda name, error: log(WARNING, "a metric is left out", metric=name, error=str(error))
         )
+        return Answer(HTTPStatus.OK, metrics.CONTENT_TYPE, body)
 
-    live = {"socket": lambda: health.served(path)}
-    ready = {**live, "state": store.unwritable, "policy": agent.policy_error}
-    try:
-        endpoint = health.Health(
-            address, live=live, ready=ready, metrics=text, content_type=metrics.CONTENT_TYPE
-        )
-    except CniError as error:
-        log(ERROR, "health and metrics are not served", error=str(error))
-        return None
-    endpoint.start()
-    log(INFO, "health and metrics", address=address, port=endpoint.port)
-    return endpoint
+    live = {"socket": lambda: health.served(path), "broker": broker.stuck}
+    ready = {**live, "state": agent.node.store.unwritable, "policy": agent.policy_error}
+    pages = {
+        "metrics": (agent.settings.metrics, {"/metrics": text}),
+        "health": (agent.settings.health, {"/healthz": health.page(live), "/readyz": health.page(ready)}),
+    }
+    servers = []
+    for setting, (address, served) in pages.items():
+        if not address:
+            continue
+        try:
+            server = HttpServer(address, served, setting=setting)
+        except CniError as error:
+            log(ERROR, f"{setting} not served", error=str(error))
+            continue
+        server.start()
+        log(INFO, setting, address=address, port=server.port)
+        servers.append(server)
+    return servers
 
 
 def _note(text: str) -> None:

@@ -9,8 +9,9 @@ message; cni/launcher/broker_client.py is the client:
     agent      {"attachments": [{"ifname": "net1", …, "opened": 2}]} and the fds in that order; or
                {"error": {"code": 106, "msg": "…", "details": ""}}, instead of either line
 
-A launcher cannot delay those of other pods: it has _SECONDS in all, a thread of its own, and its pod has PER_POD
-connections at a time. Must not attach, detach or change a link.
+A launcher cannot delay those of other pods: it has _SECONDS in all and a thread of its own, and its pod has the limits
+of cni/agent/admission.py. The thread that accepts neither reads from a connection nor closes what a pod has sent
+(cni/agent/sent_fds.py). Must not attach, detach or change a link.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import os
 import socket
 import threading
 import time
-from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 
-from cni.agent import peer, server
+from cni.agent import peer, sent_fds, server
+from cni.agent.admission import Admission
 from cni.agent.holders import Holders
 from cni.agent.log import log
 from cni.errors import CniError, refused
@@ -38,13 +39,14 @@ from cni.spec import (
     NO_ATTACHMENT,
     TRY_AGAIN_LATER,
 )
-from cni.state.store import IFINDEX_BASE, Store
+from cni.state.store import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from cni.agent.admission import Space
     from cni.agent.metrics import Registry
     from cni.agent.peer import Peer
     from cni.state.record import Record
@@ -53,14 +55,13 @@ REQUEST_LIMIT = 64 << 10
 GREETING = b'{"broker":1}\n'
 _SECONDS = 5.0
 """From accept(2) to the end of the answer. A launcher needs milliseconds."""
-PER_POD = 16
-"""Connections of one network namespace at a time: more than a pod starts VMs."""
-_MOST = 512
-"""Connections of all pods at a time."""
+_STUCK_SECONDS = 5.0
+"""How long the thread that accepts may be busy with one connection: it needs less than a millisecond."""
+_PAUSE_SECONDS = 0.1
+"""Until the next try, if accept(2) fails."""
 _SCM_MAX_FD = 253  # linux/net/scm.h: fds in one message
-_LOGGED = 20
-"""Refusals logged within _LOG_SECONDS: a pod must not be able to fill the node's disk."""
-_LOG_SECONDS = 10.0
+_LOGGED_CHARACTERS = 500
+"""Of an error: a request of 64 KiB may be quoted in it."""
 _VISIBLE = ("network", "ifname", "device", "mode", "mac", "mtu", "queues", "ips", "routes", "dns")
 """The fields of a record that a pod may read. The config is not among them: it may contain a delegate's secrets."""
 
@@ -83,11 +84,11 @@ class Broker:
         self._store = Store(folder)
         self._holders = Holders(self._store)
         self._own = netns.own_identity()
+        self._admission = Admission()
         self._lock = threading.Lock()
-        self._busy: Counter[tuple[int, int]] = Counter()
         self._threads: set[threading.Thread] = set()
         self._stopping = threading.Event()
-        self._window, self._refusals = 0.0, 0
+        self._busy_since: float | None = None
         self._given = registry.counter("vmtap_broker_fds_total", "File descriptors given to launchers.")
         self._refused = registry.counter(
             "vmtap_broker_refusals_total", "Launchers that the broker refused.", "code"
@@ -99,7 +100,7 @@ class Broker:
         folder = os.path.dirname(self.path)
         os.makedirs(folder, exist_ok=True)
         os.chmod(folder, 0o755)  # noqa: S103 - pods run as any user, and makedirs obeys the umask
-        self._listener = server.listen(self.path, mode=0o666)
+        self._listener = server.listen(self.path, mode=0o666, prepare=self._refuse_fds)
         self._acceptor = threading.Thread(target=self._accept, name="broker", daemon=True)
         self._acceptor.start()
 
@@ -107,13 +108,38 @@ class Broker:
         """Accept no more; wait for the requests in flight, which end by their deadline. The socket file stays."""
         self._stopping.set()
         self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
-        self._acceptor.join()
-        self._listener.close()
+        until = time.monotonic() + _SECONDS + 1
+        self._acceptor.join(_SECONDS)
         with self._lock:
             threads = list(self._threads)
         for thread in threads:
-            thread.join(_SECONDS)
+            thread.join(max(0.0, until - time.monotonic()))
+        self._close(self._listener)
         self._holders.stop()
+
+    def stuck(self) -> str | None:
+        """Why launchers are not served; None if the thread that accepts is not stuck and its socket is there.
+
+        What is measured does not depend on how many launchers wait: a pod that connects all the time must not be able
+        to have the agent restarted. Raises OSError if the socket is gone.
+        """
+        if self._stopping.is_set():
+            return None
+        if not self._acceptor.is_alive():
+            return "the thread that accepts launchers has ended"
+        if (since := self._busy_since) and (seconds := time.monotonic() - since) > _STUCK_SECONDS:
+            return f"the thread that accepts launchers has been busy with one of them for {seconds:.0f} s"
+        os.stat(self.path)
+        return None
+
+    def _refuse_fds(self, listener: socket.socket) -> None:
+        self._fds_arrive = not sent_fds.refuse(listener)
+
+    def _close(self, connection: socket.socket) -> None:
+        if self._fds_arrive:
+            sent_fds.close(connection)
+        else:
+            connection.close()
 
     def _accept(self) -> None:
         while True:
@@ -123,68 +149,59 @@ class Broker:
                 if self._stopping.is_set():
                     return
                 log(ERROR, "the broker cannot accept", error=str(error))  # out of fds or memory: retry
-                self._stopping.wait(0.1)
+                self._stopping.wait(_PAUSE_SECONDS)
                 continue
+            self._busy_since = time.monotonic()
             try:
                 self._admit(connection)
             except Exception as error:  # the broker must go on for other launchers
-                connection.close()
+                self._close(connection)
                 log(ERROR, "the broker failed", error=repr(error))
+            self._busy_since = None
 
     def _admit(self, connection: socket.socket) -> None:
         """Start a thread for the connection, or refuse it. Does not wait for the launcher."""
-        connection.settimeout(_SECONDS)
-        try:
-            who = peer.identify(connection)
-        except CniError as error:
-            with connection:
-                self._refuse(connection, error, None)
+        space, why = self._admission.enter(peer.claimed_netns(connection))
+        if why:
+            self._refuse(connection, CniError(TRY_AGAIN_LATER, why), space)
+            self._close(connection)
             return
-        with ExitStack() as undo:
-            undo.enter_context(connection)
-            undo.enter_context(who)
-            with self._lock:
-                here, everywhere = self._busy[who.netns_id], len(self._threads)
-                full = here >= PER_POD or everywhere >= _MOST
-                if not full:
-                    thread = threading.Thread(
-                        target=self._serve, args=(connection, who), name="broker request", daemon=True
-                    )
-                    self._busy[who.netns_id] += 1
-                    self._threads.add(thread)
-            if full:
-                why = f"{here} requests of this pod, {everywhere} in all, are being served; try again"
-                self._refuse(connection, CniError(TRY_AGAIN_LATER, why), who)
-                return
-            undo.callback(self._leave, thread, who)
-            thread.start()
-            undo.pop_all()
-
-    def _serve(self, connection: socket.socket, who: Peer) -> None:
+        thread = threading.Thread(
+            target=self._serve, args=(connection, space), name="broker request", daemon=True
+        )
+        with self._lock:
+            self._threads.add(thread)
         try:
-            with connection, who:
-                try:
-                    self._exchange(connection, who)
-                except CniError as error:
-                    self._refuse(connection, error, who)
-                except OSError as error:  # the launcher was too slow, or has ended
-                    self._refuse(connection, refused(error, "the request was not finished"), who)
-                except Exception as error:
-                    log(ERROR, "the broker failed", pid=who.process.pid, error=repr(error))
-                    self._refuse(
-                        connection, CniError(INTERNAL, f"internal error in the agent: {error!r}"), who
-                    )
-        finally:
-            self._leave(threading.current_thread(), who)
+            thread.start()
+        except BaseException:
+            self._leave(thread, space)
+            raise
 
-    def _leave(self, thread: threading.Thread, who: Peer) -> None:
+    def _serve(self, connection: socket.socket, space: Space) -> None:
+        who = None
+        try:
+            connection.settimeout(_SECONDS)
+            with peer.identify(connection) as who:
+                self._exchange(connection, who, space)
+        except CniError as error:
+            self._refuse(connection, error, space, who)
+        except OSError as error:  # the launcher was too slow, or has ended
+            self._refuse(connection, refused(error, "the request was not finished"), space, who)
+        except Exception as error:
+            log(ERROR, "the broker failed", error=repr(error))
+            self._refuse(
+                connection, CniError(INTERNAL, f"internal error in the agent: {error!r}"), space, who
+            )
+        finally:
+            self._close(connection)
+            self._leave(threading.current_thread(), space)
+
+    def _leave(self, thread: threading.Thread, space: Space) -> None:
+        self._admission.leave(space)
         with self._lock:
             self._threads.discard(thread)
-            self._busy[who.netns_id] -= 1
-            if not self._busy[who.netns_id]:
-                del self._busy[who.netns_id]
 
-    def _exchange(self, connection: socket.socket, who: Peer) -> None:
+    def _exchange(self, connection: socket.socket, who: Peer, space: Space) -> None:
         if who.netns_id == self._own:
             raise CniError(
                 INVALID_NETNS, "the broker is for pods; on the host, run vmtap-launch as root with --netns"
@@ -193,6 +210,7 @@ class Broker:
             raise CniError(
                 NO_ATTACHMENT, "no attachment in this network namespace: attach the pod to a network of vmtap"
             )
+        self._admission.has_attachments(space)
         until = time.monotonic() + _SECONDS
         request = parse(_receive(connection, who, until))
         chosen = [(tapdev.tuned(who.netns, record), queues) for record, queues in choose(records, request)]
@@ -222,39 +240,41 @@ class Broker:
     def _attachments(self, who: Peer) -> list[Record]:
         """The attachments of the peer's network namespace, by ifname: its links that have a record.
 
-        Starts from the links, not from the records: the cost does not grow with the node's attachments; and a record
-        of a dead namespace whose inode number was reused for this one has no link here.
+        Looks up the reserved indexes in the namespace. To list its links would hold the interpreter's lock for a
+        second if it has fifty thousand; and a record of a dead namespace whose inode number was reused for this one
+        has no link here.
         """
+        reserved = dict(self._store.reserved())
+        links = {}
         with netns.entered(who.netns):
-            links = socket.if_nameindex()
+            for index in reserved:
+                with suppress(OSError):  # ENXIO
+                    links[index] = socket.if_indextoname(index)
         found = []
-        for index, name in links:
-            id = self._store.reserved_by(index) if index >= IFINDEX_BASE else None
-            record = self._store.load(id) if id else None
+        for index, name in links.items():
+            record = self._store.load(reserved[index])
             if record and (record.netns_id, record.ifindex, record.ifname) == (who.netns_id, index, name):
                 found.append(record)
         return sorted(found, key=lambda record: record.ifname)
 
-    def _refuse(self, connection: socket.socket, error: CniError, who: Peer | None) -> None:
-        """Send the error if that does not block, count it, and log it (see _LOGGED)."""
+    def _refuse(
+        self, connection: socket.socket, error: CniError, space: Space, who: Peer | None = None
+    ) -> None:
+        """Send the error if that does not block, count it, and log it if the pod's quota allows."""
         self._refused.inc(str(error.code))
         document = {"error": {"code": error.code, "msg": error.msg, "details": error.details}}
         with suppress(OSError):
             connection.settimeout(0)
             connection.sendall(_line(document))
-        now = time.monotonic()
-        with self._lock:
-            if now - self._window > _LOG_SECONDS:
-                self._window, unlogged, self._refusals = now, max(0, self._refusals - _LOGGED), 0
-            else:
-                unlogged = 0
-            self._refusals += 1
-            if self._refusals > _LOGGED:
-                return
+        unlogged = self._admission.may_log(space)
+        if unlogged is None:
+            return
         fields: dict[str, object] = {"unlogged": unlogged} if unlogged else {}
+        if space.key:
+            fields["netns"] = space.key[1]
         if who:
             fields |= {"pid": who.process.pid, "uid": who.uid, "netns": who.netns_id[1]}
-        log(WARNING, "launcher refused", code=error.code, error=str(error), **fields)
+        log(WARNING, "launcher refused", code=error.code, error=str(error)[:_LOGGED_CHARACTERS], **fields)
 
 
 def parse(line: bytes) -> LauncherRequest:
@@ -288,7 +308,7 @@ def choose(records: list[Record], request: LauncherRequest) -> list[tuple[Record
     if missing := [name for name in request.ifnames if name not in there]:
         raise CniError(
             NO_ATTACHMENT,
-            f"no attachment {', '.join(missing)} in this network namespace; there is {', '.join(there)}",
+            f"no attachment {', '.join(map(repr, missing[:3]))} in this network namespace; there is {', '.join(there)}",
         )
     chosen = []
     for name in request.ifnames or there:
@@ -320,12 +340,14 @@ def _receive(connection: socket.socket, who: Peer, until: float) -> bytes:
     line = b""
     while not line.endswith(b"\n"):
         _set_timeout(connection, until)
-        # The buffer has no room for fds: the kernel closes any that are sent.
-        data, credentials, _, _ = connection.recvmsg(
-            REQUEST_LIMIT + 1 - len(line), socket.CMSG_SPACE(peer.UCRED.size)
-        )
+        # Fds must not be received, since there is no room for them and this thread would close them: see sent_fds.py.
+        room = socket.CMSG_SPACE(peer.UCRED.size)
+        data, _, flags, _ = connection.recvmsg(REQUEST_LIMIT + 1 - len(line), room, socket.MSG_PEEK)
+        if flags & socket.MSG_CTRUNC:
+            raise CniError(DECODING_FAILURE, "a request contains no file descriptors")
         if not data:
             raise CniError(DECODING_FAILURE, "the connection ended before the request's line did")
+        data, credentials, _, _ = connection.recvmsg(len(data), room)
         if not who.proven(credentials):
             raise CniError(INVALID_NETNS, "the request must come from the process that connected")
         line += data

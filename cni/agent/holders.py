@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 
+MOST = 64
+"""Holders of one attachment: the agent keeps a pidfd of each, and looks at all of them when one is added."""
+_STOP_SECONDS = 5.0
+
+
 class Holders:
     """Safe for threads, and for two agents at once while one replaces the other."""
 
@@ -58,7 +63,9 @@ class Holders:
     def stop(self) -> None:
         """Stop watching; the files stay for the next agent."""
         self._waker.close()
-        self._thread.join()
+        self._thread.join(_STOP_SECONDS)
+        if self._thread.is_alive():  # it waits for the lock: another agent has it
+            return
         for fd in self._watched:
             os.close(fd)
         self._watched.clear()
@@ -82,6 +89,8 @@ class Holders:
                 )
             if process in holders:
                 return False
+            if len(holders) >= MOST:
+                raise CniError(DEVICE_BUSY, f"{ifname} is held by {len(holders)} processes: end some of them")
             try:
                 self._write(id, [*holders, process])
             except OSError as error:

@@ -95,9 +95,19 @@ class Peer:
         os.close(self.pidfd)
 
 
+def claimed_netns(connection: socket.socket) -> tuple[int, int] | None:
+    """The network namespace of the process that has the peer's pid now, if any: for limits, not for access."""
+    pid, _, _ = _credentials(connection)
+    try:
+        status = os.stat(f"/proc/{pid}/ns/net")
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def identify(connection: socket.socket) -> Peer:
     """The peer of the connection. Raises CniError 8 if it cannot be identified."""
-    pid, uid, _ = UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    pid, uid, _ = _credentials(connection)
     if pid == 0:
         raise CniError(
             INVALID_NETNS, "the agent cannot see the process: the agent must run in the host's pid namespace"
@@ -134,6 +144,13 @@ def start_time(pid: int) -> int:
         return int(
             file.read().rpartition(b")")[2].split()[19]
         )  # a command name may contain blanks and brackets
+
+
+def _credentials(connection: socket.socket) -> tuple[int, int, int]:
+    """pid, uid and gid of the process that connected."""
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
+    pid, uid, gid = UCRED.unpack(data)
+    return pid, uid, gid
 
 
 def _pidfd(connection: socket.socket, pid: int) -> int:

@@ -39,8 +39,13 @@ _SPARE = 8
 _BACKLOG = 512
 
 
-def listen(path: str, mode: int = 0o600) -> socket.socket:
-    """A listening unix socket that appears at path with its mode set, replacing an older one. Raises OSError."""
+def listen(
+    path: str, mode: int = 0o600, prepare: Callable[[socket.socket], object] = lambda _: None
+) -> socket.socket:
+    """A listening unix socket that appears at path with its mode set, replacing an older one. Raises OSError.
+
+    prepare: called with the socket before it listens.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     temporary = f"{path}.new"
     with suppress(FileNotFoundError):
@@ -51,6 +56,7 @@ def listen(path: str, mode: int = 0o600) -> socket.socket:
     finally:
         os.umask(before)
     os.chmod(temporary, mode)
+    prepare(listener)
     listener.listen(_BACKLOG)
     os.rename(temporary, path)
     return listener

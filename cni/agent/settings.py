@@ -28,6 +28,7 @@ class Settings:
     drain_seconds: int
     reconcile_seconds: int
     metrics: str
+    health: str
     device_plugin: bool
     resource_namespace: str
     kubelet: str

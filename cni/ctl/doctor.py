@@ -180,7 +180,7 @@ def _agent(settings: Settings) -> Iterator[Finding]:
     else:
         who = "systemd" if pid else "a process of another pid namespace"
         yield Finding("agent", "ok", f"{who} listens for it at {path}")
-    yield from _ready(settings.metrics)
+    yield from _ready(settings.health)
 
 
 def _program(pid: int) -> str:
@@ -194,10 +194,10 @@ def _missing(pid: int) -> list[str]:
     return [name for name, bit in _CAPABILITIES.items() if not held >> bit & 1]
 
 
-def _ready(metrics: str) -> Iterator[Finding]:
-    if not metrics:
+def _ready(address: str) -> Iterator[Finding]:
+    if not address:
         return
-    host, _, port = metrics.rpartition(":")
+    host, _, port = address.rpartition(":")
     connection = http.client.HTTPConnection(host.strip("[]") or "127.0.0.1", int(port), timeout=_SECONDS)
     try:
         connection.request("GET", "/readyz")
@@ -207,14 +207,14 @@ def _ready(metrics: str) -> Iterator[Finding]:
         yield Finding(
             "agent",
             "warning",
-            f"its http://{metrics}/readyz cannot be read ({error})",
-            "look at its log; or set metrics in its file to where it can listen",
+            f"its http://{address}/readyz cannot be read ({error})",
+            "look at its log; or set health in its file to where it can listen",
         )
     else:
         for what, why in reasons.items():
             yield Finding("agent", "error", f"it is not ready: {what}: {why}", "look at its log")
         if not reasons:
-            yield Finding("agent", "ok", f"it is ready, by http://{metrics}/readyz")
+            yield Finding("agent", "ok", f"it is ready, by http://{address}/readyz")
     finally:
         connection.close()
 

@@ -18,6 +18,7 @@ class Settings:
     run: str
     policy: str
     metrics: str
+    health: str
     device_plugin: bool
     kubelet: str
     cdi: str
@@ -37,6 +38,7 @@ def load(*, run: str | None, policy: str | None, file: str | None) -> Settings:
         run=run or folder.named(os.environ) or agent["run"],
         policy=policy or os.environ.get("VMTAP_POLICY") or agent["policy"],
         metrics=os.environ.get("VMTAP_METRICS", agent["metrics"]),
+        health=agent["health"],
         device_plugin=bool(agent.get("device_plugin")),  # not there: it stands in, and is off
         kubelet=agent["kubelet"],
         cdi=agent["cdi"],

@@ -68,7 +68,8 @@ class Agent(Program):
             {"name": "bridge", "source": {"dev": BRIDGE}, "type": "ethernet"},
         ]
         policy.write_text(json.dumps({"interfaces": entries}))  # JSON is YAML
-        argv: list[Word] = [BIN / "vmtapd", "--run", self.run, "--policy", policy, "--metrics", ""]
+        unserved = ["--metrics", "", "--health", ""]
+        argv: list[Word] = [BIN / "vmtapd", "--run", self.run, "--policy", policy, *unserved]
         with _ReadySocket(folder / "ready") as ready:
             env = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": ready.path}
             super().__init__(node.popen, argv, folder / "log", env)

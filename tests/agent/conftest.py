@@ -58,6 +58,8 @@ class Agent:
             self.policy,
             "--metrics",
             "",
+            "--health",
+            "",
             *self.flags,
         ]
         # What the tests' own gRPC was told is not for the agent's.
@@ -86,14 +88,18 @@ class Agent:
 
     @property
     def port(self) -> int:
-        """Of its HTTP server; for an agent with a flag --metrics 127.0.0.1:0."""
-        return int(next(line["port"] for line in reversed(self.log) if line["msg"] == "health and metrics"))
+        """Of its server of metrics; for an agent with a flag --metrics 127.0.0.1:0."""
+        return self._port("metrics")
+
+    def _port(self, server: str) -> int:
+        return int(next(line["port"] for line in reversed(self.log) if line["msg"] == server))
 
     def get(self, path: str, method: str = "GET") -> tuple[int, str, str]:
-        """(status, content type, body) of its HTTP server."""
+        """(status, content type, body) of its HTTP server for the path."""
+        port = self._port("metrics" if path == "/metrics" else "health")
 
         def ask() -> tuple[int, str, str]:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=LIMIT)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
             with closing(connection):
                 connection.request(method, path)
                 answer = connection.getresponse()

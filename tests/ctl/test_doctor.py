@@ -75,7 +75,7 @@ def test_nothing_is_wrong(good: Ctl, pod: Netns) -> None:
 def test_without_a_broker_no_device_is_opened(good: Ctl, lab: Lab, tmp_path: Path) -> None:
     """As in the DaemonSet: the container's device cgroup would refuse it, and CAP_SYS_PTRACE is the broker's."""
     file = tmp_path / "agent.yaml"
-    file.write_text(f"brokerMount: false\npolicy: {good.plugin.policy}\nmetrics: ''\n")
+    file.write_text(f"brokerMount: false\npolicy: {good.plugin.policy}\nmetrics: ''\nhealth: ''\n")
     less = ["setpriv", "--bounding-set", "-sys_ptrace"]
     argv: list[str | Path] = [*less, BIN / "vmtapd", "--config", file, "--run", good.plugin.state]
     agent = subprocess.Popen(lab.node.argv(argv), stderr=subprocess.PIPE)
@@ -222,10 +222,10 @@ def test_the_agent(lab: Lab, tmp_path: Path) -> None:
     ctl.plugin.policy.write_text(POLICY)
     agent.start()
     settings = tmp_path / "agent.yaml"
-    settings.write_text("metrics: ''\n")
+    settings.write_text("health: ''\n")
     assert wrong(ctl, "--config", settings) == {}
     with answering({"ok": False, "reasons": {"policy": "it is bad"}}, 503, lab) as port:
-        settings.write_text(f"metrics: '127.0.0.1:{port}'\n")
+        settings.write_text(f"health: '127.0.0.1:{port}'\n")
         assert wrong(ctl, "--config", settings)["agent"][1] == "it is not ready: policy: it is bad"
     assert "cannot be read" in wrong(ctl, "--config", settings)["agent"][1]
     agent.end()
@@ -247,7 +247,7 @@ def test_the_device_plugin(lab: Lab, tmp_path: Path) -> None:
             kubelet.wait_resource("macvtap.network.kubevirt.io/data")
             agent.said("registered with the kubelet")
             settings.write_text(
-                f"{{devicePlugin: true, kubelet: {kubelet.folder}, metrics: '127.0.0.1:{agent.port}'}}"
+                f"{{devicePlugin: true, kubelet: {kubelet.folder}, metrics: '127.0.0.1:{agent.port}', health: ''}}"
             )
             assert check not in wrong(ctl, "--config", settings)
             lab.node.ip("link set eth1 down")

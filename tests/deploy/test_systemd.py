@@ -191,6 +191,8 @@ class Host:
             self.policy,
             "--metrics",
             "",
+            "--health",
+            "",
         ]
         argv = self.lab.node.argv(["setpriv", "--bounding-set", bounds, "--no-new-privs", *agent])
         number = self.socket.fileno()

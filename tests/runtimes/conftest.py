@@ -135,7 +135,12 @@ def _stays(path: Path) -> bool:
 def node(request: pytest.FixtureRequest, lab: Lab, tmp_path: Path) -> Iterator[Node]:
     """With the agent and the shim; with the one-shot executable, where a test asks for "one-shot"."""
     with Machine(lab.node) as machine:
-        agent = Agent(machine, RUN, tmp_path / "interfaces.yaml", flags=("--metrics", "127.0.0.1:0"))
+        agent = Agent(
+            machine,
+            RUN,
+            tmp_path / "interfaces.yaml",
+            flags=("--metrics", "127.0.0.1:0", "--health", "127.0.0.1:0"),
+        )
         made = Node(lab, machine, tmp_path, agent, one_shot=request.param == "one-shot")
         if not made.one_shot:
             agent.start()
