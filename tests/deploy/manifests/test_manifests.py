@@ -46,6 +46,7 @@ EVERYTHING: Document = {
         "maxUnavailable": "10%",
     },
     "metrics": {"address": "all", "port": 9999},
+    "health": {"port": 9998},
     "monitoring": {
         "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
         "alerts": {"enabled": True, "labels": {"release": "prometheus"}},
@@ -215,6 +216,7 @@ def test_one_release_keeps_off_anothers_pods() -> None:
         ({"interfaces": [{"name": "a", "source": {"dev": "a-name-that-is-too-long"}}]}, "dev"),
         ({"cni": {"binDir": "opt/cni/bin"}}, "binDir"),
         ({"metrics": {"port": 99999}}, "port"),
+        ({"health": {"address": "node"}}, "address"),
         ({"devicePlugin": {"resourceNamespace": "Upper.Case"}}, "resourceNamespace"),
         ({"metrics": {"address": "loopback"}, **MONITORING}, "loopback"),
         ({"macPrefix": "01:00:5e"}, "macPrefix"),
@@ -248,20 +250,25 @@ def test_only_a_change_of_the_agents_file_restarts_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "metrics", "host"),
+    ("address", "metrics"),
     [
-        ("node", "[$(NODE_ADDRESS)]:9741", None),
-        ("loopback", "127.0.0.1:9741", "127.0.0.1"),
-        ("all", ":9741", None),
+        ("node", "[$(NODE_ADDRESS)]:9741"),
+        ("loopback", "127.0.0.1:9741"),
+        ("all", ":9741"),
     ],
 )
-def test_probes_ask_where_the_agent_answers(address: str, metrics: str, host: str | None) -> None:
-    agent = of(chart({"metrics": {"address": address}}), "DaemonSet")["spec"]["template"]["spec"][
-        "containers"
-    ][0]
+def test_probes_have_a_listener_of_their_own(address: str, metrics: str) -> None:
+    objects = chart({"metrics": {"address": address}, "health": {"port": 9998}})
+    agent = of(objects, "DaemonSet")["spec"]["template"]["spec"]["containers"][0]
+    settings = yaml.safe_load(of(objects, "ConfigMap")["data"]["agent.yaml"])
+    assert settings["health"] == "127.0.0.1:9998"
+    assert {each["name"]: each["containerPort"] for each in agent["ports"]} == {
+        "metrics": 9741,
+        "health": 9998,
+    }
     assert {"name": "VMTAP_METRICS", "value": metrics} in agent["env"]
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        assert agent[probe]["httpGet"].get("host") == host
+        assert (agent[probe]["httpGet"]["port"], agent[probe]["httpGet"]["host"]) == ("health", "127.0.0.1")
 
 
 def test_privileged_only_for_the_broker() -> None:

@@ -28,6 +28,7 @@ kubelet: {{ .Values.devicePlugin.kubeletDir }}
 deviceRoute: {{ .Values.devicePlugin.route }}
 cdi: {{ .Values.devicePlugin.cdiDir }}
 brokerMount: {{ .Values.broker.enabled }}
+health: 127.0.0.1:{{ .Values.health.port }}
 logLevel: {{ .Values.agent.logLevel }}
 drainSeconds: {{ .Values.agent.drainSeconds }}
 reconcileSeconds: {{ .Values.agent.reconcileSeconds }}
