@@ -94,6 +94,8 @@ def test_fds_whose_close_sleeps_stop_nobody(agent: Agent, lab: Lab, greeted: boo
     assert agent.process
     with Client(agent, pod, LINGER) as hostile, asking(agent, other) as client:
         client.ask(nothing=True)
+        tasks = Path(f"/proc/{agent.process.pid}/task")
+        before = len(list(tasks.iterdir()))
         if greeted:
             hostile.ask(number=3, greeted=True, say="{}\n")
         else:
@@ -106,6 +108,7 @@ def test_fds_whose_close_sleeps_stop_nobody(agent: Agent, lab: Lab, greeted: boo
                 agent.process.send_signal(signal.SIGCONT)
         assert client.ask()[0]["fds"] == 1
         assert agent.get("/healthz")[0] == 200
+        until(lambda: len(list(tasks.iterdir())) <= before, "threads sleep")
         ends_at_once(agent)
 
 

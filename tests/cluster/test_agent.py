@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import socket
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.wire import NIC
 from tests.cluster.conftest import CAPACITY
+from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from tests.cluster.conftest import Release
@@ -28,6 +33,31 @@ def test_it_is_ready_with_its_stated_capabilities_and_no_other(release: Release)
     for name in ("CapBnd", "CapPrm", "CapEff"):
         assert int(status[name], 16) == mask, name
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+
+
+def test_idle_connections_fail_no_probe(release: Release) -> None:
+    """On both addresses, for longer than a pod that fails its readiness probe stays ready."""
+    [node] = release.cluster.get("nodes")["items"]
+    [address] = [each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP"]
+
+    def connect() -> list[socket.socket]:
+        idle = [("127.0.0.1", 9742), (address, 9741)] * 100
+        return [socket.create_connection(each, timeout=LIMIT) for each in idle]
+
+    def status() -> tuple[int, bool]:
+        items = json.loads(release.kubectl("get", "pods", "-o", "json"))["items"]
+        [agent] = [each for each in items if each["metadata"]["name"].startswith("vmtap-")]
+        [container] = agent["status"]["containerStatuses"]
+        return container["restartCount"], container["ready"]
+
+    before = status()
+    until = time.monotonic() + 25
+    with ExitStack() as stack:
+        while time.monotonic() < until:
+            for each in release.cluster.lab.node.call(connect):
+                stack.enter_context(each)
+            assert status() == before == (before[0], True)
+            time.sleep(1)
 
 
 def test_the_nodes_resources_follow_the_interfaces(release: Release) -> None:
