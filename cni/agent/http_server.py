@@ -37,7 +37,7 @@ _PER_ADDRESS = 16
 """Connections at a time: of all clients, and of one IPv4 address or IPv6 /64."""
 _PAGE_BURST, _PAGE_RATE = 20, 2.0
 """How often a page is computed: at once, and a second from then on. In between, clients get the last answer."""
-_ACCEPTS = 16
+_ACCEPTS = 8
 """Connections that are accepted before the others have their turn."""
 _PAUSE_SECONDS = 0.1
 """Until the next try, if accept(2) fails."""
@@ -154,12 +154,15 @@ class HttpServer:
         self._poll.modify(self._listener, 0)
 
     def _make_room(self, address: bytes) -> None:
-        """Drop the oldest connection of the address, or of all, if there are too many; an idle one if there is one."""
+        """Drop a connection of the address, or of all, if there are too many.
+
+        The oldest that has its answer, else the oldest without a complete request, else the oldest.
+        """
         everyone = list(self._connections.values())
         same = [each for each in everyone if each.address == address]
         crowd = same if len(same) >= _PER_ADDRESS else everyone if len(everyone) >= _MOST else []
         if crowd:
-            self._drop(next((each for each in crowd if not each.unsent), crowd[0]))
+            self._drop(min(crowd, key=lambda each: 1 if each.unsent is None else 2 * bool(each.unsent)))
 
     def _advance(self, connection: _Connection) -> None:
         """Read and send as far as that does not block."""

@@ -248,6 +248,21 @@ def test_idle_clients_delay_nobody(served: HttpServer, monkeypatch: pytest.Monke
         assert _alive(served)
 
 
+def test_a_client_that_has_its_answer_is_dropped_before_one_that_has_not(served: HttpServer) -> None:
+    with ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT))
+
+        waiting = connect()
+        for _ in range(50):  # none of them closes
+            answered = connect()
+            answered.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+            assert answered.recv(15) == b"HTTP/1.1 200 OK"
+        waiting.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert waiting.recv(15) == b"HTTP/1.1 200 OK"
+
+
 def test_a_client_that_is_slow_is_hung_up_on(served: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if it sends a byte now and then: the deadline is that of the whole request."""
     monkeypatch.setattr(http_server, "_SECONDS", 0.3)
