@@ -18,6 +18,7 @@ from cni.attach.call import Node, Request
 from cni.config.netconf import MAX_BYTES
 from cni.config.policy import load as load_policy
 from cni.errors import CniError
+from cni.names import escaped
 from cni.spec import INVALID_ENVIRONMENT, IO_FAILURE, TRY_AGAIN_LATER, VERSIONS
 from cni.state import folder
 from cni.state.store import Store
@@ -112,7 +113,7 @@ def _read() -> bytes:
 
 def _say(text: str) -> None:
     """On stderr, whether or not anybody reads it."""
-    _write(2, f"{text}\n".encode(errors="backslashreplace"))
+    _write(2, escaped(f"{text}\n", kept="\n").encode())
 
 
 def _write(fd: int, data: bytes) -> bool:

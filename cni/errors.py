@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+from cni.names import escaped
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 
 SHORTAGE = (errno.ENOBUFS, errno.EAGAIN, errno.ENOMEM)
@@ -15,13 +16,14 @@ class CniError(Exception):
 
     code: one of spec.py; msg: one line that names the field or object and the next step;
     details: the message of the kernel or of a delegate, for the person who looks for the cause; "" if there is none.
+    Unprintable characters in msg and details are escaped.
     """
 
     def __init__(self, code: int, msg: str, details: str = "") -> None:
-        super().__init__(msg)
         self.code = code
-        self.msg = msg
-        self.details = details
+        self.msg = escaped(msg)
+        self.details = escaped(details)
+        super().__init__(self.msg)
 
     def __str__(self) -> str:
         return f"{self.msg} ({self.details})" if self.details else self.msg

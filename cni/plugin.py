@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass
 
 from cni.attach import result
@@ -23,6 +22,7 @@ from cni.config import policy as policies
 from cni.errors import CniError, refused
 from cni.kernel import netns
 from cni.kernel.rtnl import Host
+from cni.names import IFNAME_BYTES, is_id, is_ifname, printable
 from cni.spec import (
     INCOMPATIBLE_VERSION,
     INTERNAL,
@@ -49,10 +49,6 @@ _REQUIRED = {
 }
 _SINCE = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}
 _JSON = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one each time
-_CONTAINER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_NOT_IN_IFNAME = re.compile(r"[/:%\s\0\udc80-\udcff]")
-"""The kernel takes a name with % for a pattern (dev_alloc_name). The last range stands for bytes that are not UTF-8."""
-_IFNAME_BYTES = 15
 
 
 @dataclass(frozen=True)
@@ -160,16 +156,22 @@ def _check_environment(command: str, env: Mapping[str, str]) -> None:
         raise CniError(INVALID_ENVIRONMENT, f"{command} needs {', '.join(missing)} in the environment")
     if "CNI_CONTAINERID" in _REQUIRED[command]:
         container_id, ifname = env["CNI_CONTAINERID"], env["CNI_IFNAME"]
-        if not _CONTAINER_ID.fullmatch(container_id):
+        if not is_id(container_id):
             raise CniError(
                 INVALID_ENVIRONMENT,
                 f"CNI_CONTAINERID {container_id!r} must begin with a letter or digit and go on with those, _, . or -",
             )
-        if len(os.fsencode(ifname)) > _IFNAME_BYTES or ifname in (".", "..") or _NOT_IN_IFNAME.search(ifname):
+        if not is_ifname(ifname):
             raise CniError(
                 INVALID_ENVIRONMENT,
-                f"CNI_IFNAME {ifname!r} must be 1 to {_IFNAME_BYTES} bytes, with no '/', ':', '%' or white space",
+                f"CNI_IFNAME {ifname!r} must be 1 to {IFNAME_BYTES} bytes of printable UTF-8, with no '/', ':', '%' "
+                "or white space",
             )
+    if "CNI_NETNS" in _REQUIRED[command] and not printable(env["CNI_NETNS"]):
+        raise CniError(
+            INVALID_ENVIRONMENT,
+            f"CNI_NETNS {env['CNI_NETNS']!r} is not allowed; give a path in printable UTF-8",
+        )
 
 
 def _open(request: Request, command: str, host: Host) -> int | None:

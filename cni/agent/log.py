@@ -1,4 +1,4 @@
-"""The agent's log: one JSON object a line, on stderr."""
+"""The agent's log: one JSON object a line, on stderr, with unprintable characters escaped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+
+from cni.names import escaped
 
 _JSON = json.JSONEncoder(default=str, ensure_ascii=False)
 LOG = logging.getLogger("vmtapd")
@@ -21,7 +23,7 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return _JSON.encode(line)
+        return escaped(_JSON.encode(line))
 
 
 def start(level: str) -> None:

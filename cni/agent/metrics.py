@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 
+from cni.names import escaped
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -168,9 +170,8 @@ class Registry:
 
 
 def _escaped(value: str) -> str:
-    """A label value, escaped. Bytes that were not UTF-8 (surrogates) become "?"."""
-    clean = value.encode(errors="replace").decode()
-    return clean.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+    """A label value, escaped for the format, after unprintable characters."""
+    return escaped(value).replace("\\", r"\\").replace('"', r"\"")
 
 
 def _number(value: float) -> str:

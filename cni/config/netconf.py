@@ -15,6 +15,7 @@ from functools import cache, lru_cache
 from cni import spec
 from cni.config import schema
 from cni.errors import CniError
+from cni.names import printable
 from cni.state import deviceid
 
 TYPE_CHECKING = False
@@ -131,8 +132,10 @@ def arguments(text: str, *, command: str = "ADD") -> dict[str, str]:
     Raises CniError 4 if it has another form or unknown keys. For DEL and GC, what cannot be read is left out.
     """
     strict = command not in _CLEANING
-    if strict and _UNSPEAKABLE.search(text):
-        raise CniError(spec.INVALID_ENVIRONMENT, f"CNI_ARGS: {schema.show(text)} is not allowed; give UTF-8")
+    if strict and not printable(text):
+        raise CniError(
+            spec.INVALID_ENVIRONMENT, f"CNI_ARGS: {schema.show(text)} is not allowed; give printable UTF-8"
+        )
     found: dict[str, str] = {}
     for pair in text.split(";") if text else ():
         key, equals, value = pair.partition("=")

@@ -14,7 +14,7 @@ import socket
 import sys
 
 from cni import spec
-from cni.ctl import locations
+from cni.ctl import locations, stream
 from cni.errors import CniError
 
 TYPE_CHECKING = False
@@ -37,6 +37,11 @@ EXIT = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
+    with stream.escaping():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a command without a traceback
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`

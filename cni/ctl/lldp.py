@@ -17,6 +17,8 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
+from cni.names import escaped
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
@@ -79,7 +81,8 @@ def of_lldpcli(document: Any) -> Iterator[tuple[str, Neighbour]]:
         chassis, port = interface["chassis"][0], interface["port"][0]
         system = (chassis.get("name") or chassis["id"])[0]["value"]
         of_mac = port["id"][0]["type"] == "mac" and "descr" in port
-        yield interface["name"], Neighbour(system, port["descr" if of_mac else "id"][0]["value"])
+        name = port["descr" if of_mac else "id"][0]["value"]
+        yield interface["name"], Neighbour(escaped(system), escaped(name))
 
 
 def listen(nics: Iterable[str], seconds: float) -> dict[str, Neighbour]:
@@ -188,5 +191,4 @@ def _identifier(kind: int, value: bytes) -> str:
 
 
 def _text(value: bytes) -> str:
-    """Text from the wire, without characters that control a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in value.decode(errors="replace"))
+    return escaped(value.decode(errors="replace"))

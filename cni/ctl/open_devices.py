@@ -26,6 +26,7 @@ from itertools import pairwise
 
 from cni.kernel import netns
 from cni.kernel.tapdev import TUN, TUNGETIFF
+from cni.names import escaped
 from cni.state.record import boot_id
 
 TYPE_CHECKING = False
@@ -160,7 +161,8 @@ def _holder(pid: int, queues: int) -> Holder:
         words = file.read().decode(errors="replace").split("\0")
     with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
         program = os.path.basename(words[0]) or file.read().strip()
-    return Holder(pid, os.stat(f"/proc/{pid}").st_uid, program, _vm_name(words), queues)
+    vm = _vm_name(words)
+    return Holder(pid, os.stat(f"/proc/{pid}").st_uid, escaped(program), vm and escaped(vm), queues)
 
 
 def _vm_name(words: list[str]) -> str | None:

@@ -6,12 +6,12 @@ anything up.
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
 from cni.ctl.render import functions, speed
+from cni.names import escaped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -227,5 +227,5 @@ def _cut(text: str, room: float, letter: float) -> str:
 
 
 def _xml(text: str) -> str:
-    """The text escaped, and without characters that XML forbids: names come from the pod's author."""
-    return escape("".join(letter if unicodedata.category(letter) != "Cc" else "?" for letter in text))
+    """The text escaped for XML, after unprintable characters, which XML forbids in part."""
+    return escape(escaped(text))

@@ -1,6 +1,7 @@
 """Output for people: tables and trees, with colour at a terminal, plain aligned lines elsewhere (and NO_COLOR).
 
-Must not look anything up: it is given what to show.
+Only what rich adds for colour and layout reaches the terminal as it is. Must not look anything up: it is given what to
+show.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import sys
 from rich import box
 from rich.console import Console, Group
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from cni.ctl.stream import terminal
+from cni.names import escaped
 from cni.state.probe_results import MEND
 
 TYPE_CHECKING = False
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import TextIO
 
-    from rich.console import RenderableType
+    from rich.console import ConsoleOptions, RenderableType
 
     from cni.ctl.finding import Finding
     from cni.ctl.inventory import Attachment, Node, Source, Traffic
@@ -55,9 +59,18 @@ _LEAST = ("HELD BY", "ADDRESS", "SOURCE", "DEVICE")
 _UNWRAPPED = 100_000
 
 
+class _Console(Console):
+    """Escapes what is unprintable in a text that it prints."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(escaped(text, kept="\n"), style)
+
+
 def console(file: TextIO | None = None) -> Console:
     """A console for stdout. Where that is no terminal, lines are not wrapped, so that they can be searched."""
-    made = Console(file=file or sys.stdout, highlight=False, emoji=False, markup=False)
+    made = _Console(file=file or terminal(sys.stdout), highlight=False, emoji=False, markup=False)
     if not made.is_terminal:
         made.width = _UNWRAPPED
     return made
@@ -68,7 +81,7 @@ def say(shown: RenderableType) -> None:
     out = console()
     with out.capture() as captured:
         out.print(shown)
-    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    terminal(sys.stdout).write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def attachments(found: Sequence[Attachment], out: Console, *, wide: bool) -> RenderableType:
@@ -198,7 +211,7 @@ def findings(found: Iterable[Finding], *, terminal: bool) -> RenderableType:
     grid.columns[1].no_wrap = True
     for each in found:
         sign, style = SEVERITY[each.severity]
-        message = Text(each.message)
+        message = Text(escaped(each.message))
         if each.next_step:
             message.append(f"\n→ {each.next_step}", style="bold" if terminal else "")
         grid.add_row(

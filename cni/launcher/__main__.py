@@ -21,6 +21,7 @@ from cni.errors import CniError
 from cni.kernel import netns, tapdev
 from cni.launcher import NO_VHOST, NOT_PERMITTED, QEMU_NOT_EXECUTABLE, QEMU_NOT_FOUND, privilege, qemu
 from cni.launcher.privilege import User
+from cni.names import escaped
 from cni.state import folder
 from cni.state.store import in_netns
 
@@ -364,7 +365,7 @@ def _fill_stdio() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{PROGRAM}: {escaped(' '.join(message.split()))}", file=sys.stderr)
     return status
 
 

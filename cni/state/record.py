@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from cni.kernel.vf_settings import VfSettings
+from cni.names import is_id, is_ifname
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -139,9 +140,12 @@ def alias(network: str, container_id: str, ifname: str) -> str:
 def parse_alias(mark: str) -> tuple[str, str, str] | None:
     """(network, container id, ifname) of an alias(); None if it is a digest, or none of ours."""
     ours, *parts = mark.split("/")
-    if ours != "vmtap" or len(parts) != 3 or not all(parts):
+    if ours != "vmtap" or len(parts) != 3:
         return None
-    return parts[0], parts[1], parts[2]
+    network, container_id, ifname = parts
+    if not (is_id(network) and is_id(container_id) and is_ifname(ifname)):  # a pod may write any alias
+        return None
+    return network, container_id, ifname
 
 
 @cache

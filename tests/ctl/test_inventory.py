@@ -185,7 +185,7 @@ def test_the_switch_says_who_it_is(ctl: Ctl, pod: Netns, lab: Lab) -> None:
     ctl.add(pod)
     with announced(lab, lldp_frame(port=b"\x05Eth1/7\x1b[2J")):
         document = ctl.json("tree", "--lldp", "30")
-    assert document["sources"][0]["switch"] == [{"system": "leaf-12", "port": "Eth1/7?[2J"}]
+    assert document["sources"][0]["switch"] == [{"system": "leaf-12", "port": "Eth1/7\\u001b[2J"}]
 
 
 def test_picture(ctl: Ctl, pod: Netns, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cni.attach.call import Node
     from cni.kernel.rtnl import Link
 
-_DIGEST = re.compile(r"vmtap/([^/]+-[0-9a-f]{24})")
+_DIGEST = re.compile(r"vmtap/([A-Za-z0-9][A-Za-z0-9_.\-]*-[0-9a-f]{24})")
 
 
 class Links:
