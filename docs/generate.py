@@ -104,7 +104,8 @@ The policy file is `/etc/vmtap/interfaces.yaml`, or the file that the environmen
 
 {policy_fields}
 
-- Without a file, a configuration may name any device as `source`, and no `interface`. An empty file is a policy without
+- Without a file, a configuration may name any device as `source`, and no `interface`; an agent that has read a file, or
+  whose device plugin needs one, refuses it instead ([agent.md](agent.md#the-agent)). An empty file is a policy without
   interfaces: it allows only a plain tap.
 - With a file, `interface` selects an entry and its restrictions. `source` may name a device that an entry lists, under
   that entry's restrictions, or any other device if `allowUnlisted` is true. If several entries list the device, the

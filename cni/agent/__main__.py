@@ -65,7 +65,7 @@ class Agent:
         self, settings: Settings, store: Store, registry: metrics.Registry, handover: Handover | None
     ) -> None:
         self.settings = settings
-        self.policies = Policies(settings.policy, os.environ.get(VARIABLE))
+        self.policies = Policies(settings.policy, os.environ.get(VARIABLE), required=settings.device_plugin)
         self.node = Node(
             store,
             self.policies,
@@ -147,7 +147,7 @@ class Agent:
         self._seconds.observe(seconds, known)
 
     def policy_error(self) -> str | None:
-        """Why the policy file as it is now is invalid; None if it is valid or absent."""
+        """Why the policy file as it is now is not in force; None if it is, or if there need not be one."""
         with suppress(CniError):
             self.policies()
         return str(self.policies.error) if self.policies.error else None

@@ -22,7 +22,7 @@ _PAGE = resource.getpagesize()
 def declare(
     registry: Registry, store: Store, policy: Callable[[], Policy | None], valid: Callable[[], bool]
 ) -> None:
-    """Declare them on the registry. valid: whether the policy file as it is now is good, or absent."""
+    """Declare them on the registry. valid: whether the policy file as it is now is in force."""
 
     def attachments() -> dict[Labels, float]:
         return dict(
@@ -66,7 +66,7 @@ def declare(
     )
     registry.computed(
         "vmtap_policy_valid",
-        "1 if the policy file is good or absent, 0 if it is refused (then the last good one stays in force).",
+        "1 if the policy file is good, or there has been none; 0 if it is refused or gone: the last good one stays.",
         look=lambda: {(): valid()},
     )
     registry.computed(

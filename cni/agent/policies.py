@@ -1,7 +1,8 @@
 """The node's current policy: the policy file, and DP_MACVTAP_CONF, the variable of kubevirt/macvtap-cni.
 
-The file is read again when it changes; if the new one is invalid, the last good one stays in force. If both have an
-entry of one name, the file's entry is used.
+The file is read again when it changes. If the new one is invalid, or the file is gone, the last good one stays in
+force, and none of them is none: a file that was there never comes to mean "no restriction". If file and variable have
+an entry of one name, the file's entry is used.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from logging import ERROR, INFO, WARNING
 
 from cni.agent.log import log
@@ -24,24 +26,29 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 VARIABLE = "DP_MACVTAP_CONF"
+_AGAIN_SECONDS = 1.0
+"""How soon a refused file is read again although it looks the same: its folder, or its disk, may be repaired."""
 
 
 class Policies:
     """Returns the current policy when called. Each call costs one stat(2) of the file, so no answer is stale.
 
-    conf: the value of DP_MACVTAP_CONF, if it is set. Raises CniError 7 if conf is invalid.
+    conf: the value of DP_MACVTAP_CONF, if it is set. required: whether the file must exist unless conf is set; else
+    none means no restriction, as long as there has not been one. Raises CniError 7 if conf is invalid.
     """
 
-    def __init__(self, path: str, conf: str | None = None) -> None:
+    def __init__(self, path: str, conf: str | None = None, *, required: bool = False) -> None:
         self.path = path
         self.error: CniError | None = None
-        """Why the file as it is now is invalid; None if it is valid or absent."""
+        """Why the file as it is now is not in force; None if it is, or if there need not be one."""
+        self._must_exist = required and conf is None
         self._named = () if conf is None else interfaces(conf)
         self.discovers = conf is not None and not self._named
         """Whether DP_MACVTAP_CONF is an empty list, which means: every suitable link."""
         self._found: tuple[str, ...] = ()
         self._lock = threading.Lock()
         self._seen: object = ()
+        self._again = 0.0  # when a refused file is read again; monotonic seconds
         self._file: Policy | None = None
         self._good: Policy | None = None
         self._ever_valid = False
@@ -49,11 +56,11 @@ class Policies:
     def __call__(self) -> Policy | None:
         """The policy in force; None if there is none. Raises CniError 7 if no version of the file has been valid."""
         seen = self._identity()
-        if seen != self._seen:
+        if self._due(seen):
             with self._lock:
-                if seen != self._seen:
+                if self._due(seen):
                     self._read()
-                    self._seen = seen
+                    self._seen, self._again = seen, time.monotonic() + _AGAIN_SECONDS
         if self.error and not self._ever_valid:
             raise self.error
         return self._good
@@ -64,16 +71,31 @@ class Policies:
             self._found = tuple(links)
             self._good = self._merged()
 
+    def _due(self, seen: object) -> bool:
+        return seen != self._seen or (self.error is not None and time.monotonic() >= self._again)
+
     def _read(self) -> None:
         try:
-            self._file = policy.load(self.path)
+            file = policy.load(self.path)
+            if file is None and self._must_exist:
+                raise CniError(
+                    INVALID_NETWORK_CONFIG,
+                    f"the policy file {self.path} does not exist: put it there; an empty one allows nothing",
+                )
         except CniError as error:
+            self._must_exist = True  # there is, or was, one
+            if str(error) != str(self.error):
+                log(
+                    ERROR,
+                    "the policy file is refused; the last good one stays",
+                    path=self.path,
+                    error=str(error),
+                )
             self.error = error
-            log(
-                ERROR, "the policy file is refused; the last good one stays", path=self.path, error=str(error)
-            )
         else:
-            self.error, self._ever_valid = None, True
+            self.error, self._file = None, file
+            self._must_exist |= file is not None
+            self._ever_valid |= file is not None
             names = [entry.name for entry in self._file.interfaces] if self._file else None
             log(INFO, "policy read", path=self.path, interfaces=names)
             if both := {entry.name for entry in self._named} & set(names or ()):
@@ -101,7 +123,9 @@ class Policies:
         try:
             status = os.stat(self.path)
         except OSError as error:
-            return error.errno
+            return error.errno, os.path.lexists(
+                self.path
+            )  # a symlink that leads nowhere is not an absent file
         return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 

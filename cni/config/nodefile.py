@@ -49,8 +49,12 @@ def _read(path: str) -> bytes | None:
         # O_NONBLOCK: opening a FIFO must not block.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError as error:
-        if os.path.islink(path):
-            raise _distrusted(path, "it is a symlink that leads nowhere", "remove it or repair it") from error
+        place = path
+        while place and not os.path.exists(place):
+            if os.path.islink(place):
+                why = f"{place} is a symlink that leads nowhere"
+                raise _distrusted(path, why, "remove it or repair it") from error
+            place = os.path.dirname(place)
         return None
     except OSError as error:
         raise _unreadable(path, error) from error

@@ -14,6 +14,7 @@ import socket
 import stat
 import struct
 
+from cni.agent.policies import VARIABLE
 from cni.config import policy
 from cni.ctl import device_findings, kubelet, reflection, self_test, snapshot
 from cni.ctl.finding import Finding
@@ -134,6 +135,13 @@ def _file(settings: Settings) -> Iterator[Finding]:
 
 
 def _policy(settings: Settings, rules: Policy | None) -> Finding:
+    if rules is None and settings.device_plugin and VARIABLE not in os.environ:
+        return Finding(
+            "policy",
+            "error",
+            f"there is no {settings.policy}, and the device plugin is on: every ADD is refused (code 7)",
+            f"write one; an empty one allows nothing. Or give the agent {VARIABLE}",
+        )
     if rules is None:
         return Finding(
             "policy",

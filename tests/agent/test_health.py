@@ -81,8 +81,11 @@ def test_a_bad_policy_is_not_ready_and_alive(agent: Agent) -> None:
     agent.policy.write_text("interfaces: 7")
     assert _reasons(agent, "/readyz").keys() == {"policy"}
     assert _reasons(agent, "/healthz") == {}
-    agent.policy.unlink()
+    agent.policy.write_text("allowUnlisted: true")
     assert _reasons(agent, "/readyz") == {}
+    agent.policy.unlink()
+    assert "does not exist" in _reasons(agent, "/readyz")["policy"]
+    assert _reasons(agent, "/healthz") == {}
 
 
 def test_state_that_cannot_be_written(agent: Agent) -> None:

@@ -185,6 +185,9 @@ def test_a_policy_is_read_again_and_a_bad_one_is_not_taken(agent: Agent, lab: La
     agent.policy.write_text("interfaces: [{name: lan, sauce: {dev: eth1}}]")
     assert attach(interface="lan", mode="vepa") == 0
     assert agent.wait_for("the policy file is refused; the last good one stays")["error"].count("source")
+    agent.policy.unlink()
+    assert attach(interface="lan", mode="vepa") == 0
+    assert attach(**WIRE) == 7
     agent.policy.write_text("allowUnlisted: true")
     assert attach(**WIRE) == 0
 

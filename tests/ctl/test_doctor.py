@@ -169,6 +169,9 @@ def test_more_than_the_capacity(good: Ctl, lab: Lab) -> None:
 
 def test_no_policy_and_a_bad_one(ctl: Ctl) -> None:
     assert wrong(ctl)["policy"][0] == "warning"
+    settings = ctl.plugin.policy.with_name("agent.yaml")
+    settings.write_text("{devicePlugin: true, metrics: ''}")
+    assert wrong(ctl, "--config", settings)["policy"][0] == "error"
     ctl.plugin.policy.write_text("interfaces: [{nam: x}]\n")
     severity, message, _ = wrong(ctl)["policy"]
     assert severity == "error"
