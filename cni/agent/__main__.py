@@ -17,6 +17,7 @@ from cni import plugin
 from cni.agent import health, metrics, node_metrics, server
 from cni.agent import log as logs
 from cni.agent.broker import Broker
+from cni.agent.drift import Drift
 from cni.agent.handover import Handover
 from cni.agent.http_server import Answer, HttpServer
 from cni.agent.link_deletion import LinkDeleter
@@ -189,6 +190,8 @@ def _run(settings: Settings) -> int:
     reconciler.start()
     if handover:
         handover.start()
+    drift = Drift(store, registry, handover=handover, seconds=settings.reconcile_seconds)
+    drift.start()
     path = f"{folder}/cni.sock"
     lent = _inherited()
     serving = server.Server(lent or server.listen(path), agent.answer, agent.refused, lent=lent is not None)
@@ -212,6 +215,7 @@ def _run(settings: Settings) -> int:
     broker.stop()
     if not serving.stop(settings.drain_seconds):
         log(WARNING, "requests were still in flight; the reconciler will repair what they leave")
+    drift.stop()
     if handover:
         handover.stop()
     reconciler.stop()

@@ -47,6 +47,11 @@ class GuestLink:
     _pod: Rtnl | None = None
     """A socket of the link's network namespace, which changes the mode; open as long as ear."""
 
+    @property
+    def mode(self) -> str:
+        """The mode that the link has in this state."""
+        return "vepa" if self.state == "waiting" else "bridge"
+
     def open(self, pod: int) -> socket.socket:
         """Open the sockets, and return the ear. pod: an fd of the network namespace. Raises OSError or CniError."""
         with netns.entered(pod):

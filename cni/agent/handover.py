@@ -24,7 +24,8 @@ import os
 import select
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from logging import ERROR, INFO, WARNING
 from queue import SimpleQueue
 
@@ -32,14 +33,14 @@ from cni.agent.guest_link import NEVER, GuestLink
 from cni.agent.log import log
 from cni.agent.wire_sockets import WireSockets
 from cni.errors import CniError
-from cni.kernel import macvtap, netns, packet
+from cni.kernel import macvtap, packet
 from cni.kernel.rtnl import Rtnl, mac_bytes
 from cni.state.lookup import find_link, opened_netns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cni.agent.metrics import Registry
     from cni.state.record import Record
@@ -79,6 +80,7 @@ class Handover:
         self._changed: set[int] = set()  # lower devices on which other MACs matter than before
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._logged: dict[str, float] = {}  # when a step's failure was logged last; monotonic seconds
+        self._changing = threading.Lock()  # held while a link's mode and its state differ
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._run, name="handover", daemon=True),
@@ -126,6 +128,13 @@ class Handover:
         if self._stopping or not self._made.empty():
             with suppress(BlockingIOError):  # it is awake already
                 os.eventfd_write(self._wake, 1)
+
+    @contextmanager
+    def mode_of(self, id: str) -> Iterator[str | None]:
+        """The mode that the attachment's link is to have, and keeps in the block; None if it is not watched."""
+        with self._changing:
+            guest = self._guests.get(id)
+            yield guest.mode if guest else None
 
     # The thread
 
@@ -211,7 +220,9 @@ class Handover:
 
     def _look_at_record(self, host: Rtnl, id: str) -> None:
         if guest := self._guests.get(id):
-            self._check(host, guest)
+            link = find_link(host, guest.record)
+            if link is None or link.lower != guest.lower:
+                self._forget(guest)  # gone, or another link, which is watched at the next look
         elif (record := self._store.load(id)) and record.handover and self._store.sealed(id):
             with opened_netns(record) as pod:
                 self._watch(host, record, pod)
@@ -224,33 +235,17 @@ class Handover:
         if old := self._guests.get(record.id):
             self._forget(old)
         now = time.monotonic()
-        guest = GuestLink(record, mac_bytes(link.mac), link.lower, begun=now)
+        waits = link.mode == macvtap.MODES["vepa"]
+        guest = GuestLink(record, mac_bytes(record.mac), link.lower, begun=now)
+        # Not "here": an agent that was away may have missed an announcement.
+        guest.state = "waiting" if waits else "presumed"
         self._guests[record.id] = guest
         self._at[guest.lower, guest.mac] = guest
         self._changed.add(link.lower)
-        if link.mode == macvtap.MODES["vepa"]:
+        if waits:
             elsewhere = self._store.is_elsewhere(record.id)
             guest.until = now + (_ELSEWHERE_SECONDS if elsewhere else _SILENT_SECONDS)
             self._listen_to(guest, pod)
-        else:
-            guest.state = "presumed"  # an agent that was away may have missed an announcement
-
-    def _check(self, host: Rtnl, guest: GuestLink) -> None:
-        """Forget the link if it is gone or another; give it the mode of its state if it has another."""
-        link = find_link(host, guest.record)
-        if link is None or link.lower != guest.lower or mac_bytes(link.mac) != guest.mac:
-            self._forget(guest)  # a changed one is watched again at the next look
-            return
-        wanted = "vepa" if guest.state == "waiting" else "bridge"
-        if link.mode == macvtap.MODES[wanted]:
-            return
-        with opened_netns(guest.record) as pod:
-            if pod is not None:
-                with netns.entered(pod):
-                    there = Rtnl()
-                with there:
-                    macvtap.set_mode(there, guest.record.ifindex, wanted)
-                guest.log(WARNING, "the link's mode was changed, and is set again", mode=wanted)
 
     def _look_at_paths(self) -> None:
         """Let go of namespaces that nothing else may keep alive: a pod can end without a DEL."""
@@ -357,14 +352,17 @@ class Handover:
         silent: seconds for which the moving VM was not heard, if they are known.
         """
         waited = time.monotonic() - guest.begun
-        mode, before = ("vepa" if each == "waiting" else "bridge" for each in (state, guest.state))
-        if mode != before and not guest.set_mode(mode):
+        with self._changing:
+            before, after = guest.mode, replace(guest, state=state).mode
+            gone = after != before and not guest.set_mode(after)
+            if not gone:
+                guest.state, guest.until, guest.on_wire = state, until, None
+        if gone:
             self._forget(guest)
             return False
         if state != "waiting":
             self._deafen(guest)
             self._store.set_elsewhere(guest.record.id, False)
-        guest.state, guest.until, guest.on_wire = state, until, None
         self._changed.add(guest.lower)
         self._changes.inc(state, why)
         fields = {"silent_seconds": round(silent, 3)} if silent is not None else {}

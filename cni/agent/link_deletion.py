@@ -54,9 +54,19 @@ class LinkDeleter:
             poll.register(deletion.done, select.POLLIN)
             if not self._begin(deletion):
                 deletion.carry_out()
-            ready = {fd for fd, _ in poll.poll()}
-            if deletion.done in ready and deletion.error:
-                raise deletion.error
+            while True:
+                ready = {fd for fd, _ in poll.poll()}
+                if deletion.done in ready:
+                    if deletion.error:
+                        raise deletion.error
+                    return
+                try:
+                    if _nsid(gone) == nsid:
+                        return
+                except (
+                    OSError
+                ):  # ENOBUFS: a pod floods the socket; wait for the kernel's acknowledgement instead
+                    poll.unregister(gone)
 
     def _begin(self, deletion: _Deletion) -> bool:
         """Give the deletion to an idle thread, else to a new one; False if there are `most` and all are busy."""
@@ -107,7 +117,7 @@ class _Deletion:
 
 
 def _watch(index: int) -> socket.socket:
-    """A socket that becomes readable when a link of that index is deleted, in any network namespace.
+    """A socket that becomes readable when a link of that index is deleted, in any network namespace (_nsid).
 
     The kernel drops all other messages, so that a hundred DELs at once do not each read all of them.
     """
@@ -116,3 +126,14 @@ def _watch(index: int) -> socket.socket:
     watch.setsockopt(SOL_NETLINK, NETLINK_LISTEN_ALL_NSID, 1)
     watch.bind((0, RTMGRP_LINK))
     return watch
+
+
+def _nsid(watch: socket.socket) -> int | None:
+    """The id of the namespace of the next event; None for the socket's own. Raises OSError.
+
+    Root of a pod's user namespace may delete a link of any index in its own namespace.
+    """
+    _, ancillary, _, _ = watch.recvmsg(_AT_IFINDEX, socket.CMSG_SPACE(4))
+    return next(
+        (struct.unpack("=i", data)[0] for _, kind, data in ancillary if kind == NETLINK_LISTEN_ALL_NSID), None
+    )

@@ -436,7 +436,7 @@ def test_the_old_plugins_variable_is_understood(node: Node) -> None:
     shim("ADD", config(interface="data", mode="bridge"), netns=pod).error(7)
     shim("ADD", config(deviceID="dataMvp1"), netns=pod).ok()
     assert pod.links()["net1"]["linkinfo"]["info_data"]["mode"] == "vepa"
-    node.agent.policy.unlink()
+    node.policy()
     node.kubelet.wait_devices(TWO, lambda now: len(now) == deviceid.DEFAULT_CAPACITY)
     shim("ADD", config(source=BRIDGE_UPLINK), netns=pod, ifname="net2").error(7)
 

@@ -1,0 +1,211 @@
+"""The agent puts back what others change of a link, takes down what is changed again and again, and stays idle."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import threading
+import time
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cni.agent import link_deletion
+from cni.kernel import tapdev
+from cni.kernel.rtnl import IFF_UP, Link, Rtnl, delete_link
+from cni.state.store import Store
+from lab.wire import BRIDGE, NIC
+from tests.agent.conftest import Agent
+from tests.runner import config
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cni.state.record import Record
+    from lab.wire import Lab, Netns
+
+SIOCSIFHWADDR = 0x8924
+GATEWAY = "02:00:00:00:00:fe"
+VEPA, PRIVATE, BRIDGED = 2, 1, 4
+
+
+def attach(agent: Agent, pod: Netns, container: str = "c1", **fields: Any) -> Record:
+    conf = config(**(fields or {"source": NIC, "mode": "vepa"}))
+    agent.shim()("ADD", conf, netns=pod, container=container).ok()
+    return next(each for each in Store(agent.run).records() if each.container_id == container)
+
+
+def link_of(pod: Netns, record: Record) -> Link:
+    def look() -> Link | None:
+        with Rtnl() as own:
+            return own.link(index=record.ifindex)
+
+    found = pod.call(look)
+    assert found
+    return found
+
+
+def as_made(pod: Netns, record: Record, mode: int | None = VEPA) -> bool:
+    link = link_of(pod, record)
+    up = bool(link.flags & IFF_UP)
+    same_mac = record.device == "tap" or link.mac == record.mac
+    return same_mac and up and link.alias == record.alias and mode in (None, link.mode)
+
+
+@contextmanager
+def device(pod: Netns, record: Record) -> Iterator[int]:
+    namespace = os.open(pod.path, os.O_RDONLY)
+    try:
+        _, major, minor = tapdev.number(namespace, record.ifname)
+        fd = tapdev.open_node((major, minor), namespace)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+    finally:
+        os.close(namespace)
+
+
+def set_mac(fd: int, mac: str) -> None:
+    """As QEMU's user may, without any capability."""
+    fcntl.ioctl(fd, SIOCSIFHWADDR, struct.pack("=16sH6s16x", b"", 1, bytes.fromhex(mac.replace(":", ""))))
+
+
+def test_the_holder_of_the_fd_takes_the_gateways_mac(agent: Agent, lab: Lab) -> None:
+    pod = lab.pod()
+    record = attach(agent, pod)
+    with device(pod, record) as fd:
+        set_mac(fd, GATEWAY)
+        assert link_of(pod, record).mac == GATEWAY
+        line = agent.wait_for("the link was changed, and is put back")
+        assert line["changed"] == {"mac": f"{GATEWAY}, wanted {record.mac}"}
+        until(lambda: as_made(pod, record), "the MAC is put back")
+
+
+@pytest.mark.parametrize(
+    ("command", "fields"),
+    [
+        ("link set net1 address 02:00:00:00:00:66", {}),
+        ("link set net1 type macvtap mode private", {}),
+        ("link set net1 type macvtap mode bridge", {}),
+        ("link set net1 alias nobodys", {}),
+        ("link set net1 alias vmtap/other/c9/net1", {}),
+        ("link set net1 down", {}),
+        ("link set net1 down\nlink set net1 alias x\nlink set net1 type macvtap mode bridge", {}),
+        ("link set net1 alias x", {"source": BRIDGE, "device": "tap"}),
+        ("link set net1 down", {"device": "tap"}),
+    ],
+)
+def test_net_admin_in_the_pod_changes_it(
+    agent: Agent, lab: Lab, command: str, fields: dict[str, Any]
+) -> None:
+    pod = lab.pod()
+    record = attach(agent, pod, **fields)
+    mode = None if fields else VEPA
+    pod.ip(*command.splitlines())
+    assert not as_made(pod, record, mode)
+    until(lambda: as_made(pod, record, mode), "it is put back")
+    agent.shim()("DEL", config(), netns=pod).ok()
+    assert "net1" not in pod.links()
+
+
+def test_what_has_changed_while_the_agent_was_away(agent: Agent, lab: Lab) -> None:
+    pod = lab.pod()
+    record = attach(agent, pod)
+    agent.end()
+    pod.ip(f"link set net1 address {GATEWAY}", "link set net1 type macvtap mode private")
+    agent.start()
+    until(lambda: as_made(pod, record), "it is put back")
+
+
+def test_a_link_that_waits_keeps_the_mode_of_its_state(agent: Agent, lab: Lab) -> None:
+    pod = lab.pod()
+    record = attach(agent, pod, source=NIC, mode="bridge")
+    assert record.handover
+    until(lambda: as_made(pod, record, BRIDGED), "it waits no more")  # nobody has sent its MAC
+    pod.ip("link set net1 type macvtap mode private")
+    until(lambda: as_made(pod, record, BRIDGED), "it is put back")
+
+
+def test_again_and_again(agent: Agent, lab: Lab) -> None:
+    """It is taken down, and costs others nothing: neither their own repair, nor their ADD."""
+    pod, other = lab.pod("pod"), lab.pod("other")
+    record = attach(agent, pod)
+    stop = threading.Event()
+
+    def flood() -> None:
+        with device(pod, record) as fd:
+            while not stop.is_set():
+                with suppress(OSError):  # EBUSY: the other has it
+                    set_mac(fd, GATEWAY)
+                set_mac(fd, record.mac)
+
+    def dummies() -> None:
+        """Root of a user namespace has events of its own, with others' indexes."""
+        while not stop.is_set():
+            other.ip(f"link add index {record.ifindex} d0 type veth peer name p0", "link del d0")
+
+    threads = [threading.Thread(target=flood), threading.Thread(target=dummies)]
+    for thread in threads:
+        thread.start()
+    try:
+        agent.wait_for("the link is changed again and again, and is held down")
+        until(lambda: not link_of(pod, record).flags & IFF_UP, "it is down")
+        begin = _cpu(agent)
+        victim = attach(agent, other, "c2")
+        with device(other, victim) as fd:
+            set_mac(fd, "02:00:00:00:00:fd")
+            until(lambda: as_made(other, victim), "the other is put back meanwhile")
+        time.sleep(3)
+        assert _cpu(agent) - begin < 1.5
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    agent.end()
+    said = [line for line in agent.log if line.get("changed") and line["container"] == "c1"]
+    assert len(said) <= 5
+
+
+def _cpu(agent: Agent) -> float:
+    assert agent.process
+    with open(f"/proc/{agent.process.pid}/stat", encoding="ascii") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_deletion_in_another_namespace_is_not_the_links(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RTM_DELLINK of a link with the index, which root of a user namespace can have."""
+    index, pod, other = 0x10000007, lab.pod("pod"), lab.pod("other")
+    pod.ip(f"link add index {index} d0 type veth peer name p0")
+    go = threading.Event()
+
+    def slow(*args: Any) -> None:
+        assert go.wait(20)
+        delete_link(*args)
+
+    monkeypatch.setattr(link_deletion, "delete_link", slow)
+    done = threading.Event()
+
+    def delete() -> None:
+        with Rtnl() as host:
+            ids = []
+            for each in (pod, other):
+                fd = os.open(each.path, os.O_RDONLY)
+                ids.append(host.nsid(fd))
+                os.close(fd)
+            link_deletion.LinkDeleter()(host, index, ids[0])
+        done.set()
+
+    thread = threading.Thread(target=lambda: lab.node.call(delete))
+    thread.start()
+    for _ in range(20):
+        other.ip(f"link add index {index} d0 type veth peer name p0", "link del d0")
+    assert not done.wait(0.3)
+    go.set()
+    assert done.wait(20)
+    thread.join()
+    assert "d0" not in pod.links()
