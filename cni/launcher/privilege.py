@@ -11,10 +11,11 @@ Whatever needs privileges is opened before the first step. The steps, in this or
  6. no capability in the effective, permitted and inheritable sets, whatever the securebits are, and therefore none in
     the ambient set (capabilities(7)).
  7. no_new_privs: executing a set-uid file restores no privilege.
- 8. /proc/self/status is read and must confirm all of this.
+ 8. a seccomp filter: the ioctls of a tap's fd that QEMU never makes are refused (seccomp.py).
+ 9. /proc/self/status is read and must confirm all of this.
 
 A launcher that was not started as root keeps its user; its fds come from the node agent. It also keeps supplementary
-groups and bounding set, since it lacks the capabilities to change them: steps 3 and 4 are left out, and 8 skips them.
+groups and bounding set, since it lacks the capabilities to change them: steps 3 and 4 are left out, and 9 skips them.
 With no_new_privs the bounding set cannot restore anything.
 
 The environment is reduced at exec, to what environment() returns. Must not run beside other threads: capabilities are
@@ -34,7 +35,7 @@ from dataclasses import dataclass
 from cni import spec
 from cni.errors import CniError
 from cni.kernel.netns import libc
-from cni.launcher import NOT_PERMITTED
+from cni.launcher import NOT_PERMITTED, seccomp
 from cni.launcher.qemu import FIRST_FD
 
 TYPE_CHECKING = False
@@ -106,7 +107,7 @@ def place(for_qemu: Sequence[int], ours: Sequence[int] = ()) -> list[int]:
 
 
 def drop(user: User) -> None:
-    """Steps 2 to 8, irreversible. user: the caller's own unless that is root. Raises CniError NOT_PERMITTED."""
+    """Steps 2 to 9, irreversible. user: the caller's own unless that is root. Raises CniError NOT_PERMITTED."""
     root = os.geteuid() == 0
     try:
         os.umask(0o077)
@@ -118,12 +119,15 @@ def drop(user: User) -> None:
         os.setresuid(user.uid, user.uid, user.uid)
         _clear_capabilities()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
+        if seccomp.supported():
+            seccomp.install()
         with open("/proc/self/status") as status:
             kept = excess(status, user, was_root=root)
     except OSError as error:
         raise CniError(
             NOT_PERMITTED,
-            f"cannot become {user}: the launcher needs CAP_SETUID, CAP_SETGID and CAP_SETPCAP to drop privileges",
+            f"cannot become {user}: the launcher needs CAP_SETUID, CAP_SETGID and CAP_SETPCAP to drop privileges, "
+            "and a kernel with seccomp filters",
             str(error),
         ) from error
     if kept:
@@ -140,6 +144,8 @@ def excess(status: Iterable[str], user: User, *, was_root: bool = True) -> list[
         **{key: ["0" * 16] for key in ("CapInh", "CapPrm", "CapEff", "CapAmb")},
         "NoNewPrivs": ["1"],
     }
+    if seccomp.supported():
+        wanted["Seccomp"] = ["2"]
     if was_root:
         wanted |= {"Groups": [], "CapBnd": ["0" * 16]}
     found = {key: value.split() for key, _, value in (line.partition(":") for line in status)}

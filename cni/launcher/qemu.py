@@ -28,6 +28,7 @@ def command(
     vhost: bool = False,
     seeded: bool = False,
     supervised: bool = False,
+    sandboxed: bool = False,
 ) -> list[str]:
     """The whole command. qemu_argv: program and the user's arguments; attachments: each with its number of queues."""
     numbers = count(FIRST_FD)
@@ -40,6 +41,8 @@ def command(
         arguments += seed(next(numbers))
     if supervised:
         arguments += monitor(next(numbers))
+    if sandboxed and not {"-sandbox", "--sandbox"} & set(qemu_argv):
+        arguments += ["-sandbox", "on"]
     return arguments
 
 

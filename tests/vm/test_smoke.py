@@ -68,6 +68,7 @@ def test_a_guest_reaches_the_peer(lab: Lab, plugin: Plugin, image: Image, fields
         status = Path(f"/proc/{guest.process.pid}/status").read_text()
         assert re.search(r"^CapEff:\t0+$", status, re.M)
         assert re.search(r"^NoNewPrivs:\t1$", status, re.M)
+        assert re.search(r"^Seccomp_filters:\t[2-9]$", status, re.M), "the launcher's, and QEMU's own"
         assert re.search(r"^Uid:\t107\t107\t107\t107$", status, re.M)
         assert guest.power_off() == 0
 

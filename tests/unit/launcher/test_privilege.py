@@ -27,6 +27,7 @@ CapEff:	0000000000000000
 CapBnd:	0000000000000000
 CapAmb:	0000000000000000
 NoNewPrivs:	1
+Seccomp:	2
 """  # noqa: W291 - as the kernel writes it
 
 
@@ -100,6 +101,7 @@ def test_no_excess_in_a_clean_status() -> None:
             for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
         ),
         ("NoNewPrivs:\t1", "NoNewPrivs:\t0"),
+        ("Seccomp:\t2", "Seccomp:\t0"),
         ("CapBnd:\t0000000000000000\n", ""),
     ],
 )
