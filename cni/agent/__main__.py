@@ -190,8 +190,9 @@ def _run(settings: Settings) -> int:
     reconciler.start()
     if handover:
         handover.start()
-    drift = Drift(store, registry, handover=handover, seconds=settings.reconcile_seconds)
-    drift.start()
+    drift = _drift(settings, store, registry, handover)
+    if drift:
+        drift.start()
     path = f"{folder}/cni.sock"
     lent = _inherited()
     serving = server.Server(lent or server.listen(path), agent.answer, agent.refused, lent=lent is not None)
@@ -215,7 +216,8 @@ def _run(settings: Settings) -> int:
     broker.stop()
     if not serving.stop(settings.drain_seconds):
         log(WARNING, "requests were still in flight; the reconciler will repair what they leave")
-    drift.stop()
+    if drift:
+        drift.stop()
     if handover:
         handover.stop()
     reconciler.stop()
@@ -232,6 +234,16 @@ def _handover(settings: Settings, store: Store, registry: metrics.Registry) -> H
         "without CAP_NET_RAW no guest can be heard: VMs that migrate are lost to neighbours meanwhile",
     )
     return None
+
+
+def _drift(
+    settings: Settings, store: Store, registry: metrics.Registry, handover: Handover | None
+) -> Drift | None:
+    try:
+        return Drift(store, registry, handover=handover, seconds=settings.reconcile_seconds)
+    except OSError as error:
+        log(WARNING, "links that others change are not put back", error=str(error))
+        return None
 
 
 def _device_plugin(

@@ -93,7 +93,8 @@ class Drift:
     def __init__(
         self, store: Store, registry: Registry, *, handover: Handover | None, seconds: float
     ) -> None:
-        """seconds: from one look at all records to the next."""
+        """seconds: from one look at all records to the next. Raises OSError without the capabilities for it."""
+        self._events = _events()
         self._store = store
         self._handover = handover
         self._seconds = seconds
@@ -101,7 +102,6 @@ class Drift:
         self._later: dict[str, float] = {}  # attachment id → when to look again
         self._stop, self._stopped = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="drift", daemon=True)
-        self._events = _events()
         self._found = registry.counter(
             "vmtap_drift_total", "Changes of links by others than vmtap, which were put back.", "what"
         )
