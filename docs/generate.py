@@ -110,6 +110,10 @@ The policy file is `/etc/vmtap/interfaces.yaml`, or the file that the environmen
 - With a file, `interface` selects an entry and its restrictions. `source` may name a device that an entry lists, under
   that entry's restrictions, or any other device if `allowUnlisted` is true. If several entries list the device, the
   first that allows the mode is used.
+- `mac` is checked at ADD, for requested and derived MACs alike; a plain tap, which reaches no wire, may have any. A MAC
+  that `deny` and `allow` both list is denied. With a `mac`, ADD looks up the default routes of the source and their
+  gateways' MACs; the node knows them if it has an address on the source and has spoken with the gateway. Name others in
+  `deny`.
 - With neither `interface` nor `source`, a `deviceID` of the form `NAMEMvpN` selects the entry NAME. With either of
   them, `deviceID` must not contradict it.
 - Without a mode, the first mode of the entry that the type and device support is used, or bridge if the entry lists

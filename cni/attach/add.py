@@ -13,8 +13,8 @@ from cni.attach import kernel_errors, link, result
 from cni.attach import plan as plans
 from cni.attach.delete import attempt, end_for, raise_all
 from cni.errors import CniError
-from cni.kernel import bridge_port, netns
-from cni.spec import NAME_IN_USE, VERSIONS
+from cni.kernel import bridge_port, gateways, netns
+from cni.spec import INVALID_NETWORK_CONFIG, NAME_IN_USE, VERSIONS
 from cni.state import cdi
 from cni.state.record import Record, boot_id
 
@@ -39,6 +39,11 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
     if source is None and len(grant.sources) > 1:
         source = call.source(grant)
     plan = plans.decide(source, call.conf, grant, call.container_id, call.ifname, arguments=call.arguments)
+    if grant.macs and grant.macs.gateway and source and plan.mac in gateways.macs(call.host, source.index):
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"mac: {plan.mac} is refused: it is the gateway's on {source.name}; give another",
+        )
     store.prepare()
     with store.locked(call.id, yield_turn=call.yield_turn):
         stale = store.load(call.id)

@@ -84,6 +84,8 @@ def decide(
             f"mtu {mtu} is more than the {source.mtu} of source device {source.name!r}",
         )
     mac = conf.mac or mac_rules.derive(grant.derivation, conf.name, container_id, ifname, arguments)
+    if grant.macs and (why := grant.macs.refusal(mac, derived=conf.mac is None)):
+        raise CniError(INVALID_NETWORK_CONFIG, f"mac: {mac} is refused: {why}")
     return Plan(
         device,
         grant.mode if source else None,

@@ -1,4 +1,4 @@
-"""The MAC address of a guest to which nobody gives one. Pure."""
+"""The MAC address of a guest to which nobody gives one, and which MACs a policy permits. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from cni.config.launcher_pod import vm_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+    from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,55 @@ class Derivation:
 
 PLAIN = Derivation()
 """Of a node without a policy, or whose policy gives nothing."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a policy permits. A range is (first, last) as numbers of 48 bits."""
+
+    deny: tuple[tuple[int, int], ...] = ()
+    allow: tuple[tuple[int, int], ...] = ()
+    """(): all that are not denied."""
+    derived_only: bool = False
+    gateway: bool = True
+    """Whether the MACs of the source's default gateways are denied, too."""
+
+    def refusal(self, mac: str, *, derived: bool) -> str | None:
+        """Why a guest may not have the MAC; None if it may."""
+        number = int(mac.replace(":", ""), 16)
+        if self.derived_only and not derived:
+            return "the policy permits derived MACs only (derivedOnly); leave it out"
+        if _within(number, self.deny):
+            return "the policy denies it (deny); give another"
+        if self.allow and not _within(number, self.allow):
+            return f"the policy permits only {', '.join(map(_shown, self.allow))} (allow)"
+        return None
+
+
+def rules(document: Mapping[str, Any]) -> Rules:
+    """The rules in a policy's field mac, which is valid by the schema. Raises ValueError if a range is reversed."""
+    return Rules(
+        deny=tuple(map(_range, document.get("deny") or ())),
+        allow=tuple(map(_range, document.get("allow") or ())),
+        derived_only=document.get("derivedOnly", False),
+        gateway=document.get("gateway", True),
+    )
+
+
+def _within(number: int, ranges: Iterable[tuple[int, int]]) -> bool:
+    return any(first <= number <= last for first, last in ranges)
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, dash, last = (each.replace(":", "") for each in text.partition("-"))
+    found = int(first.ljust(12, "0"), 16), int(last if dash else first.ljust(12, "f"), 16)
+    if found[0] > found[1]:
+        raise ValueError(text)
+    return found
+
+
+def _shown(each: tuple[int, int]) -> str:
+    return "-".join(dict.fromkeys(number.to_bytes(6).hex(":") for number in each))
 
 
 def derive(

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from cni import spec
 from cni.config import nodefile, schema
-from cni.config.mac import PLAIN, Derivation
+from cni.config.mac import PLAIN, Derivation, Rules
+from cni.config.mac import rules as mac_rules
 from cni.config.netconf import Vlan, canonical
 from cni.errors import CniError
 from cni.kernel.vf_settings import VfSettings
@@ -64,6 +65,8 @@ class Interface:
     """None: any VLAN, and none by default."""
     handover: bool = True
     """Whether a macvtap in bridge mode may wait for its guest."""
+    macs: Rules | None = None
+    """Which MACs guests may have; None: as the policy has it."""
 
     @property
     def devices(self) -> int:
@@ -81,6 +84,8 @@ class Policy:
     interfaces: tuple[Interface, ...]
     allow_unlisted: bool
     derivation: Derivation = PLAIN
+    macs: Rules | None = None
+    """Which MACs guests may have where no entry says; None: any."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Grant:
     functions: Functions | None = None
     vlan: Vlan | None = None
     handover: bool = True
+    macs: Rules | None = None
     derivation: Derivation = PLAIN
 
     @property
@@ -110,7 +116,10 @@ class Grant:
 def authorize(policy: Policy | None, conf: NetConf) -> Grant:
     """What the policy grants to the config. Raises CniError 7, with a list of what is allowed, if it grants nothing."""
     grant = _authorize(policy, conf)
-    return replace(grant, derivation=policy.derivation) if policy else grant
+    if policy is None:
+        return grant
+    macs = (grant.macs or policy.macs) if grant.source else None
+    return replace(grant, derivation=policy.derivation, macs=macs)
 
 
 def _authorize(policy: Policy | None, conf: NetConf) -> Grant:
@@ -200,7 +209,8 @@ def _grant(entry: Interface, conf: NetConf) -> Grant:
     # The kubelet allocates a device node, and a tap has none.
     made = conf.device or ("macvtap" if device else None)
     handover = entry.handover and conf.handover
-    return Grant(entry.name or None, dev, made, mode, entry.type, functions, _vlan(entry, conf), handover)
+    vlan = _vlan(entry, conf)
+    return Grant(entry.name or None, dev, made, mode, entry.type, functions, vlan, handover, entry.macs)
 
 
 def _vlan(entry: Interface, conf: NetConf) -> Vlan | None:
@@ -261,10 +271,19 @@ def of(path: str, document: dict[str, Any]) -> Policy:
                 functions=_functions(path, number, entry, pool),
                 vlans=tuple(map(int, entry.get("vlans") or ())) or None,
                 handover=entry["handover"],
+                macs=_macs(f"{path}: interfaces[{number}].mac", entry),
             )
         )
     derivation = Derivation(document.get("macSeed", ""), document.get("macPrefix", ""))
-    return Policy(tuple(interfaces), (schema.defaults(rules) | document)["allowUnlisted"], derivation)
+    unlisted = (schema.defaults(rules) | document)["allowUnlisted"]
+    return Policy(tuple(interfaces), unlisted, derivation, _macs(f"{path}: mac", document))
+
+
+def _macs(where: str, fields: dict[str, Any]) -> Rules | None:
+    try:
+        return mac_rules(fields["mac"]) if "mac" in fields else None
+    except ValueError as error:
+        raise _refusal(where, str(error), "the range ends before it begins") from error
 
 
 def _functions(path: str, number: int, entry: dict[str, Any], pool: tuple[str, ...]) -> Functions | None:

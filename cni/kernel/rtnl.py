@@ -241,15 +241,19 @@ class Rtnl:
 
     def details(self, index: int, mask: int) -> dict[int, bytes]:
         """Every attribute of the link of that index. mask: IFLA_EXT_MASK. Raises OSError."""
-        kind, nlm, body = link_message(RTM_GETLINK, u32(IFLA_EXT_MASK, mask), index=index, nlm=0)
+        kind, _, body = link_message(RTM_GETLINK, u32(IFLA_EXT_MASK, mask), index=index, nlm=0)
+        return attributes(self.ask(kind, body)[16:])
+
+    def ask(self, kind: int, body: bytes) -> bytes:
+        """The body of the one message that answers a request. Raises OSError."""
         self._sequence += 1
-        self._send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | nlm, self._sequence, 0) + body)
+        self._send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST, self._sequence, 0) + body)
         while True:
             for answer, flags, sequence, payload in _messages(self._socket.recv(_DUMP_BYTES)):
                 if sequence == self._sequence and answer == NLMSG_ERROR:
                     raise _error(flags, payload) or OSError(errno.EPROTO, "an ACK and no answer")
                 if sequence == self._sequence:
-                    return attributes(payload[16:])
+                    return payload
 
     def links(self, *, nsid: int | None = None) -> list[Link]:
         """Every link of this namespace, or of the one of id nsid. Slow: no request that succeeds calls it.

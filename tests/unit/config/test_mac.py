@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,3 +119,29 @@ def test_a_plain_taps_own_address_is_another_unicast_one(guest: str) -> None:
     own = mac.of_plain_tap(guest)
     assert own != guest
     assert not int(own[:2], 16) & 1
+
+
+@pytest.mark.parametrize(
+    ("document", "address", "derived", "why"),
+    [
+        ({}, "02:00:00:00:00:01", False, None),
+        ({"deny": ["02:00:00:00:00:01"]}, "02:00:00:00:00:01", False, "deny"),
+        ({"deny": ["02:00:00:00:00:01"]}, "02:00:00:00:00:01", True, "deny"),
+        ({"deny": ["02:00:00:00:00:01"]}, "02:00:00:00:00:02", False, None),
+        ({"deny": ["02:AB"]}, "02:ab:ff:ff:ff:ff", False, "deny"),
+        ({"deny": ["02:AB"]}, "02:ac:00:00:00:00", False, None),
+        ({"deny": ["02:00:00:00:00:10-02:00:00:00:00:1F"]}, "02:00:00:00:00:1f", False, "deny"),
+        ({"deny": ["02:00:00:00:00:10-02:00:00:00:00:1F"]}, "02:00:00:00:00:20", False, None),
+        ({"allow": ["52:54:00"]}, "52:54:00:00:00:01", False, None),
+        ({"allow": ["52:54:00"]}, "52:54:01:00:00:01", True, "52:54:00:00:00:00-52:54:00:ff:ff:ff"),
+        ({"allow": ["52:54:00"], "deny": ["52:54:00:00"]}, "52:54:00:00:00:01", False, "deny"),
+        ({"allow": None, "deny": None}, "52:54:00:00:00:01", False, None),
+        ({"derivedOnly": True}, "52:54:00:00:00:01", False, "derivedOnly"),
+        ({"derivedOnly": True}, "52:54:00:00:00:01", True, None),
+    ],
+)
+def test_which_macs_a_policy_permits(
+    document: dict[str, Any], address: str, derived: bool, why: str | None
+) -> None:
+    found = mac.rules(document).refusal(address, derived=derived)
+    assert (why in found) if why and found else found == why

@@ -240,6 +240,11 @@ allowUnlisted: true
         ),
         ("interfaces: [{name: a, source: {dev: e}, capacity: 0}]", "interfaces[0].capacity: 0 is not"),
         ("interfaces: [{name: a, source: {dev: e}, mode: vepa}]", 'did you mean "modes"?'),
+        ("interfaces: [{name: a, source: {dev: e}, mac: {deny: ['02:0']}}]", 'mac.deny[0]: "02:0" is not'),
+        ("mac: {deny: [52:54:00]}", "mac.deny[0]: 190440 is not allowed; give a MAC, its first bytes"),
+        ("mac: {deny: ['02:00-02:01']}", "mac.deny[0]"),
+        ("mac: {allow: ['02:00:00:00:00:02-02:00:00:00:00:01']}", "the range ends before it begins"),
+        ("mac: {derivedonly: true}", 'did you mean "derivedOnly"?'),
         ("allowUnlisted: maybe", ': allowUnlisted: "maybe" is not allowed; give true or false'),
     ],
 )

@@ -195,7 +195,7 @@ def test_explain_agrees_with_jsonschema(data: st.DataObject) -> None:
         ),
         (
             {"wires": 1},
-            "wires: unknown key, its value is 1; known are: interfaces, macSeed, macPrefix, allowUnlisted",
+            "wires: unknown key, its value is 1; known are: interfaces, macSeed, macPrefix, mac, allowUnlisted",
         ),
         ([], "the document: [] is not allowed; give an object"),
     ],

@@ -44,6 +44,9 @@ macSeed: {{ . | quote }}
 {{- with .Values.macPrefix }}
 macPrefix: {{ . | quote }}
 {{- end }}
+{{- with .Values.mac }}
+mac: {{ toJson . }}
+{{- end }}
 {{- end }}
 
 {{/* The SELinux options; {} if there are none. */}}
