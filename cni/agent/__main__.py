@@ -114,7 +114,7 @@ class Agent:
         stderr = b""
         fields: dict[str, object] = {"ms": round(seconds * 1000, 2)}
         if response.error:
-            stderr = f"{request.called_as}: {response.error}\n".encode()
+            stderr = f"{request.called_as}: {response.error}\n".encode(errors="backslashreplace")
             fields |= {"code": response.error.code, "error": str(response.error)}
         reply(response, stderr)  # first: the runtime waits for it
         if self._handover:

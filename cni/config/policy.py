@@ -67,6 +67,8 @@ class Interface:
     """Whether a macvtap in bridge mode may wait for its guest."""
     macs: Rules | None = None
     """Which MACs guests may have; None: as the policy has it."""
+    bcqueuelen: int | None = 1000
+    """The largest queue of broadcast frames that may be requested; None: no restriction."""
 
     @property
     def devices(self) -> int:
@@ -139,7 +141,8 @@ def _authorize(policy: Policy | None, conf: NetConf) -> Grant:
             return _grant(_first_that_allows(listed, conf), conf)
         if policy and not policy.allow_unlisted:
             raise _refusal("source", conf.source, f"the policy does not list it; {_choices(policy)}")
-        return _grant(Interface("", conf.source, "ethernet", None, None), conf)
+        unlisted = Interface("", conf.source, "ethernet", None, None)
+        return _grant(unlisted if policy else replace(unlisted, bcqueuelen=None), conf)
     if conf.device == "tap":
         if conf.mode is not None:
             raise _refusal(
@@ -201,6 +204,12 @@ def _grant(entry: Interface, conf: NetConf) -> Grant:
         raise _refusal("mode", mode, f"interface {entry.name} allows {', '.join(entry.modes)}")
     if reason := _impossible(entry, conf, mode):
         raise _refusal("mode", mode, reason)
+    if conf.bcqueuelen is not None and entry.bcqueuelen is not None and conf.bcqueuelen > entry.bcqueuelen:
+        raise _refusal(
+            "bcqueuelen",
+            conf.bcqueuelen,
+            f"the policy allows at most {entry.bcqueuelen} on {entry.dev}, whose macvtaps share the queue",
+        )
     functions, dev = entry.functions, entry.dev
     if functions and conf.source:
         if device and len(functions.pool) > 1:  # the device's number is counted through the pool
@@ -234,7 +243,7 @@ def _choices(policy: Policy | None) -> str:
     return f"interfaces are: {', '.join(entry.name for entry in policy.interfaces) or 'none'}"
 
 
-def _refusal(key: str, value: str | None, reason: str) -> CniError:
+def _refusal(key: str, value: str | int | None, reason: str) -> CniError:
     return CniError(spec.INVALID_NETWORK_CONFIG, f"{key}: {schema.show(value)} is refused: {reason}")
 
 
@@ -272,6 +281,7 @@ def of(path: str, document: dict[str, Any]) -> Policy:
                 vlans=tuple(map(int, entry.get("vlans") or ())) or None,
                 handover=entry["handover"],
                 macs=_macs(f"{path}: interfaces[{number}].mac", entry),
+                bcqueuelen=int(entry["bcqueuelen"]),
             )
         )
     derivation = Derivation(document.get("macSeed", ""), document.get("macPrefix", ""))

@@ -507,6 +507,29 @@ def test_a_vlan_that_the_entry_does_not_allow_is_refused() -> None:
         policy.authorize(Policy((entry,), allow_unlisted=False), conf)
 
 
+@pytest.mark.parametrize(
+    ("line", "source", "most"),
+    [
+        ("interfaces: [{name: fast, source: {dev: eth1}}]", "eth1", 1000),
+        ("interfaces: [{name: fast, source: {dev: eth1}, bcqueuelen: 5000}]", "eth1", 5000),
+        ("interfaces: [{name: fast, source: {dev: eth1}, bcqueuelen: 0}]", "eth1", 0),
+        ("allowUnlisted: true", "eth2", 1000),
+    ],
+)
+def test_no_network_has_more_than_the_devices_queue_of_broadcasts(
+    file: Path, line: str, source: str, most: int
+) -> None:
+    """The kernel gives a device the longest queue that one of its macvtaps requests."""
+    file.write_text(line)
+    policy.authorize(policy.load(file), conf(source=source, bcqueuelen=most))
+    policy.authorize(policy.load(file), conf(source=source))
+    with pytest.raises(
+        CniError, match=f"bcqueuelen: {most + 1} is refused: the policy allows at most {most}"
+    ):
+        policy.authorize(policy.load(file), conf(source=source, bcqueuelen=most + 1))
+    policy.authorize(None, conf(source=source, bcqueuelen=4294967295))
+
+
 def pool(capacity: int | None = None) -> Policy:
     functions = Functions(("pf0", "pf1"), None, VfSettings())
     return Policy((Interface("fast", "pf0", "sr-iov", None, capacity, functions),), allow_unlisted=False)
