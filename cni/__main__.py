@@ -15,7 +15,7 @@ from functools import partial
 
 from cni import plugin
 from cni.attach.call import Node, Request
-from cni.config.netconf import MAX_BYTES
+from cni.config.netconf import MAX_BYTES, Document
 from cni.config.policy import load as load_policy
 from cni.errors import CniError
 from cni.names import escaped
@@ -57,11 +57,11 @@ def main() -> int:
             node = Node(store, policy, _delegate_seconds(env))
             response = plugin.handle(request, node)
         except CniError as error:
-            response = plugin.refuse(request, error)
+            response = plugin.refuse(Document(request.stdin), error)
         _ignore_end()  # the request is finished, and its one answer must be written
     except _Terminated:
         gone = CniError(TRY_AGAIN_LATER, f"{name} was told to end; what it had begun is undone")
-        response = plugin.refuse(request, gone)
+        response = plugin.refuse(Document(request.stdin), gone)
     if response.error:
         _say(f"{name}: {response.error}")
     if not _write(1, response.stdout):

@@ -7,6 +7,9 @@ import errno
 from cni.names import escaped
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 
+_MSG, _DETAILS = 1000, 2000
+"""Characters of msg and details: a request may bring in megabytes, and they go to the runtime and to the log."""
+
 SHORTAGE = (errno.ENOBUFS, errno.EAGAIN, errno.ENOMEM)
 """Errors of a kernel that has no memory or buffer now, and may have one later."""
 
@@ -16,13 +19,13 @@ class CniError(Exception):
 
     code: one of spec.py; msg: one line that names the field or object and the next step;
     details: the message of the kernel or of a delegate, for the person who looks for the cause; "" if there is none.
-    Unprintable characters in msg and details are escaped.
+    Both are cut to a bounded length, and unprintable characters in them are escaped.
     """
 
     def __init__(self, code: int, msg: str, details: str = "") -> None:
         self.code = code
-        self.msg = escaped(msg)
-        self.details = escaped(details)
+        self.msg = escaped(cut(msg, _MSG))
+        self.details = escaped(cut(details, _DETAILS))
         super().__init__(self.msg)
 
     def __str__(self) -> str:
@@ -33,3 +36,8 @@ def refused(error: OSError, msg: str) -> CniError:
     """The CniError for a system call that failed: 11 if it may succeed later, else 5."""
     code = TRY_AGAIN_LATER if error.errno in SHORTAGE else IO_FAILURE
     return CniError(code, msg, str(error))
+
+
+def cut(text: str, most: int) -> str:
+    """The text; of a longer one than `most` characters, its beginning and "…"."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+_SMALL = 1 << 14
+"""Bytes of a config that is validated, or refused, within a millisecond."""
 _ATTACHMENT = ("CNI_CONTAINERID", "CNI_IFNAME")
 _REQUIRED = {
     "ADD": ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"),
@@ -68,21 +70,24 @@ def handle(
     host: a socket of the calling thread's network namespace, where the caller keeps one; yield_turn: called before a
     wait that other requests need not share.
     """
+    config = netconf.Document(request.stdin, request.env.get("CNI_COMMAND", ""))
+    if len(request.stdin) > _SMALL:
+        yield_turn()  # decoding it may take some milliseconds
     try:
-        answer = _dispatch(request, node, host, yield_turn)
+        answer = _dispatch(request, config, node, host, yield_turn)
     except CniError as error:
-        return refuse(request, error)
+        return refuse(config, error)
     except OSError as error:
-        return refuse(request, refused(error, "the kernel refused a step of it"))
+        return refuse(config, refused(error, "the kernel refused a step of it"))
     except Exception as error:  # a runtime must get JSON, whatever the fault
         details = f"{type(error).__name__}: {error}"
-        return refuse(request, CniError(INTERNAL, "a fault in vmtap itself: please report it", details))
+        return refuse(config, CniError(INTERNAL, "a fault in vmtap itself: please report it", details))
     return Response(b"" if answer is None else _encode(answer), 0)
 
 
-def refuse(request: Request, error: CniError) -> Response:
-    """The error as SPEC section 5 has it, in the version of the request if that is known here."""
-    version = netconf.peek_version(request.stdin)
+def refuse(config: netconf.Document, error: CniError) -> Response:
+    """The error as SPEC section 5 has it, in the version of the config if that is known here."""
+    version = config.version
     document = {
         "cniVersion": version if version in VERSIONS else VERSIONS[-1],
         "code": error.code,
@@ -94,17 +99,21 @@ def refuse(request: Request, error: CniError) -> Response:
 
 
 def _dispatch(
-    request: Request, node: Node, host: Host | None, yield_turn: Callable[[], None]
+    request: Request,
+    config: netconf.Document,
+    node: Node,
+    host: Host | None,
+    yield_turn: Callable[[], None],
 ) -> dict[str, Any] | None:
     command = request.env.get("CNI_COMMAND", "")
     if command not in _REQUIRED:
         known = ", ".join(_REQUIRED)
         raise CniError(INVALID_ENVIRONMENT, f"CNI_COMMAND {command!r} is none of {known}")
     if command == "VERSION":
-        version = netconf.peek_version(request.stdin) or VERSIONS[-1]
+        version = config.version or VERSIONS[-1]
         return {"cniVersion": version, "supportedVersions": list(VERSIONS)}
     _check_environment(command, request.env)
-    conf = netconf.parse(request.stdin, command=command, called_as=request.called_as)
+    conf = netconf.read(config, request.called_as)
     arguments = netconf.arguments(request.env.get("CNI_ARGS", ""), command=command)
     conf = netconf.with_arguments(conf, arguments)
     since = _SINCE.get(command, VERSIONS[0])

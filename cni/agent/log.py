@@ -7,8 +7,11 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+from cni.errors import cut
 from cni.names import escaped
 
+_LINE, _FIELD = 8000, 1000
+"""Characters of a line; of a longer one, each field is cut to _FIELD characters."""
 _JSON = json.JSONEncoder(default=str, ensure_ascii=False)
 LOG = logging.getLogger("vmtapd")
 
@@ -23,7 +26,16 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return escaped(_JSON.encode(line))
+        text = _JSON.encode(line)
+        if len(text) > _LINE:
+            text = _JSON.encode({key: _short(value) for key, value in line.items()})
+        return escaped(text)
+
+
+def _short(value: object) -> object:
+    """The value, or the beginning of its text if that is long."""
+    text = value if isinstance(value, str) else _JSON.encode(value)
+    return value if len(text) <= _FIELD else cut(text, _FIELD)
 
 
 def start(level: str) -> None:

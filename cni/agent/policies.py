@@ -11,6 +11,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from logging import ERROR, INFO, WARNING
 
 from cni.agent.log import log
@@ -140,9 +141,9 @@ def interfaces(conf: str) -> tuple[Interface, ...]:
     except (ValueError, RecursionError, CniError) as error:
         raise CniError(INVALID_NETWORK_CONFIG, f"{VARIABLE}: {error}") from error
     entries = [schema.defaults(rules["items"]) | each for each in document]
-    names = [each["name"] for each in entries]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise CniError(INVALID_NETWORK_CONFIG, f"{VARIABLE}: it names {', '.join(sorted(twice))} twice")
+    twice = [name for name, times in Counter(each["name"] for each in entries).items() if times > 1]
+    if twice:
+        raise CniError(INVALID_NETWORK_CONFIG, f"{VARIABLE}: it names {schema.listed(twice)} twice")
     return tuple(
         Interface(each["name"], each["lowerDevice"], "ethernet", (canonical(each["mode"]),), each["capacity"])
         for each in entries

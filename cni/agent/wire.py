@@ -32,7 +32,8 @@ _FIRST_BYTES = 1 << 14
 _PROMPT_SECONDS = 0.05
 """How long to wait for the rest of a request before late() is called. A shim sends its request at once."""
 _ONE_FD = socket.CMSG_LEN(4)
-ENV_LIMIT = 16 << 20
+ENV_LIMIT = 1 << 20
+_MOST_VARIABLES = 1 << 13
 STDIN_LIMIT = (1 << 20) + 1
 
 
@@ -119,6 +120,8 @@ def _check(head: bytes) -> int:
 def _request(head: bytes, body: bytes, netns: int | None) -> Request:
     _, as_macvtap, env_length, _ = _HEAD.unpack(head)
     env: dict[str, str] = {}
+    if body.count(b"\0", 0, env_length) > _MOST_VARIABLES:
+        raise WireError(f"the environment has more than {_MOST_VARIABLES} variables")
     for entry in body[:env_length].split(b"\0")[:-1]:
         name, _, value = entry.decode(errors="surrogateescape").partition("=")
         env.setdefault(name, value)

@@ -32,7 +32,7 @@ def collect(call: Call) -> None:
     raise_all(failed)
 
 
-def _collect(call: Call, valid: tuple[tuple[str, str], ...], id: str, numbers: Iterable[int]) -> None:
+def _collect(call: Call, valid: frozenset[tuple[str, str]], id: str, numbers: Iterable[int]) -> None:
     """End the attachment of that id, unless it is valid or another network's. numbers: the indexes that it holds."""
 
     def stays(record: Record) -> bool:

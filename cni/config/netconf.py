@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 from cni import spec
 from cni.config import schema
@@ -24,8 +24,14 @@ if TYPE_CHECKING:
     from typing import Any
 
 MAX_BYTES = 1 << 20
+COMMAND_BYTES = 1 << 18
+"""The limit for other commands than DEL and GC: a GC lists every attachment, and a DEL ends what was once accepted."""
 MAX_DEPTH = 64
 """Levels of nesting. json itself stops only at the interpreter's recursion limit."""
+_MAX_MARKS = 1 << 15
+"""Commas, colons and opening brackets, counted before decoding: each value takes one, up to 300 bytes and 1 µs."""
+_MAX_ARGUMENTS = 1 << 14
+"""Characters of CNI_ARGS."""
 
 _KEPT = 256
 _KEPT_BYTES = 4096
@@ -49,6 +55,9 @@ _CLEANING = {"DEL": ("name",), "GC": ("name", VALID_ATTACHMENTS)}
 
 _UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
 """Characters that JSON can escape, but that neither a system call nor UTF-8 can carry."""
+
+_INFINITE = (float("inf"), float("-inf"))
+"""What json makes of 1e999."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class NetConf:
     prev_result: Mapping[str, Any] | None
     """As it came, not yet checked by result.parse."""
     device_id: str | None
-    valid_attachments: tuple[tuple[str, str], ...] | None
+    valid_attachments: frozenset[tuple[str, str]] | None
     """(container id, ifname) of each. None (key absent or null) is not the same as none being valid."""
     raw: Mapping[str, Any]
     """The decoded document as it came. An IPAM delegate gets it."""
@@ -115,15 +124,47 @@ _PLAIN = (
 """Fields of NetConf that are the config's field of that name, or its default: a new one is added here."""
 
 
+@dataclass(frozen=True)
+class Document:
+    """The bytes of a network config, decoded when first needed and only once. command: the request's CNI_COMMAND."""
+
+    text: bytes
+    command: str = "ADD"
+
+    def decoded(self) -> dict[str, Any]:
+        """The JSON object. Raises CniError 6 if it cannot be decoded, or is larger than the command allows."""
+        if isinstance(self._outcome, CniError):
+            raise self._outcome
+        return self._outcome
+
+    @property
+    def version(self) -> str | None:
+        """The cniVersion, which an answer echoes, known to vmtap or not; None if it cannot be read."""
+        found = None if isinstance(self._outcome, CniError) else self._outcome.get("cniVersion")
+        return found if isinstance(found, str) else None
+
+    @cached_property
+    def _outcome(self) -> dict[str, Any] | CniError:
+        try:
+            return _decode(self.text, MAX_BYTES if self.command in _CLEANING else COMMAND_BYTES)
+        except CniError as error:
+            return error
+
+
 def parse(stdin: bytes, *, command: str = "ADD", called_as: str = "vmtap") -> NetConf:
+    """read() of the bytes."""
+    return read(Document(stdin, command), called_as)
+
+
+def read(document: Document, called_as: str = "vmtap") -> NetConf:
     """The configuration of one request. called_as: the name of the executable.
 
     Raises CniError 1 (version), 2 (an unknown key), 6 (no JSON object that can be decoded) or 7 (a value that is not
     allowed). DEL and GC follow an ADD that has accepted the configuration, perhaps of another version of vmtap, and
     must not fail because of it: there an invalid field counts as absent, except the network's name and GC's list.
     """
-    read = _read_again if command == "ADD" and len(stdin) <= _KEPT_BYTES else _read
-    return read(stdin, command, called_as)
+    kept = document.command == "ADD" and len(document.text) <= _KEPT_BYTES
+    return (_read_again if kept else _read)(document, called_as)
 
 
 def arguments(text: str, *, command: str = "ADD") -> dict[str, str]:
@@ -132,11 +173,16 @@ def arguments(text: str, *, command: str = "ADD") -> dict[str, str]:
     Raises CniError 4 if it has another form or unknown keys. For DEL and GC, what cannot be read is left out.
     """
     strict = command not in _CLEANING
+    found: dict[str, str] = {}
+    if len(text) > _MAX_ARGUMENTS:
+        if strict:
+            message = f"CNI_ARGS is longer than {_MAX_ARGUMENTS} characters; make it shorter"
+            raise CniError(spec.INVALID_ENVIRONMENT, message)
+        return found
     if strict and not printable(text):
         raise CniError(
             spec.INVALID_ENVIRONMENT, f"CNI_ARGS: {schema.show(text)} is not allowed; give printable UTF-8"
         )
-    found: dict[str, str] = {}
     for pair in text.split(";") if text else ():
         key, equals, value = pair.partition("=")
         if key and equals:
@@ -169,8 +215,8 @@ def with_arguments(conf: NetConf, arguments: Mapping[str, str]) -> NetConf:
     return replace(conf, mac=_unicast("CNI_ARGS: MAC", mac, spec.INVALID_ENVIRONMENT))
 
 
-def _read(stdin: bytes, command: str, called_as: str) -> NetConf:
-    raw = _decode(stdin)
+def _read(document: Document, called_as: str) -> NetConf:
+    raw, command = document.decoded(), document.command
     version = _version(raw)
     rules = _rules(called_as)
     fields = raw
@@ -184,7 +230,11 @@ def _read(stdin: bytes, command: str, called_as: str) -> NetConf:
     if not schema.accepts(rules, fields):
         # SPEC section 5: code 2 is for a field that the plugin does not support.
         schema.explain(rules, fields, unknown=spec.UNSUPPORTED_FIELD)
-    fields = schema.defaults(rules) | fields
+    # A field of type integer may be written as 1500.0.
+    fields = {
+        key: int(value) if type(value) is float and value.is_integer() else value
+        for key, value in (schema.defaults(rules) | fields).items()
+    }
     runtime = _declared(fields)
     ipam = fields.get("ipam")
     attachments = fields.get(VALID_ATTACHMENTS)
@@ -206,7 +256,7 @@ def _read(stdin: bytes, command: str, called_as: str) -> NetConf:
         device_id=runtime.get("deviceID") or fields.get("deviceID"),
         valid_attachments=attachments
         if attachments is None
-        else tuple((each["containerID"], each["ifname"]) for each in attachments),
+        else frozenset((each["containerID"], each["ifname"]) for each in attachments),
         raw=raw,
         **plain,
     )
@@ -214,15 +264,6 @@ def _read(stdin: bytes, command: str, called_as: str) -> NetConf:
 
 _read_again = lru_cache(maxsize=_KEPT)(_read)
 """Caches parsed network configs by their bytes, because thousands of ADDs on a node have few different ones."""
-
-
-def peek_version(stdin: bytes) -> str | None:
-    """The cniVersion of the config, which an answer echoes, known to vmtap or not; None if it cannot be read."""
-    try:
-        version = _decode(stdin).get("cniVersion")
-    except CniError:
-        return None
-    return version if isinstance(version, str) else None
 
 
 def canonical(mode: str) -> str:
@@ -238,15 +279,19 @@ def _rules(called_as: str) -> dict[str, Any]:
     return rules | {"properties": rules["properties"] | rules["$defs"]["macvtap"]["properties"]}
 
 
-def _decode(stdin: bytes) -> dict[str, Any]:
-    if len(stdin) > MAX_BYTES:
-        raise CniError(spec.DECODING_FAILURE, f"the network configuration is larger than {MAX_BYTES} bytes")
+def _decode(stdin: bytes, most: int) -> dict[str, Any]:
+    if len(stdin) > most:
+        raise CniError(spec.DECODING_FAILURE, f"the network configuration is larger than {most >> 10} KiB")
+    # Before decoding, which holds the GIL and cannot be interrupted.
+    if sum(map(stdin.count, (b",", b":", b"[", b"{"))) > _MAX_MARKS:
+        raise CniError(
+            spec.DECODING_FAILURE,
+            f"the network configuration has more than {_MAX_MARKS} commas, colons and brackets: make it smaller",
+        )
     try:
         # json.loads would also accept bytes of UTF-16 and UTF-32, which no other reader of a config does.
-        document = json.loads(
-            stdin.decode(), object_pairs_hook=_object, parse_float=_float, parse_constant=_refuse_constant
-        )
-        _inspect(document, 0)
+        document = json.loads(stdin.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+        _inspect(document, escapes=b"\\u" in stdin)
     except (ValueError, RecursionError) as error:
         message = f"the network configuration cannot be decoded as JSON: {error}"
         raise CniError(spec.DECODING_FAILURE, message) from error
@@ -259,37 +304,45 @@ def _decode(stdin: bytes) -> dict[str, Any]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in document if keys.count(key) > 1)
-        raise ValueError(f"the key {schema.show(twice)} stands twice in one object")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {schema.show(key)} stands twice in one object")
+            seen.add(key)
     return document
-
-
-def _float(text: str) -> float | int:
-    """A number with a fraction or exponent. As in JSON Schema, 1500.0 is the integer 1500."""
-    number = float(text)
-    if number in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {text[:40]} is too large")
-    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a number in JSON")
 
 
-def _inspect(value: Any, depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, str):
-        if _UNSPEAKABLE.search(value):
-            raise ValueError(f"the string {schema.show(value)} has a NUL or half a surrogate pair in it")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _inspect(key, depth)
-            _inspect(item, depth + 1)
-    elif isinstance(value, list):
-        for item in value:
-            _inspect(item, depth + 1)
+def _inspect(document: Any, *, escapes: bool) -> None:
+    """Raise ValueError for what json accepts and vmtap does not. escapes: whether the text has \\u escapes."""
+    level, depth = [document], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        below: list[Any] = []
+        for value in level:
+            kind = type(value)
+            if kind is dict:
+                if escapes:
+                    for key in value:
+                        _speakable(key)
+                below += value.values()
+            elif kind is list:
+                below += value
+            elif kind is str:
+                if escapes:
+                    _speakable(value)
+            elif kind is float and value in _INFINITE:
+                raise ValueError("a number is too large")
+        level, depth = below, depth + 1
+
+
+def _speakable(text: str) -> None:
+    if _UNSPEAKABLE.search(text):
+        raise ValueError(f"the string {schema.show(text)} has a NUL or half a surrogate pair in it")
 
 
 def _version(document: dict[str, Any]) -> str:

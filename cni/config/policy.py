@@ -130,7 +130,7 @@ def _authorize(policy: Policy | None, conf: NetConf) -> Grant:
     if name is not None:
         entry = _named(policy, name, conf)
         if conf.source is not None and conf.source not in entry.sources:
-            known = ", ".join(entry.sources)
+            known = schema.listed(entry.sources)
             raise _refusal(
                 "source", conf.source, f"interface {entry.name} is {known}; leave one of the two out"
             )
@@ -228,7 +228,7 @@ def _vlan(entry: Interface, conf: NetConf) -> Vlan | None:
     asked = conf.vlan.id if conf.vlan else entry.vlans[0]
     if asked not in entry.vlans:
         raise _refusal(
-            "vlan", str(asked), f"interface {entry.name} allows {', '.join(map(str, entry.vlans))}"
+            "vlan", str(asked), f"interface {entry.name} allows {schema.listed([*map(str, entry.vlans)])}"
         )
     return conf.vlan or Vlan(asked)
 
@@ -240,7 +240,7 @@ def _impossible(entry: Interface, conf: NetConf, mode: str) -> str | None:
 def _choices(policy: Policy | None) -> str:
     if policy is None:
         return "this node has no policy file, so any device may be the source"
-    return f"interfaces are: {', '.join(entry.name for entry in policy.interfaces) or 'none'}"
+    return f"interfaces are: {schema.listed([entry.name for entry in policy.interfaces])}"
 
 
 def _refusal(key: str, value: str | int | None, reason: str) -> CniError:
@@ -259,12 +259,13 @@ def of(path: str, document: dict[str, Any]) -> Policy:
     rules = schema.load("policy")
     entry_defaults = schema.defaults(rules["properties"]["interfaces"]["items"])
     interfaces: list[Interface] = []
+    numbers: dict[str, int] = {}
     for number, each in enumerate(document.get("interfaces") or ()):
         entry = entry_defaults | each
-        for other, known in enumerate(interfaces):
-            if known.name == entry["name"]:
-                where = f"{path}: interfaces[{number}].name"
-                raise _refusal(where, entry["name"], f"it is the name of interfaces[{other}] already")
+        other = numbers.setdefault(entry["name"], number)
+        if other != number:
+            where = f"{path}: interfaces[{number}].name"
+            raise _refusal(where, entry["name"], f"it is the name of interfaces[{other}] already")
         dev = entry["source"]["dev"]
         pool = tuple(dict.fromkeys([dev] if isinstance(dev, str) else dev))
         if not pool:

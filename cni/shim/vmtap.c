@@ -38,6 +38,7 @@
 #define NSFS_MAGIC 0x6e736673 /* linux/magic.h, which musl-gcc does not find */
 #define MAGIC 0x31746d76u /* "vmt1" */
 #define INPUT_MAX (1u << 20)
+#define ENV_MAX (1u << 20)
 #define OUTPUT_MAX (16u << 20)
 #define INPUT_SECONDS 10
 #define TRIES 3 /* connections that the agent closes without an answer before it counts as away */
@@ -356,7 +357,7 @@ int main(int argc, char **argv)
         write_all(2, about, sizeof about - 1);
         return 0;
     }
-    if (env_length > OUTPUT_MAX || !join(agent, sizeof agent, folder, "/agent", NULL) ||
+    if (env_length > ENV_MAX || !join(agent, sizeof agent, folder, "/agent", NULL) ||
         !join(path, sizeof path, agent, "/cni.sock", NULL))
         return fail(4, "the environment is too large");
     int code = read_input();

@@ -1,8 +1,9 @@
-"""The JSON Schemas of what people write, and two ways to apply them.
+"""The JSON Schemas of what people write, whether a value is valid by one, and what is wrong if it is not.
 
 The .json files alone have each field, its default and its description; docs/configuration.md is generated from them.
-accepts() is quick and sound: a value that it accepts is valid. explain() asks jsonschema about the others. Importing
-jsonschema takes 90 ms, and only an invalid configuration pays for it. Must not know what the fields mean.
+Of JSON Schema, CHECKS has the keywords that they use. Must not know what the fields mean.
+
+An invalid value costs bounded work: one pass over it up to the fourth fault, and a quotation of bounded length.
 """
 
 from __future__ import annotations
@@ -11,18 +12,28 @@ import json
 import os
 import re
 from functools import cache
+from itertools import islice
 
 from cni import spec
 from cni.errors import CniError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Any
 
 ANNOTATIONS = frozenset({"$schema", "$defs", "title", "description", "default", "examples", "readOnly"})
 """Keywords for readers: they do not decide whether a value is valid."""
 
+_FAULTS = 4
+"""How many faults an error names."""
+_SHOWN = 200
+"""Characters of a value that an error quotes."""
+_LISTED = 40
+"""How many names an error lists, and how many an unknown name is compared with."""
+_NAME = 64
+"""Characters of a key that an error quotes, or compares with the known ones."""
+_JSON = json.JSONEncoder(default=str)
 _PYTHON = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None)}
 
 
@@ -41,9 +52,12 @@ def defaults(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _type(names: str | list[str], value: Any, _: dict[str, Any]) -> bool:
     # type() and not isinstance: True is an int to Python and not to JSON Schema.
+    kind = type(value)
+    if kind is float and value.is_integer():  # as in JSON Schema, 1500.0 is the integer 1500
+        kind = int
     if isinstance(names, str):
-        return type(value) is _PYTHON[names]
-    return any(type(value) is _PYTHON[name] for name in names)
+        return kind is _PYTHON[names]
+    return any(kind is _PYTHON[name] for name in names)
 
 
 def _properties(rules: dict[str, Any], value: Any, _: dict[str, Any]) -> bool:
@@ -84,7 +98,7 @@ CHECKS: dict[str, Callable[[Any, Any, dict[str, Any]], bool]] = {
 
 
 def accepts(schema: dict[str, Any] | bool, value: Any) -> bool:
-    """Whether the value is valid for certain. If not, explain() finds out."""
+    """Whether the value is valid. By a schema with a keyword that CHECKS does not have, no value is."""
     if isinstance(schema, bool):
         return schema
     for keyword, wanted in schema.items():
@@ -104,62 +118,96 @@ def unnamed(schema: dict[str, Any], keys: Iterable[str]) -> Iterator[str]:
 def explain(schema: dict[str, Any], value: Any, *, unknown: int = spec.INVALID_NETWORK_CONFIG) -> None:
     """Raise CniError with the path, the value and what is allowed, if the value is invalid.
 
-    The code is 7, or `unknown` for a key that the schema does not have. The error's details list the other faults.
+    The code is 7, or `unknown` for a key that the schema does not have. The error's details list up to three others.
     """
-    from jsonschema import Draft202012Validator  # noqa: PLC0415
-
-    faults: dict[str, int] = {}
-    for error in Draft202012Validator(schema).iter_errors(value):
-        strangers = error.validator == "additionalProperties"
-        for text in _strangers(error) if strangers else _faults(error):
-            faults[text] = unknown if strangers else spec.INVALID_NETWORK_CONFIG
+    faults = {text: code for code, text in islice(_faults(schema, value, (), unknown), _FAULTS)}
     if faults:
         # An unknown key goes first: if it is a misspelling, the other faults may follow from it.
         first, *others = sorted(faults, key=lambda text: faults[text] != unknown)
         raise CniError(faults[first], first, "; ".join(others))
 
 
-def _strangers(error: Any) -> Iterator[str]:
-    known = list(error.schema["properties"])
-    for key in unnamed(error.schema, error.instance):
-        where = path([*error.absolute_path, key])
-        yield f"{where}: unknown key, its value is {show(error.instance[key])}; {nearest(key, known)}"
+def _faults(
+    schema: dict[str, Any], value: Any, at: tuple[str | int, ...], unknown: int
+) -> Iterator[tuple[int, str]]:
+    """(code, message) of each fault, found one by one as the caller asks for them."""
+    if type(value) is dict and schema.get("additionalProperties") is False:
+        for key in unnamed(schema, value):
+            hint = nearest(key, list(schema["properties"]))
+            yield unknown, f"{path((*at, key))}: unknown key, its value is {show(value[key])}; {hint}"
+    for keyword, wanted in schema.items():
+        if keyword in ANNOTATIONS or (keyword in CHECKS and CHECKS[keyword](wanted, value, schema)):
+            continue
+        match keyword:
+            case "required":
+                for key in wanted:
+                    if key not in value:
+                        missing = f"is missing; give {allowed(schema['properties'][key])}"
+                        yield spec.INVALID_NETWORK_CONFIG, f"{path((*at, key))}: {missing}"
+            case "properties" | "patternProperties" | "items" | "additionalProperties":
+                for part, rule in _parts(keyword, schema, value):
+                    if not accepts(rule, value[part]):
+                        yield from _faults(rule, value[part], (*at, part), unknown)
+            case _:
+                where = path(at) or "the document"
+                yield (
+                    spec.INVALID_NETWORK_CONFIG,
+                    f"{where}: {show(value)} is not allowed; give {allowed(schema)}",
+                )
 
 
-def _faults(error: Any) -> Iterator[str]:
-    if error.validator == "required":
-        for key in error.validator_value:
-            if key not in error.instance:
-                wanted = allowed(error.schema["properties"][key])
-                yield f"{path([*error.absolute_path, key])}: is missing; give {wanted}"
-    else:
-        where = path(error.absolute_path) or "the document"
-        yield f"{where}: {show(error.instance)} is not allowed; give {allowed(error.schema)}"
+def _parts(keyword: str, schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(key or index, its schema) of the parts of the value that the keyword is about."""
+    rules = schema[keyword]
+    match keyword:
+        case "items":
+            yield from ((index, rules) for index in range(len(value)))
+        case "properties":
+            yield from ((key, rules[key]) for key in value if key in rules)
+        case "patternProperties":
+            yield from (
+                (key, rule) for pattern, rule in rules.items() for key in value if re.search(pattern, key)
+            )
+        case _ if rules is not False:  # unknown keys have been reported
+            yield from ((key, rules) for key in unnamed(schema, value))
 
 
-def nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
     """The hint for a word that is not among the known ones: the closest of them, or their list."""
     from difflib import get_close_matches  # noqa: PLC0415
 
-    by_lower = {name.lower(): name for name in known}
-    close = get_close_matches(word.lower(), by_lower, n=1)
-    return (
-        f"did you mean {show(by_lower[close[0]])}?" if close else f"known are: {', '.join(known) or 'none'}"
-    )
+    by_lower = {name.lower(): name for name in islice(known, _LISTED)}
+    close = get_close_matches(word.lower(), by_lower, n=1) if len(word) <= _NAME else ()
+    return f"did you mean {show(by_lower[close[0]])}?" if close else f"known are: {listed(known)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names with commas between them; of more than 40, the first 40 and the number of the others."""
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "") or "none"
 
 
 def path(parts: Iterable[str | int]) -> str:
     """("interfaces", 2, "modes", 0) → interfaces[2].modes[0]"""
     text = ""
     for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else f".{part if part.isprintable() else show(part)}"
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{part if len(part) <= _NAME and part.isprintable() else show(part)}"
     return text.removeprefix(".")
 
 
 def show(value: Any) -> str:
-    """The value as JSON, on one line of bounded length."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
+    """The value as JSON, on one line of at most 201 characters."""
+    if isinstance(value, str):
+        value = value[: _SHOWN + 1]
+    text = ""
+    for part in _JSON.iterencode(value):  # in parts, since the value may be large
+        text += part
+        if len(text) > _SHOWN:
+            return f"{text[:_SHOWN]}…"
+    return text
 
 
 def allowed(schema: dict[str, Any]) -> str:

@@ -158,11 +158,29 @@ def test_undecodable(stdin: bytes, command: str) -> None:
     assert refused(stdin, command=command).code == spec.DECODING_FAILURE
 
 
-def test_too_large() -> None:
-    error = refused(json.dumps(BASE).encode().ljust(netconf.MAX_BYTES + 1))
-    assert error.code == spec.DECODING_FAILURE
-    assert "larger than 1048576 bytes" in error.msg
-    netconf.parse(json.dumps(BASE).encode().ljust(netconf.MAX_BYTES))
+@pytest.mark.parametrize(
+    ("command", "most"), [("ADD", 256), ("CHECK", 256), ("STATUS", 256), ("DEL", 1024), ("GC", 1024)]
+)
+def test_too_large(command: str, most: int) -> None:
+    stdin = json.dumps(BASE).encode()
+    error = refused(stdin.ljust((most << 10) + 1), command=command)
+    assert (error.code, f"larger than {most} KiB" in error.msg) == (spec.DECODING_FAILURE, True)
+    netconf.parse(stdin.ljust(most << 10), command=command)
+
+
+@pytest.mark.parametrize("unit", ["[]", "{}", "1", '"a"', '{"a":1}'])
+def test_too_many_values(unit: str) -> None:
+    """They are counted before they are decoded."""
+    text = json.dumps(BASE)[:-1] + ', "args": [' + ",".join([unit] * (1 << 15)) + "]}"
+    error = refused(text.encode(), command="DEL")
+    assert (error.code, "more than 32768 commas" in error.msg) == (spec.DECODING_FAILURE, True)
+
+
+def test_a_gc_may_list_thousands_of_attachments() -> None:
+    ids = [f"{number:064x}" for number in range(5000)]
+    value = [{"containerID": id, "ifname": "net1"} for id in ids]
+    found = conf({netconf.VALID_ATTACHMENTS: value}, command="GC").valid_attachments
+    assert found == frozenset((id, "net1") for id in ids)
 
 
 def test_surrogate_pairs_are_characters() -> None:
@@ -201,8 +219,8 @@ def test_version_is_a_string(version: Any) -> None:
         (b'{"cniVersion": 1}', None),
     ],
 )
-def test_peek_version(stdin: bytes, version: str | None) -> None:
-    assert netconf.peek_version(stdin) == version
+def test_the_version_of_a_document(stdin: bytes, version: str | None) -> None:
+    assert netconf.Document(stdin).version == version
 
 
 @pytest.mark.parametrize("command", ["ADD", "CHECK", "DEL", "GC", "STATUS"])
@@ -434,9 +452,9 @@ def test_ignore_unknown(value: str) -> None:
     ("value", "attachments"),
     [
         (None, None),
-        ([], ()),
+        ([], set()),
         ([{"containerID": "a", "ifname": "net1"}, {"containerID": "b", "ifname": "eth0", "x": 1}],
-         (("a", "net1"), ("b", "eth0"))),
+         {("a", "net1"), ("b", "eth0")}),
     ],
 )  # fmt: skip
 def test_valid_attachments(value: Any, attachments: Any) -> None:
