@@ -16,6 +16,7 @@ from cni.attach.call import Call, Node, Request
 from cni.attach.check import check
 from cni.attach.delete import delete
 from cni.attach.gc import collect
+from cni.attach.ipam import DELEGATED
 from cni.attach.status import status
 from cni.config import netconf
 from cni.config import policy as policies
@@ -27,6 +28,7 @@ from cni.spec import (
     INCOMPATIBLE_VERSION,
     INTERNAL,
     INVALID_ENVIRONMENT,
+    INVALID_NETWORK_CONFIG,
     PLUGIN_NOT_AVAILABLE,
     VERSIONS,
 )
@@ -112,6 +114,13 @@ def _dispatch(
     if command == "VERSION":
         version = config.version or VERSIONS[-1]
         return {"cniVersion": version, "supportedVersions": list(VERSIONS)}
+    if DELEGATED in request.env:
+        if command in ("DEL", "GC"):
+            return None  # nothing of it has been added, and the pod must be deleted
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            "ipam.type is vmtap itself, under another name; give an IPAM plugin, such as host-local",
+        )
     _check_environment(command, request.env)
     conf = netconf.read(config, request.called_as)
     arguments = netconf.arguments(request.env.get("CNI_ARGS", ""), command=command)

@@ -6,18 +6,19 @@ so would the one that is to end its lease.
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
+from cni.kernel import execute
 from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 _EXECUTABLE = """#!{python}
 import sys
@@ -31,22 +32,31 @@ with deadline_after(Path({mark!r})):
 
 @contextmanager
 def deadline_after(mark: Path) -> Iterator[None]:
-    """Inside the block no process runs into a timeout of communicate() until there is a file mark; it is used up."""
-    communicate = subprocess.Popen.communicate
+    """Inside the block no delegate's deadline passes until there is a file mark; it is used up."""
+    passed = execute._passed
+    longest = time.monotonic() + LIMIT
 
-    def patiently(process: subprocess.Popen[Any], given: Any = None, timeout: float | None = None) -> Any:
-        longest = time.monotonic() + LIMIT
-        while True:
-            try:
-                return communicate(process, given, timeout)
-            except subprocess.TimeoutExpired:
-                if mark.exists() or time.monotonic() >= longest:
-                    mark.unlink(missing_ok=True)
-                    raise
-                given = None  # communicate() has it
+    def patiently(until: float) -> bool:
+        if not passed(until) or not (mark.exists() or passed(longest)):
+            return False
+        mark.unlink(missing_ok=True)
+        return True
 
-    with mock.patch.object(subprocess.Popen, "communicate", patiently):
+    with mock.patch.object(execute, "_passed", patiently):
         yield
+
+
+def living(folder: Path) -> list[int]:
+    """The processes, zombies excepted, that were started with a CNI_PATH that has the folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")  # a zombie has none
+        except OSError:
+            continue
+        if any(each.startswith(b"CNI_PATH=") and os.fsencode(folder) in each for each in variables):
+            found.append(int(process.name))
+    return found
 
 
 def executable(path: Path, mark: Path) -> Path:

@@ -9,10 +9,9 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 from cni.errors import CniError
-from cni.kernel import netns
+from cni.kernel.execute import execute
 from cni.spec import (
     DECODING_FAILURE,
     DELEGATE_FAILED,
@@ -27,9 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-OUTPUT_LIMIT = 1 << 20
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_SIGKILL = 9
+OUTPUT_LIMIT = 1 << 18
+OWN_NAMES = ("vmtap", "macvtap")
+DELEGATED = "VMTAP_DELEGATED"
+"""A variable of each delegate's environment, by which vmtap knows that it is one, and refuses."""
 
 
 @dataclass(frozen=True)
@@ -46,60 +46,75 @@ class Delegate:
     yield_turn: Callable[[], None] = keep_turn
 
     def find(self) -> str:
-        """The path of the executable. Raises CniError 4 or 7 if there is none."""
-        return _find(self.type, self.env.get("CNI_PATH", ""))
+        """The path of the executable. Raises CniError 4 or 7 if there is none, or if it is vmtap itself."""
+        if self.ourselves():
+            raise CniError(
+                INVALID_NETWORK_CONFIG,
+                f"ipam.type {self.type!r} is vmtap itself; give an IPAM plugin, such as host-local",
+            )
+        return _find(self.type, self._path)
 
-    def run(self, command: str, **changed: str) -> dict[str, Any] | None:
+    def ourselves(self) -> bool:
+        """Whether the executable is vmtap, under whatever name: it would run itself for ever.
+
+        A copy under another name is not found here; DELEGATED stops it.
+        """
+        if self.type in OWN_NAMES:
+            return True
+        try:
+            program = _find(self.type, self._path)
+            found = os.stat(program)
+        except (CniError, OSError):
+            return False
+        if os.path.basename(os.path.realpath(program)) in OWN_NAMES:
+            return True
+        for folder in _folders(self._path):
+            for name in OWN_NAMES:
+                with suppress(OSError):
+                    if os.path.samestat(found, os.stat(os.path.join(folder, name))):
+                        return True
+        return False
+
+    @property
+    def _path(self) -> str:
+        return self.env.get("CNI_PATH", "")
+
+    def run(self, command: str) -> dict[str, Any] | None:
         """Run it with CNI_COMMAND=command. Returns the document that it prints for ADD, else None.
 
-        Its stderr is this process's. Past the deadline it is killed with its process group. Raises CniError: the
-        delegate's own code and message, or 109 if its code is 3, if it does not end, or ends without a CNI error.
+        Past the deadline, or after too much output, it is killed with all that it started. Its stderr goes to this
+        process's. Raises CniError: the delegate's own code and message, or 109 if its code is 3, if it is killed, or
+        ends without a CNI error.
         """
-        import signal  # noqa: PLC0415 - these take 20 ms, and only a delegate needs them
-        import subprocess  # noqa: PLC0415
-        import threading  # noqa: PLC0415
-
+        if command in ("DEL", "GC") and self.ourselves():
+            return None  # no ADD of it has succeeded, and the pod must be deleted
         program = self.find()
         self.yield_turn()
-        # preexec_fn is safe only in a process of one thread, as the one-shot is. An agent needs none: it is the main
-        # process of a container or systemd unit, so its delegates are killed with it.
-        alone = threading.active_count() == 1
+        env = {**self.env, "CNI_COMMAND": command, DELEGATED: "1"}
         try:
-            process = subprocess.Popen(
-                [program],
-                preexec_fn=partial(_die_with, os.getpid()) if alone else None,  # noqa: PLW1509 - alone
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**self.env, "CNI_COMMAND": command, **changed},
-                start_new_session=True,
-            )
+            done = execute(program, self.config, env, seconds=self.deadline, most=OUTPUT_LIMIT)
         except OSError as error:
             raise CniError(
                 DELEGATE_FAILED, f"ipam.type {self.type!r}: {program} cannot be run", str(error)
             ) from error
-        try:
-            out, _ = process.communicate(self.config, timeout=self.deadline)
-        except BaseException as error:
-            with suppress(ProcessLookupError):  # it is not reaped yet, so the number is still its group's
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise CniError(
-                    DELEGATE_FAILED,
-                    f"ipam.type {self.type!r} did not finish {command} in {self.deadline:g} s and was killed",
-                ) from None
-            raise
-        finally:
-            for pipe in (process.stdin, process.stdout):
-                if pipe and not pipe.closed:
-                    pipe.close()
-        return self._understood(command, process.returncode, out)
+        _pass_on(done.err)
+        if done.flooded:
+            raise CniError(
+                DELEGATE_FAILED,
+                f"ipam.type {self.type!r} printed more than {OUTPUT_LIMIT >> 10} KiB for {command} and was killed",
+            )
+        if done.late:
+            raise CniError(
+                DELEGATE_FAILED,
+                f"ipam.type {self.type!r} did not finish {command} in {self.deadline:g} s and was killed",
+            )
+        return self._understood(command, done.status, done.out)
 
     def _understood(self, command: str, status: int, out: bytes) -> dict[str, Any] | None:
         document: Any = None
         if out.strip():
             try:
-                document = json.loads(out.decode("utf-8")) if len(out) <= OUTPUT_LIMIT else None
+                document = json.loads(out.decode("utf-8"))
             except (ValueError, RecursionError):
                 document = None
         if status != 0:
@@ -127,11 +142,18 @@ class Delegate:
         return document
 
 
-def _die_with(parent: int) -> None:
-    """Kill this child when its parent is killed: the delegate must not lease an address after the runtime's DEL."""
-    netns.libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # the parent has been killed before prctl
-        os._exit(1)
+def _pass_on(text: bytes) -> None:
+    """Print what a delegate wrote to stderr on this process's, with what is unprintable in it escaped."""
+    shown = "".join(
+        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode()
+        for each in text.decode(errors="backslashreplace")
+    )
+    with suppress(OSError):  # nobody reads it
+        os.write(2, shown.encode())
+
+
+def _folders(path: str) -> list[str]:
+    return [folder for folder in path.split(os.pathsep) if folder]
 
 
 def _find(type: str, path: str) -> str:
@@ -140,7 +162,7 @@ def _find(type: str, path: str) -> str:
         raise CniError(
             INVALID_NETWORK_CONFIG, f"ipam.type {type!r} must be the name of a plugin, without a path"
         )
-    folders = [folder for folder in path.split(os.pathsep) if folder]
+    folders = _folders(path)
     if not folders:
         raise CniError(INVALID_ENVIRONMENT, f"CNI_PATH is empty, so ipam.type {type!r} cannot be found")
     for folder in folders:

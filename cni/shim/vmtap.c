@@ -9,6 +9,8 @@
  * Answer:   struct tail { exit status, length of stdout, length of stderr }, stdout, stderr.
  * The lengths precede the data. cni/agent/wire.py implements the agent's side.
  *
+ * `vmtap --supervise PARENT PROGRAM` does something else: see supervise().
+ *
  * If the agent does not answer within VMTAP_WAIT seconds (ADD 20, others 5): ADD, CHECK and GC fail with code 11 (try
  * again later), STATUS with 50; VERSION is answered here. DEL succeeds, so that pods can always be deleted: the request
  * is written to the folder pending/, and the agent carries it out when it is back (cni/agent/reconcile/pending.py).
@@ -25,10 +27,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/inotify.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/vfs.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -333,8 +337,71 @@ static int without_agent(const char *folder, const struct head *head, const char
     return fail(11, "the agent vmtapd does not answer: try again; look at its pod or systemctl status vmtapd");
 }
 
+/* Send SIGKILL to every child of this process, and wait for all, and for those that become its children meanwhile. */
+static void end_children(pid_t group)
+{
+    char path[64], number[24], list[4096];
+    join(path, sizeof path, "/proc/self/task/", decimal(number, (uint64_t)getpid()), "/children", NULL);
+    do {
+        if (group > 0)
+            kill(-group, SIGKILL);
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0) /* a kernel without CONFIG_PROC_CHILDREN: no more than the group can be ended */
+            return;
+        ssize_t n = read(fd, list, sizeof list - 1); /* the rest is read in the next round */
+        close(fd);
+        list[n > 0 ? n : 0] = 0;
+        char *end;
+        for (char *at = list; (n = strtol(at, &end, 10)) > 0 && *end == ' '; at = end)
+            kill((pid_t)n, SIGKILL);
+    } while (waitpid(-1, NULL, 0) > 0);
+}
+
+/* Run the program, an IPAM delegate of the process parent, until it ends or SIGTERM arrives, which the end of parent
+ * sends, too. Then end all that it has started: this process is their reaper (PR_SET_CHILD_SUBREAPER in prctl(2)), so
+ * each becomes its child at last, whatever session or process group it is in. The exit status is the program's, or
+ * 128 and the number of the signal that ended it. */
+static int supervise(const char *parent, char *const program[])
+{
+    sigset_t awaited, before;
+    int status = 0;
+    sigemptyset(&awaited);
+    sigaddset(&awaited, SIGCHLD);
+    sigaddset(&awaited, SIGTERM);
+    sigprocmask(SIG_BLOCK, &awaited, &before);
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+    prctl(PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0);
+    if (getppid() != (pid_t)strtol(parent, NULL, 10)) /* it ended before prctl */
+        return 1;
+    pid_t child = fork();
+    if (child < 0)
+        return fail(109, "the IPAM plugin cannot be started");
+    if (child == 0) {
+        setpgid(0, 0);
+        sigprocmask(SIG_SETMASK, &before, NULL);
+        execv(program[0], program);
+        _exit(fail(109, "the IPAM plugin cannot be executed"));
+    }
+    setpgid(child, child);
+    /* Only the program may hold the pipes, or their readers would wait for this process. */
+    for (int fd = 0; fd < 2; fd++)
+        close(fd);
+    for (pid_t ended = 0; ended != child;) {
+        if (sigwaitinfo(&awaited, NULL) == SIGTERM)
+            break;
+        while ((ended = waitpid(-1, &status, WNOHANG)) > 0 && ended != child)
+            ;
+        if (ended < 0)
+            break;
+    }
+    end_children(child);
+    return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
 int main(int argc, char **argv)
 {
+    if (argc == 4 && !strcmp(argv[1], "--supervise"))
+        return supervise(argv[2], argv + 3);
     const char *name = argc > 0 && strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argc > 0 ? argv[0] : "";
     const char *folder = getenv("VMTAP_RUN");
     char agent[PATH_MAX], path[PATH_MAX];

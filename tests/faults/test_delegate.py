@@ -13,8 +13,8 @@ from cni import spec
 from cni.attach.call import Request
 from lab.wire import NIC
 from tests.fakeipam import HANG, FakeIpam
-from tests.hanging import deadline_after
-from tests.runner import config
+from tests.hanging import deadline_after, living
+from tests.runner import BIN, config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,11 +45,11 @@ def test_a_bad_delegate(
     baseline.holds()
 
 
-@pytest.mark.parametrize("script", [HANG, "lease; sleep 3600 & touch hanging"])
+@pytest.mark.parametrize("script", [HANG, "lease; setsid sleep 3600 & touch hanging; wait"])
 def test_a_delegate_that_does_not_end(
     plugin: Plugin, ipam: FakeIpam, pod: Netns, baseline: Baseline, script: str
 ) -> None:
-    """Killed at the deadline with all that it started: it hangs, or what it started holds its stdout."""
+    """Killed at the deadline with all that it started."""
     ipam.write(ADD=script)
     request = Request(plugin.environment("ADD", pod), json.dumps(CONF).encode())
     given = plugin.given(delegate_seconds=0.2)
@@ -60,6 +60,35 @@ def test_a_delegate_that_does_not_end(
     assert response.error
     assert response.error.code == spec.DELEGATE_FAILED
     assert ipam.commands() == ["ADD", "DEL"]
+    assert living(ipam.folder) == []
+    baseline.holds()
+
+
+def test_a_delegate_that_prints_without_end(
+    handle: Callable[..., Answer], ipam: FakeIpam, pod: Netns, baseline: Baseline
+) -> None:
+    ipam.write(ADD="lease; exec yes")
+    assert "more than 256 KiB" in handle("ADD", CONF, netns=pod).error(spec.DELEGATE_FAILED)["msg"]
+    assert ipam.commands() == ["ADD", "DEL"]
+    baseline.holds()
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_vmtap_as_its_own_delegate(
+    *, plugin: Plugin, ipam: FakeIpam, pod: Netns, baseline: Baseline, copy: bool
+) -> None:
+    """It is refused, under its name before anything is made. A copy runs once, as its environment tells it."""
+    name = "copied" if copy else "vmtap"
+    (ipam.folder / name).write_text(f'#!/bin/sh\necho >> "{ipam.seen}/runs"\nexec "{BIN}/vmtap"\n')
+    (ipam.folder / name).chmod(0o755)
+    conf = config(source=NIC, ipam={"type": name})
+    assert "vmtap itself" in plugin("ADD", conf, netns=pod).error(spec.INVALID_NETWORK_CONFIG)["msg"]
+    runs = ipam.seen / "runs"
+    assert runs.exists() == copy
+    assert not copy or len(runs.read_text()) == 2  # ADD, and its DEL
+    plugin("STATUS", conf).error(spec.PLUGIN_NOT_AVAILABLE if not copy else spec.INVALID_NETWORK_CONFIG)
+    plugin("DEL", conf, netns=pod).ok()
+    plugin("GC", conf | {"cni.dev/valid-attachments": []}).ok()
     baseline.holds()
 
 
