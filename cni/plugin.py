@@ -155,7 +155,7 @@ def _carry_out(command: str, call: Call) -> dict[str, Any] | None:
         case "DEL":
             delete(call)
         case "CHECK":
-            check(call, policies.authorize(call.node.policy(), conf))
+            check(call, policies.authorize(call.node.policy(), conf, delegate=False))
         case "GC":
             collect(call)
         case "STATUS":

@@ -119,6 +119,7 @@ class Policies:
             allow_unlisted=self._file.allow_unlisted if self._file else not self._named,
             derivation=self._file.derivation if self._file else PLAIN,
             macs=self._file.macs if self._file else None,
+            ipam_types=self._file.ipam_types if self._file else None,
         )
 
     def _identity(self) -> object:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _socket
 import os
+import select
 import socket
 import struct
 import threading
@@ -212,6 +213,11 @@ class Server:
             return
         if request is None:
             return
+        if _has_hung_up(connection):
+            if request.netns is not None:
+                os.close(request.netns)
+            self._refused(f"process {pid} has ended before its request could begin")
+            return
 
         def reply(response: Response, stderr: bytes) -> None:
             with suppress(OSError):  # the runtime has killed its shim, and will send a DEL
@@ -223,3 +229,10 @@ class Server:
         finally:
             if request.netns is not None:
                 os.close(request.netns)
+
+
+def _has_hung_up(connection: _socket.socket) -> bool:
+    """Whether the peer has closed the connection: nobody would learn the result."""
+    poll = select.poll()  # not recv(), which would wait if the connection has a timeout
+    poll.register(connection.fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))

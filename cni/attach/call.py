@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cni.attach.ipam import Delegate
+from cni.errors import CniError
 from cni.kernel.rtnl import delete_link
 from cni.state.lock import keep_turn
 from cni.state.record import identifier
@@ -98,6 +99,20 @@ class Call:
             self.node.delegate_seconds,
             self.yield_turn,
         )
+
+    def delegate_after_add(self, record: Record | None) -> Delegate | None:
+        """delegate() for CHECK, DEL and GC, which the policy must not make fail: None if it does not allow it now.
+
+        The plugin that the attachment was added with, by its record, is allowed whatever the policy has become.
+        """
+        delegate = self.delegate()
+        if delegate is None or (record and record.config and record.config["ipam"]["type"] == delegate.type):
+            return delegate
+        try:
+            policy = self.node.policy()
+        except CniError:
+            return None
+        return delegate if policy is None or policy.allows_delegate(delegate.type) else None
 
     def source(self, grant: Grant) -> Link | None:
         """The first of the granted devices that is there; None if none is, or none was granted. Raises OSError."""

@@ -66,7 +66,7 @@ def check(call: Call, grant: Grant) -> None:
             raise CniError(
                 CHECK_FAILED, f"{call.ifname}: address {', '.join(sorted(missing))} is not on it any more"
             )
-    if delegate := call.delegate():
+    if delegate := call.delegate_after_add(record):
         delegate.run("CHECK")
 
 

@@ -50,7 +50,7 @@ def delete(call: Call) -> None:
             failed += end_for(call, record)
         else:
             failed += attempt(_remove_unrecorded, call)
-            if delegate := call.delegate():
+            if delegate := call.delegate_after_add(None):
                 failed += attempt(delegate.run, "DEL")
             failed += attempt(store.forget_id, call.id, call.conf.device_index)
     raise_all(failed)
@@ -84,7 +84,7 @@ def end_for(call: Call, record: Record, *, delegated: bool = True) -> list[CniEr
     """
     delegate = None
     if delegated:
-        delegate = call.delegate() if record.id == call.id else None
+        delegate = call.delegate_after_add(record) if record.id == call.id else None
         delegate = delegate or delegate_of(
             record, call.request.env, call.node.delegate_seconds, call.yield_turn
         )

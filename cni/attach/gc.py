@@ -27,7 +27,7 @@ def collect(call: Call) -> None:
             indexes.setdefault(id, []).append(number)
         for id, numbers in sorted(indexes.items()):
             failed += attempt(_collect, call, valid, id, numbers)
-    if delegate := call.delegate():
+    if delegate := call.delegate_after_add(None):
         failed += attempt(delegate.run, "GC")
     raise_all(failed)
 

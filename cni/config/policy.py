@@ -88,6 +88,12 @@ class Policy:
     derivation: Derivation = PLAIN
     macs: Rules | None = None
     """Which MACs guests may have where no entry says; None: any."""
+    ipam_types: tuple[str, ...] | None = None
+    """The IPAM plugins that network configs may name; None: any."""
+
+    def allows_delegate(self, type: str) -> bool:
+        """Whether a network config may name the IPAM plugin."""
+        return self.ipam_types is None or type in self.ipam_types
 
 
 @dataclass(frozen=True)
@@ -115,11 +121,17 @@ class Grant:
         return self.functions.pool if self.functions else tuple(filter(None, (self.source,)))
 
 
-def authorize(policy: Policy | None, conf: NetConf) -> Grant:
-    """What the policy grants to the config. Raises CniError 7, with a list of what is allowed, if it grants nothing."""
+def authorize(policy: Policy | None, conf: NetConf, *, delegate: bool = True) -> Grant:
+    """What the policy grants to the config. delegate: whether it must allow the IPAM plugin, too.
+
+    Raises CniError 7, with a list of what is allowed, if it grants nothing.
+    """
     grant = _authorize(policy, conf)
     if policy is None:
         return grant
+    if conf.ipam and delegate and not policy.allows_delegate(conf.ipam["type"]):
+        allowed = schema.listed(policy.ipam_types or ())
+        raise _refusal("ipam.type", conf.ipam["type"], f"ipamTypes of the policy are: {allowed}")
     macs = (grant.macs or policy.macs) if grant.source else None
     return replace(grant, derivation=policy.derivation, macs=macs)
 
@@ -287,7 +299,14 @@ def of(path: str, document: dict[str, Any]) -> Policy:
         )
     derivation = Derivation(document.get("macSeed", ""), document.get("macPrefix", ""))
     unlisted = (schema.defaults(rules) | document)["allowUnlisted"]
-    return Policy(tuple(interfaces), unlisted, derivation, _macs(f"{path}: mac", document))
+    types = document.get("ipamTypes")
+    return Policy(
+        tuple(interfaces),
+        unlisted,
+        derivation,
+        macs=_macs(f"{path}: mac", document),
+        ipam_types=None if types is None else tuple(types),
+    )
 
 
 def _macs(where: str, fields: dict[str, Any]) -> Rules | None:

@@ -151,6 +151,8 @@ def _policy(settings: Settings, rules: Policy | None) -> Finding:
         )
     names = ", ".join(entry.name for entry in rules.interfaces) or "nothing"
     others = "; network configs may name other devices, too" if rules.allow_unlisted else ""
+    if rules.ipam_types is not None:
+        others += f"; they may delegate to {', '.join(rules.ipam_types) or 'no IPAM plugin'}"
     return Finding("policy", "ok", f"{settings.policy} names {names}{others}")
 
 

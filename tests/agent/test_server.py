@@ -136,6 +136,27 @@ def test_a_peer_that_does_not_go_on_delays_nobody(agent: Agent, lab: Lab, sent: 
         shim("DEL", config(**WIRE), netns=pod, env={"VMTAP_DEADLINE": "50"}).ok()
 
 
+def test_a_request_whose_peer_has_ended_is_dropped(agent: Agent, lab: Lab, slow: FakeIpam) -> None:
+    """Nothing is made for an ADD that nobody waits for any more. A peer that is there gets its answer."""
+    slow.write()
+    pod, shim = lab.pod(), agent.shim()
+    variables = shim.environment("ADD", pod) | {"CNI_PATH": str(slow.folder)}
+    env = b"".join(f"{name}={value}\0".encode() for name, value in variables.items())
+    stdin = json.dumps(config(**WIRE, ipam=slow.config)).encode()
+    assert agent.process
+    agent.process.send_signal(signal.SIGSTOP)  # so that the request waits for its turn
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            peer.connect(str(agent.run / "agent/cni.sock"))
+            peer.sendall(struct.pack("=IIII", 0x31746D76, 0, len(env), len(stdin)) + env + stdin)
+    finally:
+        agent.process.send_signal(signal.SIGCONT)
+    assert "has ended before its request" in agent.wait_for("refused")["why"]
+    assert slow.log() == []
+    shim("ADD", json.loads(stdin), netns=pod, env={"CNI_PATH": str(slow.folder)}).ok()
+    assert slow.log() == ["ADD c1 net1"]
+
+
 def test_sigterm_finishes_what_is_in_flight(agent: Agent, lab: Lab, slow: FakeIpam, tmp_path: Path) -> None:
     slow.write(ADD=f'echo > "{tmp_path}/begun"; sleep 1; answer')
     pod, shim = lab.pod(), agent.shim()

@@ -82,13 +82,41 @@ def test_vmtap_as_its_own_delegate(
     (ipam.folder / name).write_text(f'#!/bin/sh\necho >> "{ipam.seen}/runs"\nexec "{BIN}/vmtap"\n')
     (ipam.folder / name).chmod(0o755)
     conf = config(source=NIC, ipam={"type": name})
-    assert "vmtap itself" in plugin("ADD", conf, netns=pod).error(spec.INVALID_NETWORK_CONFIG)["msg"]
+    error = plugin("ADD", conf, netns=pod).error(spec.INVALID_NETWORK_CONFIG)
+    assert ("vmtap itself" if copy else "another plugin than vmtap") in error["msg"]
     runs = ipam.seen / "runs"
     assert runs.exists() == copy
     assert not copy or len(runs.read_text()) == 2  # ADD, and its DEL
-    plugin("STATUS", conf).error(spec.PLUGIN_NOT_AVAILABLE if not copy else spec.INVALID_NETWORK_CONFIG)
+    plugin("STATUS", conf).error(spec.INVALID_NETWORK_CONFIG)
     plugin("DEL", conf, netns=pod).ok()
     plugin("GC", conf | {"cni.dev/valid-attachments": []}).ok()
+    baseline.holds()
+
+
+def test_the_policy_lists_the_delegates(
+    plugin: Plugin, handle: Callable[..., Answer], ipam: FakeIpam, pod: Netns, baseline: Baseline
+) -> None:
+    """A delegate that is not listed is not run, by no command, except for an attachment that was added with it."""
+    rules = "allowUnlisted: true\nipamTypes: [host-local]\n"
+    gc = CONF | {"cni.dev/valid-attachments": [{"containerID": "c1", "ifname": "net1"}]}
+    plugin.policy.write_text(rules)
+    error = handle("ADD", CONF, netns=pod).error(spec.INVALID_NETWORK_CONFIG)
+    assert error["msg"] == 'ipam.type: "fake" is refused: ipamTypes of the policy are: host-local'
+    handle("STATUS", CONF).error(spec.PLUGIN_NOT_AVAILABLE)
+    handle("DEL", CONF, netns=pod).ok()
+    handle("GC", gc).ok()
+    plugin.policy.write_text("interfaces: 7")
+    handle("DEL", CONF, netns=pod).ok()
+    assert ipam.commands() == []
+    plugin.policy.write_text(rules.replace("host-local", "fake"))
+    result = handle("ADD", CONF, netns=pod).ok()
+    plugin.policy.write_text(rules)
+    handle("CHECK", CONF | {"prevResult": result}, netns=pod).ok()
+    handle("GC", gc).ok()
+    handle("DEL", CONF, netns=pod).ok()
+    assert ipam.commands() == ["ADD", "CHECK", "DEL"]
+    handle("DEL", CONF, netns=pod).ok()
+    assert ipam.commands() == ["ADD", "CHECK", "DEL"]
     baseline.holds()
 
 

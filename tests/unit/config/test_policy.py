@@ -578,3 +578,32 @@ def test_a_prefix_that_yaml_reads_as_a_number_is_refused(file: Path) -> None:
     found = policy.load(file)
     assert found
     assert found.derivation == mac.Derivation("", "52:54:00")
+
+
+@pytest.mark.parametrize(
+    ("written", "type", "allowed"),
+    [
+        ("", "host-local", True),
+        ("ipamTypes:", "host-local", True),
+        ("ipamTypes: []", "host-local", False),
+        ("ipamTypes: [static, host-local]", "host-local", True),
+        ("ipamTypes: [static]", "host-local", False),
+    ],
+)
+def test_ipam_types(file: Path, written: str, type: str, *, allowed: bool) -> None:
+    file.write_text(f"allowUnlisted: true\n{written}\n")
+    rules, asked = policy.load(file), conf(source="eth1", ipam={"type": type})
+    policy.authorize(rules, conf(source="eth1"))
+    policy.authorize(rules, asked, delegate=False)
+    if allowed:
+        policy.authorize(rules, asked)
+    else:
+        with pytest.raises(CniError, match=r"ipam\.type.*ipamTypes of the policy are"):
+            policy.authorize(rules, asked)
+
+
+@pytest.mark.parametrize("type", ["", "a/b", "..", "a\n"])
+def test_an_ipam_type_is_a_file_name(file: Path, type: str) -> None:
+    file.write_text(f"ipamTypes: [{json.dumps(type)}]\n")
+    with pytest.raises(CniError, match=r"ipamTypes\[0\]"):
+        policy.load(file)

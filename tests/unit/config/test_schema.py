@@ -196,7 +196,8 @@ def test_explain_agrees_with_jsonschema(data: st.DataObject) -> None:
         ),
         (
             {"wires": 1},
-            "wires: unknown key, its value is 1; known are: interfaces, macSeed, macPrefix, mac, allowUnlisted",
+            "wires: unknown key, its value is 1; known are: interfaces, macSeed, macPrefix, mac, ipamTypes, "
+            "allowUnlisted",
         ),
         ([], "the document: [] is not allowed; give an object"),
     ],
