@@ -68,6 +68,9 @@ already filtered the keys, as the specification requires, and vmtap uses all of 
 DEL and GC do not refuse a configuration that ADD would refuse: they ignore an invalid value, except `name` and the list
 of valid attachments. So a pod can be deleted even if its configuration has become invalid.
 
+A configuration may have 256 KiB, with DEL and GC 1 MiB, and 32768 commas, colons and opening brackets; a result of
+another plugin 500 interfaces, addresses or routes, an IPAM plugin's output 256 KiB, and CNI_ARGS 16384 characters.
+
 ### CNI_ARGS
 
 CNI_ARGS consists of `KEY=VALUE` pairs separated by `;`. If a key is repeated, the last value is used. A key that is not
@@ -120,6 +123,10 @@ The policy file is `/etc/vmtap/interfaces.yaml`, or the file that the environmen
   none. sr-iov does not support pepa, and a tap does not support vepa.
 - A plain tap, `"device": "tap"` without interface and source, is connected to no network and needs no entry.
 
+- `ipamTypes` counts for ADD and STATUS. CHECK, DEL and GC also run the plugin that an attachment was added with, which
+  its record names. Without a record, as after a reboot, they run only a plugin that the policy allows, and succeed:
+  before you take a plugin off the list, delete the pods that have its leases.
+
 The file decides which networks VMs can reach. If another user than root could have written it, it is refused, and every
 ADD with it:
 
@@ -127,7 +134,7 @@ ADD with it:
   others.
 - Its folder must be owned and protected in this way too, unless it has the sticky bit or is mounted read-only.
 - The file may be a symbolic link only within its folder, as in a mounted ConfigMap.
-- It must not be larger than 1 MiB.
+- It must not be larger than 1 MiB, nor have more than about 25000 values.
 - It must not contain YAML aliases, tags or repeated keys.
 """
 

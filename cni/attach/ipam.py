@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from cni.errors import CniError
 from cni.kernel.execute import execute
+from cni.names import escaped
 from cni.spec import (
     DECODING_FAILURE,
     DELEGATE_FAILED,
@@ -144,10 +145,7 @@ class Delegate:
 
 def _pass_on(text: bytes) -> None:
     """Print what a delegate wrote to stderr on this process's, with what is unprintable in it escaped."""
-    shown = "".join(
-        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode()
-        for each in text.decode(errors="backslashreplace")
-    )
+    shown = escaped(text.decode(errors="backslashreplace"), kept="\n")
     with suppress(OSError):  # nobody reads it
         os.write(2, shown.encode())
 

@@ -56,8 +56,7 @@ _CLEANING = {"DEL": ("name",), "GC": ("name", VALID_ATTACHMENTS)}
 _UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
 """Characters that JSON can escape, but that neither a system call nor UTF-8 can carry."""
 
-_INFINITE = (float("inf"), float("-inf"))
-"""What json makes of 1e999."""
+_INFINITE = (float("inf"), float("-inf"))  # what json makes of 1e999
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,8 @@ class Document:
     @property
     def version(self) -> str | None:
         """The cniVersion, which an answer echoes, known to vmtap or not; None if it cannot be read."""
-        found = None if isinstance(self._outcome, CniError) else self._outcome.get("cniVersion")
-        return found if isinstance(found, str) else None
+        version = isinstance(self._outcome, dict) and self._outcome.get("cniVersion")
+        return version if isinstance(version, str) else None
 
     @cached_property
     def _outcome(self) -> dict[str, Any] | CniError:
@@ -284,10 +283,8 @@ def _decode(stdin: bytes, most: int) -> dict[str, Any]:
         raise CniError(spec.DECODING_FAILURE, f"the network configuration is larger than {most >> 10} KiB")
     # Before decoding, which holds the GIL and cannot be interrupted.
     if sum(map(stdin.count, (b",", b":", b"[", b"{"))) > _MAX_MARKS:
-        raise CniError(
-            spec.DECODING_FAILURE,
-            f"the network configuration has more than {_MAX_MARKS} commas, colons and brackets: make it smaller",
-        )
+        message = f"the network configuration has more than {_MAX_MARKS} commas, colons and brackets"
+        raise CniError(spec.DECODING_FAILURE, f"{message}; make it smaller")
     try:
         # json.loads would also accept bytes of UTF-16 and UTF-32, which no other reader of a config does.
         document = json.loads(stdin.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)

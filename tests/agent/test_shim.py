@@ -140,13 +140,12 @@ def test_a_config_that_is_too_large_is_refused_here(away: Agent) -> None:
 
 
 def test_a_large_previous_result_passes(agent: Agent, lab: Lab) -> None:
-    """A prevResult of nearly 1 MiB comes back out of a chain, whole."""
+    """A prevResult of nearly 256 KiB comes back out of a chain, whole."""
     shim, pod = agent.shim(), lab.pod()
-    before = {"cniVersion": "1.1.0", "interfaces": [{"name": f"if{number}"} for number in range(40_000)]}
-    answer = shim(
-        "ADD", json.dumps(config(**WIRE, prevResult=before), separators=(",", ":")).encode(), netns=pod
-    ).ok()
-    assert len(answer["interfaces"]) == 40_001
+    before = {"cniVersion": "1.1.0", "interfaces": [{"name": f"{number:0500}"} for number in range(500)]}
+    conf = config(**WIRE, prevResult=before)
+    answer = shim("ADD", json.dumps(conf, separators=(",", ":")).encode(), netns=pod).ok()
+    assert len(answer["interfaces"]) == 501
     shim("DEL", config(**WIRE), netns=pod).ok()
 
 

@@ -134,7 +134,7 @@ def test_its_stderr_is_passed_on_without_escapes(
     delegate: Callable[..., Delegate], capfd: pytest.CaptureFixture[str]
 ) -> None:
     delegate(r"printf 'a\033[2Jb\377\n' >&2; echo '{}'").run("ADD")
-    assert capfd.readouterr().err == "a\\x1b[2Jb\\xff\n"
+    assert capfd.readouterr().err == "a\\u001b[2Jb\\xff\n"
 
 
 @pytest.mark.parametrize("how", ["vmtap", "macvtap", "symlink", "hard link", "another folder's"])
