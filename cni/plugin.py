@@ -97,6 +97,8 @@ def refuse(config: netconf.Document, error: CniError) -> Response:
     }
     if error.details:
         document["details"] = error.details
+    # Else the frames in them and the response keep each other, and the request, until a garbage collection.
+    error.__traceback__ = error.__cause__ = error.__context__ = None
     return Response(_encode(document), 1, error)
 
 

@@ -133,7 +133,7 @@ class Document:
     def decoded(self) -> dict[str, Any]:
         """The JSON object. Raises CniError 6 if it cannot be decoded, or is larger than the command allows."""
         if isinstance(self._outcome, CniError):
-            raise self._outcome
+            raise CniError(self._outcome.code, self._outcome.msg)  # a traceback would keep this document
         return self._outcome
 
     @property
@@ -147,7 +147,7 @@ class Document:
         try:
             return _decode(self.text, MAX_BYTES if self.command in _CLEANING else COMMAND_BYTES)
         except CniError as error:
-            return error
+            return CniError(error.code, error.msg)
 
 
 def parse(stdin: bytes, *, command: str = "ADD", called_as: str = "vmtap") -> NetConf:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
 import sys
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -93,6 +95,25 @@ def test_a_large_config_is_validated_outside_the_turn(plugin: Plugin) -> None:
     with mock.patch.object(netconf, "_decode", steps.decode):
         product.handle(request, plugin.given(), yield_turn=steps.leave)
     assert [name for name, *_ in steps.mock_calls] == ["leave", "decode"]
+
+
+@pytest.mark.parametrize("stdin", [b"{", b'{"name": "n", "unknown": 1}', b'{"name": "n", "source": "eth9"}'])
+def test_nothing_of_a_refused_request_is_kept(plugin: Plugin, stdin: bytes) -> None:
+    """Not even until the next garbage collection: a request may have megabytes."""
+    kept: list[weakref.ref[Request]] = []
+
+    def answer() -> None:
+        request = Request(plugin.environment("STATUS", None), stdin)
+        kept.append(weakref.ref(request))
+        response = product.handle(request, plugin.given())
+        assert response.error
+
+    gc.disable()
+    try:
+        plugin.node.call(answer)
+    finally:
+        gc.enable()
+    assert kept[0]() is None
 
 
 def test_few_strangers_are_compared() -> None:
