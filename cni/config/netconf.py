@@ -30,8 +30,7 @@ MAX_DEPTH = 64
 """Levels of nesting. json itself stops only at the interpreter's recursion limit."""
 _MAX_MARKS = 1 << 15
 """Commas, colons and opening brackets, counted before decoding: each value takes one, up to 300 bytes and 1 µs."""
-_MAX_ARGUMENTS = 1 << 14
-"""Characters of CNI_ARGS."""
+_MAX_ARGUMENTS = 1 << 14  # characters of CNI_ARGS
 
 _KEPT = 256
 _KEPT_BYTES = 4096
@@ -56,7 +55,7 @@ _CLEANING = {"DEL": ("name",), "GC": ("name", VALID_ATTACHMENTS)}
 _UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
 """Characters that JSON can escape, but that neither a system call nor UTF-8 can carry."""
 
-_INFINITE = (float("inf"), float("-inf"))  # what json makes of 1e999
+_DIGITS = 40  # of an integer: reading one takes quadratic time
 
 
 @dataclass(frozen=True)
@@ -174,10 +173,9 @@ def arguments(text: str, *, command: str = "ADD") -> dict[str, str]:
     strict = command not in _CLEANING
     found: dict[str, str] = {}
     if len(text) > _MAX_ARGUMENTS:
-        if strict:
-            message = f"CNI_ARGS is longer than {_MAX_ARGUMENTS} characters; make it shorter"
-            raise CniError(spec.INVALID_ENVIRONMENT, message)
-        return found
+        if not strict:
+            return found
+        raise CniError(spec.INVALID_ENVIRONMENT, f"CNI_ARGS is longer than {_MAX_ARGUMENTS} characters")
     if strict and not printable(text):
         raise CniError(
             spec.INVALID_ENVIRONMENT, f"CNI_ARGS: {schema.show(text)} is not allowed; give printable UTF-8"
@@ -287,7 +285,7 @@ def _decode(stdin: bytes, most: int) -> dict[str, Any]:
         raise CniError(spec.DECODING_FAILURE, f"{message}; make it smaller")
     try:
         # json.loads would also accept bytes of UTF-16 and UTF-32, which no other reader of a config does.
-        document = json.loads(stdin.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+        document = json.loads(stdin.decode(), object_pairs_hook=_object, parse_int=_integer)
         _inspect(document, escapes=b"\\u" in stdin)
     except (ValueError, RecursionError) as error:
         message = f"the network configuration cannot be decoded as JSON: {error}"
@@ -309,8 +307,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a number in JSON")
+def _integer(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"the number {text[:_DIGITS]}… is too large")
+    return int(text)
 
 
 def _inspect(document: Any, *, escapes: bool) -> None:
@@ -332,8 +332,8 @@ def _inspect(document: Any, *, escapes: bool) -> None:
             elif kind is str:
                 if escapes:
                     _speakable(value)
-            elif kind is float and value in _INFINITE:
-                raise ValueError("a number is too large")
+            elif kind is float and value - value != 0:  # 1e999, NaN, Infinity
+                raise ValueError(f"{value} is not a number in JSON")
         level, depth = below, depth + 1
 
 

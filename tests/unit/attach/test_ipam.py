@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import tracemalloc
-from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -22,6 +21,7 @@ from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_it_is_not_vmtap_itself(tmp_path: Path, how: str) -> None:
     own, other = tmp_path / "bin/vmtap", tmp_path / "other"
     own.parent.mkdir()
     other.mkdir()
-    own.write_text("#!/bin/sh\ntouch ran\n")
+    own.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
     own.chmod(0o755)
     match how:
         case "symlink":
@@ -158,7 +158,7 @@ def test_it_is_not_vmtap_itself(tmp_path: Path, how: str) -> None:
             made.run(command)
         assert refused.value.code == INVALID_NETWORK_CONFIG
     assert made.run("DEL") is made.run("GC") is None
-    assert not Path("ran").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("type", ["../fake", "/bin/true", "a/b", ".", "..", "", "nul\0"])
