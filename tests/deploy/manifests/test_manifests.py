@@ -227,8 +227,17 @@ def test_wrong_values_are_refused(values: Document, word: str) -> None:
         chart(values)
 
 
-def test_the_seed_and_prefix_of_macs_are_in_the_policy() -> None:
-    given = {"macSeed": "5f0b", "macPrefix": "02:ab:cd"}
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"macSeed": "5f0b", "macPrefix": "02:ab:cd"},
+        {"mac": {"deny": ["52:54"], "derivedOnly": True}},
+        {"ipamTypes": ["host-local"]},
+        {"ipamTypes": []},
+    ],
+    ids=str,
+)
+def test_values_that_are_fields_of_the_policy(given: Document) -> None:
     policies = [
         yaml.safe_load(of(chart(values), "ConfigMap")["data"]["interfaces.yaml"]) for values in ({}, given)
     ]

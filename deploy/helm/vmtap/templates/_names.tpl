@@ -47,6 +47,9 @@ macPrefix: {{ . | quote }}
 {{- with .Values.mac }}
 mac: {{ toJson . }}
 {{- end }}
+{{- if not (kindIs "invalid" .Values.ipamTypes) }}
+ipamTypes: {{ toJson .Values.ipamTypes }}
+{{- end }}
 {{- end }}
 
 {{/* The SELinux options; {} if there are none. */}}
