@@ -74,6 +74,7 @@ class Agent:
             LinkDeleter(),
             settings.cdi if settings.device_route == "cdi" else None,
             self._added,
+            delegate_stderr=_delegate_stderr,
             handover=handover is not None,
         )
         self._handover = handover
@@ -292,6 +293,10 @@ def _pages(path: str, agent: Agent, broker: Broker, registry: metrics.Registry) 
 def _note(text: str) -> None:
     """Log what the store reports."""
     log(WARNING, "note", what=text)
+
+
+def _delegate_stderr(text: str) -> None:
+    log(INFO, "an IPAM plugin wrote to stderr", text=text)
 
 
 def _inherited() -> socket.socket | None:

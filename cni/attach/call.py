@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cni.attach.ipam import Delegate
+from cni.attach.ipam import Delegate, print_stderr
 from cni.errors import CniError
 from cni.kernel.rtnl import delete_link
 from cni.state.lock import keep_turn
@@ -49,6 +49,8 @@ class Node:
     """The folder of CDI specs, if the runtime gives devices to containers by CDI."""
     added: Callable[[Record, int], None] | None = None
     """Called after each ADD that has succeeded, with an fd of the pod's network namespace."""
+    delegate_stderr: Callable[[str], None] = print_stderr
+    """Called with what a delegate wrote to stderr."""
     handover: bool = False
     """Whether an agent watches for the guests of macvtaps in bridge mode (agent/handover.py)."""
 
@@ -98,6 +100,7 @@ class Call:
             self.request.env,
             self.node.delegate_seconds,
             self.yield_turn,
+            self.node.delegate_stderr,
         )
 
     def delegate_after_add(self, record: Record | None) -> Delegate | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
-    from cni.attach.call import Call
+    from cni.attach.call import Call, Node
     from cni.kernel.rtnl import DeleteLink, Rtnl
     from cni.state.record import Record
     from cni.state.store import Store
@@ -85,14 +85,12 @@ def end_for(call: Call, record: Record, *, delegated: bool = True) -> list[CniEr
     delegate = None
     if delegated:
         delegate = call.delegate_after_add(record) if record.id == call.id else None
-        delegate = delegate or delegate_of(
-            record, call.request.env, call.node.delegate_seconds, call.yield_turn
-        )
+        delegate = delegate or delegate_of(record, call.request.env, call.node, call.yield_turn)
     return end(call.host, call.node.store, record, delegate, call.delete_link)
 
 
 def delegate_of(
-    record: Record, env: Mapping[str, str], seconds: float, yield_turn: Callable[[], None] = keep_turn
+    record: Record, env: Mapping[str, str], node: Node, yield_turn: Callable[[], None] = keep_turn
 ) -> Delegate | None:
     """The delegate that record was added with, or None. env: what it gets besides the attachment's own variables."""
     if not record.config:
@@ -107,9 +105,9 @@ def delegate_of(
         "CNI_ARGS": record.args,
         "CNI_PATH": env.get("CNI_PATH") or record.cni_path,
     }
-    return Delegate(
-        str(record.config["ipam"]["type"]), json.dumps(record.config).encode(), env, seconds, yield_turn
-    )
+    config = json.dumps(record.config).encode()
+    kind = str(record.config["ipam"]["type"])
+    return Delegate(kind, config, env, node.delegate_seconds, yield_turn, node.delegate_stderr)
 
 
 def attempt(step: Any, *args: object) -> list[CniError]:

@@ -33,11 +33,17 @@ DELEGATED = "VMTAP_DELEGATED"
 """A variable of each delegate's environment, by which vmtap knows that it is one, and refuses."""
 
 
+def print_stderr(text: str) -> None:
+    """Print what a delegate wrote to stderr on this process's, with what is unprintable in it escaped."""
+    with suppress(OSError):  # nobody reads it
+        os.write(2, escaped(text, kept="\n").encode())
+
+
 @dataclass(frozen=True)
 class Delegate:
     """A plugin to run. config: the whole network config; deadline: in seconds.
 
-    yield_turn is called before each wait for it.
+    yield_turn is called before each wait for it, and stderr with what it wrote there.
     """
 
     type: str
@@ -45,6 +51,7 @@ class Delegate:
     env: Mapping[str, str]
     deadline: float
     yield_turn: Callable[[], None] = keep_turn
+    stderr: Callable[[str], None] = print_stderr
 
     def find(self) -> str:
         """The path of the executable. Raises CniError 4 or 7 if there is none, or if it is vmtap itself."""
@@ -83,9 +90,8 @@ class Delegate:
     def run(self, command: str) -> dict[str, Any] | None:
         """Run it with CNI_COMMAND=command. Returns the document that it prints for ADD, else None.
 
-        Past the deadline, or after too much output, it is killed with all that it started. Its stderr goes to this
-        process's. Raises CniError: the delegate's own code and message, or 109 if its code is 3, if it is killed, or
-        ends without a CNI error.
+        Past the deadline, or after too much output, it is killed with all that it started. Raises CniError: the
+        delegate's own code and message, or 109 if its code is 3, if it is killed, or ends without a CNI error.
         """
         if command in ("DEL", "GC") and self.ourselves():
             return None  # no ADD of it has succeeded, and the pod must be deleted
@@ -98,7 +104,8 @@ class Delegate:
             raise CniError(
                 DELEGATE_FAILED, f"ipam.type {self.type!r}: {program} cannot be run", str(error)
             ) from error
-        _pass_on(done.err)
+        if done.err:
+            self.stderr(done.err.decode(errors="backslashreplace"))
         if done.flooded:
             raise CniError(
                 DELEGATE_FAILED,
@@ -141,13 +148,6 @@ class Delegate:
                 out[:200].decode(errors="replace"),
             )
         return document
-
-
-def _pass_on(text: bytes) -> None:
-    """Print what a delegate wrote to stderr on this process's, with what is unprintable in it escaped."""
-    shown = escaped(text.decode(errors="backslashreplace"), kept="\n")
-    with suppress(OSError):  # nobody reads it
-        os.write(2, shown.encode())
 
 
 def _folders(path: str) -> list[str]:

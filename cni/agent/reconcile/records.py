@@ -89,7 +89,7 @@ class Records:
             if record is None or why in (None, "lost"):
                 return
             env = {"PATH": os.environ.get("PATH", os.defpath)}
-            delegate = delegate_of(record, env, self._node.delegate_seconds)
+            delegate = delegate_of(record, env, self._node)
             failed = end(host, self._store, record, delegate, self._node.delete_link)
         if failed:
             self._workers.failed("attachment", "; ".join(map(str, failed)), **_names(record))
