@@ -162,10 +162,10 @@ def main() -> int:
     except CniError as error:
         print(f"vmtapd: {error}", file=sys.stderr)
         return 64
-    logs.start(settings.log_level)
     with suppress(AttributeError):  # another libc than glibc
         libc.mallopt(_M_ARENA_MAX, _ARENAS)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))  # the threads inherit the mask
+    logs.start(settings.log_level)
     try:
         return _run(settings)
     except (CniError, OSError) as error:
@@ -183,6 +183,7 @@ def _run(settings: Settings) -> int:
     folder = f"{settings.run}/agent"
     os.makedirs(folder, mode=0o700, exist_ok=True)
     registry = metrics.Registry()
+    logs.declare(registry)
     handover = _handover(settings, store, registry)
     agent = Agent(settings, store, registry, handover)
     node_metrics.declare(registry, store, agent.policies, lambda: agent.policy_error() is None)
