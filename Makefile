@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 T ?=
 A ?=
 
-.PHONY: help setup demo bench test test-hw cluster test-cluster sbom lint clean
+.PHONY: help setup demo bench soak test test-hw cluster test-cluster sbom lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,10 @@ demo: ## virtual machines talk over macvtap and tap in every mode; A=--json for 
 bench: ## what it costs, beside the reference plugins: writes docs/benchmark.md; A=--quick for under a minute
 	@lab/setup bench
 	@$(BIN)/python -m lab.bench $(A)
+
+soak: ## attachments come and go beside hostile neighbours and random kills; A="--seconds 600 --seed 1"
+	@lab/setup demo
+	@$(BIN)/python -m lab.soak $(A)
 
 test: ## all tests, linters and types; T="tests/unit -k mac" for some
 	@lab/setup test

@@ -8,7 +8,7 @@
     runtimes/      containerd and podman on a machine of the lab, images for them
     kubernetes/    a cluster of one node, stand-ins for a kubelet and Multus, checks of manifests
     hw.py          an emulated machine with SR-IOV NICs
-    demo/ bench/   make demo, make bench
+    demo/ bench/ soak/   make demo, make bench, make soak
     assets/        what all of these download and build; lab/setup makes it
     process.py     running commands and programs
 

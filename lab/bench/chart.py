@@ -1,4 +1,7 @@
-"""A bar chart as SVG, legible on a light and on a dark page. Must not know what the numbers mean."""
+"""A bar chart as SVG, legible on a light and on a dark page, and such a page for other charts.
+
+Must not know what the numbers mean.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ text { font: 13px system-ui, sans-serif; fill: #24292f; }
 .ours { fill: #0969da; }
 .floor { fill: #bf8700; }
 .spread { stroke: #24292f; stroke-width: 1.5; opacity: .6; }
+.line { fill: none; stroke: #0969da; stroke-width: 1.5; }
+.killed { stroke: #cf222e; opacity: .7; }
 .grid { stroke: #d0d7de; }
 @media (prefers-color-scheme: dark) {
   .page { fill: #0d1117; }
@@ -33,6 +38,8 @@ text { font: 13px system-ui, sans-serif; fill: #24292f; }
   .ours { fill: #4493f8; }
   .floor { fill: #d29922; }
   .spread { stroke: #e6edf3; }
+  .line { stroke: #4493f8; }
+  .killed { stroke: #f85149; }
   .grid { stroke: #30363d; }
 }
 """
@@ -63,11 +70,16 @@ def draw(panels: Sequence[Panel], note: str) -> str:
     for panel in panels:
         body += _panel(panel, top)
         top += _HEAD + len(panel.bars) * (_BAR + _GAP) + 26
-    body.append(f'<text class="note" x="8" y="{top + 12:.0f}">{escape(note)}</text>')
-    height = top + 24
+    return page([panel.title for panel in panels], body, top, note)
+
+
+def page(titles: Sequence[str], drawn: Sequence[str], height: float, note: str) -> str:
+    """The SVG document of what was drawn, with a note below it."""
+    body = [*drawn, f'<text class="note" x="8" y="{height + 12:.0f}">{escape(note)}</text>']
+    height += 24
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img">'
-        f"<title>{escape('; '.join(panel.title for panel in panels))}</title><style>{_STYLE}</style>\n"
+        f"<title>{escape('; '.join(titles))}</title><style>{_STYLE}</style>\n"
         f'<rect class="page" width="{WIDTH}" height="{height:.0f}" rx="6"/>\n'
         + "\n".join(body)
         + "\n</svg>\n"

@@ -56,9 +56,9 @@ class Sample:
 
 
 class Agent(Program):
-    """vmtapd on the node, started; a context manager."""
+    """vmtapd on the node, started; a context manager. flags: after those that name its folders and no HTTP server."""
 
-    def __init__(self, node: Netns) -> None:
+    def __init__(self, node: Netns, flags: Sequence[str] = ()) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix=f"vmtap-bench-{os.getpid()}-", dir=TMPFS)
         folder = Path(self._folder.name)
         self.run = folder / "vmtap"
@@ -69,11 +69,16 @@ class Agent(Program):
         ]
         policy.write_text(json.dumps({"interfaces": entries}))  # JSON is YAML
         unserved = ["--metrics", "", "--health", ""]
-        argv: list[Word] = [BIN / "vmtapd", "--run", self.run, "--policy", policy, *unserved]
-        with _ReadySocket(folder / "ready") as ready:
-            env = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": ready.path}
-            super().__init__(node.popen, argv, folder / "log", env)
-            self.start()
+        argv: list[Word] = [BIN / "vmtapd", "--run", self.run, "--policy", policy, *unserved, *flags]
+        self._ready = folder / "ready"
+        env = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(self._ready)}
+        super().__init__(node.popen, argv, folder / "log", env)
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, and waits until it is ready."""
+        with _ReadySocket(self._ready) as ready:
+            super().start()
             try:
                 ready.wait()
             except TimeoutError:
@@ -147,6 +152,7 @@ class _ReadySocket:
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
+        Path(self.path).unlink()
 
 
 @dataclass(frozen=True)
