@@ -122,6 +122,10 @@ class Holders:
                         self._forget(fd)
 
     def _follow(self, id: str, process: Process) -> None:
+        # A process may hold one attachment after the other: no pidfd is kept for those that have ended.
+        for old in [fd for fd, (_, watched) in self._watched.items() if watched == process]:
+            if not os.path.exists(f"{self._folder}/{self._watched[old][0]}"):
+                self._forget(old)
         fd = process.pidfd()
         if fd is None:  # it has ended meanwhile
             self._write(id, self._read(id))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 from contextlib import contextmanager
@@ -98,6 +99,21 @@ def test_a_hundred_threads_and_one_attachment(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert len(won) == 1
+
+
+def test_one_process_that_holds_one_attachment_after_the_other_costs_no_fds(tmp_path: Path) -> None:
+    """As a VM does, whose NICs come and go while it runs."""
+    with holders(tmp_path) as held, process() as one:
+        for number in range(100):
+            assert held.add(f"a{number}", "net1", one, shared=False)
+            assert held.add(f"b{number}", "net2", one, shared=False)
+            if number == 0:
+                before = len(os.listdir("/proc/self/fd"))
+            for id in (f"a{number}", f"b{number}"):
+                (tmp_path / "holders" / id).unlink()  # as Store.forget_id does
+        assert held.add("last", "net1", one, shared=False)
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+        assert noted(tmp_path, "last") == [one.pid]
 
 
 def test_a_file_that_cannot_be_written_gives_nothing(tmp_path: Path) -> None:
