@@ -100,7 +100,6 @@ def test_a_short_soak(tmp_path: Path) -> None:
         "--out",
         str(tmp_path),
     ]
-    argv += ["--neighbours", "linger,fds,slow,http"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         out, err = process.communicate(timeout=LIMIT)
     document = json.loads(out)
@@ -110,7 +109,7 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert all(document["pairs"].values())
     assert document["echoes"] > 0
     assert document["kills"]["agent"] > 0
-    assert set(document["attempts"]) == {"linger", "fds", "slow", "http"}
+    assert set(document["attempts"]) == {"linger", "fds", "slow", "http", "config"}
     assert {path.name for path in tmp_path.iterdir()} == {"agent.log", "soak.svg"}
     assert "seed 1" in err
     assert not list(Path("/run").glob(f"vmtap-lab-{process.pid}-*"))
