@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -126,6 +127,12 @@ class Plugin:
         """Files of state that speak of an attachment: [] at the baseline."""
         folders = ("attachments", "ifindex", "vf", "dev", "holders")
         return sorted(str(path) for folder in folders for path in (self.state / folder).glob("*"))
+
+
+def pod_args(name: str = "pod", namespace: str = "default", uid: str = "") -> str:
+    """CNI_ARGS as a runtime sets them for that pod of Kubernetes; by default for the one of Kubelet.allocate()."""
+    uid = uid or str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.{namespace}"))
+    return f"IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};K8S_POD_UID={uid}"
 
 
 def config(**fields: Any) -> dict[str, Any]:

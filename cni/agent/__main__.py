@@ -38,6 +38,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cni.agent.deviceplugin.allocations import Allocations
     from cni.agent.deviceplugin.offering import DevicePlugin
     from cni.agent.server import Reply
     from cni.agent.settings import Settings
@@ -67,6 +68,7 @@ class Agent:
     ) -> None:
         self.settings = settings
         self.policies = Policies(settings.policy, os.environ.get(VARIABLE), required=settings.device_plugin)
+        self.allocations = _allocations(settings)
         self.node = Node(
             store,
             self.policies,
@@ -75,6 +77,7 @@ class Agent:
             settings.cdi if settings.device_route == "cdi" else None,
             self._added,
             delegate_stderr=_delegate_stderr,
+            confirm=self.allocations.confirm if self.allocations else None,
             handover=handover is not None,
         )
         self._handover = handover
@@ -246,6 +249,15 @@ def _drift(
     except OSError as error:
         log(WARNING, "links that others change are not put back", error=str(error))
         return None
+
+
+def _allocations(settings: Settings) -> Allocations | None:
+    """The kubelet's allocations, if the settings have the device plugin on."""
+    if not settings.device_plugin:
+        return None
+    from cni.agent.deviceplugin.allocations import Allocations  # noqa: PLC0415 - gRPC is 25 MB
+
+    return Allocations(settings)
 
 
 def _device_plugin(

@@ -32,6 +32,7 @@ class Settings:
     device_plugin: bool
     resource_namespace: str
     kubelet: str
+    pod_resources: str
     device_route: str
     cdi: str
     broker_mount: bool

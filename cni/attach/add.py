@@ -44,6 +44,9 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
             INVALID_NETWORK_CONFIG,
             f"mac: {plan.mac} is refused: it is the gateway's on {source.name}; give another",
         )
+    if call.node.confirm and call.conf.device_index and call.conf.device_id:
+        call.yield_turn()
+        call.node.confirm(call.conf.device_id, call.arguments)
     store.prepare()
     with store.locked(call.id, yield_turn=call.yield_turn):
         stale = store.load(call.id)

@@ -51,6 +51,11 @@ class Node:
     """Called after each ADD that has succeeded, with an fd of the pod's network namespace."""
     delegate_stderr: Callable[[str], None] = print_stderr
     """Called with what a delegate wrote to stderr."""
+    confirm: Callable[[str, Mapping[str, str]], None] | None = None
+    """Called with a kubelet's device id and CNI_ARGS: raises CniError unless the pod was allocated the device.
+
+    None where no device plugin offers devices.
+    """
     handover: bool = False
     """Whether an agent watches for the guests of macvtaps in bridge mode (agent/handover.py)."""
 

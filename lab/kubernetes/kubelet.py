@@ -3,6 +3,10 @@
 It does what the real one does: at its start it deletes every socket in its folder before it makes its own; it calls a
 plugin back on the socket that the plugin registered; a later registration replaces an earlier one; a resource whose
 stream has ended is unhealthy. It runs no pods: the caller does.
+
+The pod-resources API answers as in k8s.io/kubernetes 1.34 (pkg/kubelet/apis/podresources/server_v1.go): errors of Get
+have the code UNKNOWN, which Go's gRPC makes of a plain error; a pod is known from its admission on, with or without
+devices; and one limit of 100 calls a second, 10 at once, holds for all methods (pkg/kubelet/apis/grpc/ratelimit.go).
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,10 +27,10 @@ from cni.agent.deviceplugin import v1beta1_pb2 as api  # sets gRPC's log level, 
 # isort: split
 import grpc
 
+from cni.agent.deviceplugin import podresources_pb2 as pods
+from cni.agent.deviceplugin import podresources_pb2_grpc as pods_services
 from cni.agent.deviceplugin import v1beta1_pb2_grpc as services
 from lab.process import PATIENCE
-from lab.proto import podresources_pb2 as pods
-from lab.proto import podresources_pb2_grpc as pods_services
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
 FOLDER = Path("/var/lib/kubelet/device-plugins")
 """The folder of a real kubelet."""
 SOCKET = "kubelet.sock"
+_CALLS_PER_SECOND = 100.0
+_BURST = 10.0
 _OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
@@ -92,6 +99,12 @@ class Kubelet:
         """Whether every registration is refused."""
         self.refused: list[str] = []
         """Why registrations were refused."""
+        self.get = "on"
+        """The method Get: "on"; "disabled", by its feature gate; "missing", as before Kubernetes 1.27."""
+        self.calls: list[str] = []
+        """The methods of the pod-resources API that were called, those that the limit rejected included."""
+        self.pods: set[tuple[str, str]] = set()
+        """Namespace and name of pods that have no device."""
         self._plugins: dict[str, _Plugin] = {}
         self._counts: dict[str, int] = {}
         self._changed = threading.Condition()
@@ -322,20 +335,42 @@ class _Registration(services.RegistrationServicer):
 class _PodResources(pods_services.PodResourcesListerServicer):
     def __init__(self, kubelet: Kubelet) -> None:
         self._kubelet = kubelet
+        self._lock = threading.Lock()
+        self._tokens, self._at = _BURST, time.monotonic()
 
     def List(  # noqa: N802
         self, request: pods.ListPodResourcesRequest, context: grpc.ServicerContext
     ) -> pods.ListPodResourcesResponse:
-        names = dict.fromkeys(claim.pod for claim in self._kubelet.claims)
-        return pods.ListPodResourcesResponse(pod_resources=map(self._of, names))
+        self._limit("List", context)
+        return pods.ListPodResourcesResponse(pod_resources=map(self._of, self._known()))
 
     def Get(  # noqa: N802
         self, request: pods.GetPodResourcesRequest, context: grpc.ServicerContext
     ) -> pods.GetPodResourcesResponse:
+        if self._kubelet.get == "missing":
+            context.abort(
+                grpc.StatusCode.UNIMPLEMENTED, "unknown method Get for service v1.PodResourcesLister"
+            )
+        self._limit("Get", context)
         pod = (request.pod_namespace, request.pod_name)
-        if all(claim.pod != pod for claim in self._kubelet.claims):
-            context.abort(grpc.StatusCode.NOT_FOUND, f"pod {'/'.join(pod)} has no devices here")
+        if self._kubelet.get == "disabled":
+            context.abort(grpc.StatusCode.UNKNOWN, "PodResources API Get method disabled")
+        if pod not in self._known():
+            context.abort(grpc.StatusCode.UNKNOWN, f"pod {pod[1]} in namespace {pod[0]} not found")
         return pods.GetPodResourcesResponse(pod_resources=self._of(pod))
+
+    def _known(self) -> list[tuple[str, str]]:
+        return [*dict.fromkeys([*(claim.pod for claim in self._kubelet.claims), *self._kubelet.pods])]
+
+    def _limit(self, method: str, context: grpc.ServicerContext) -> None:
+        with self._lock:
+            self._kubelet.calls.append(method)
+            now = time.monotonic()
+            self._tokens, self._at = min(_BURST, self._tokens + (now - self._at) * _CALLS_PER_SECOND), now
+            if self._tokens >= 1:
+                self._tokens -= 1
+                return
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "rejected by rate limit")
 
     def _of(self, pod: tuple[str, str]) -> pods.PodResources:
         claims = [claim for claim in self._kubelet.claims if claim.pod == pod]

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from lab.proto import podresources_pb2 as api
-from lab.proto import podresources_pb2_grpc as services
+from cni.agent.deviceplugin import podresources_pb2 as api
+from cni.agent.deviceplugin import podresources_pb2_grpc as services
 
 if TYPE_CHECKING:
     from lab.kubernetes.cluster import Cluster

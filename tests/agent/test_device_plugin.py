@@ -9,19 +9,21 @@ import signal
 import socket
 import stat
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cni.agent.deviceplugin import v1beta1_pb2 as api
 from cni.state import deviceid
-from lab.kubernetes.kubelet import SOCKET, Kubelet, PluginError
+from lab.kubernetes.kubelet import SOCKET, Claim, Kubelet, PluginError
 from lab.wire import BRIDGE_UPLINK, NIC
 from tests.agent.conftest import Agent
 from tests.agent.test_metrics import parse
 from tests.fakeipam import FakeIpam
-from tests.runner import config
+from tests.runner import config, pod_args
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,7 +138,7 @@ def test_by_configuration_a_cdi_name_and_no_mount(node: Node) -> None:
     assert [each.name for each in answer.cdi_devices] == ["vmtap.dev/tap=dataMvp7"]
     assert not answer.devices
     assert not answer.mounts
-    node.agent.shim()("ADD", config(deviceID="dataMvp7"), netns=node.lab.pod()).ok()
+    node.agent.shim()("ADD", config(deviceID="dataMvp7"), netns=node.lab.pod(), args=pod_args()).ok()
     (written,) = (node.folder / "cdi").iterdir()
     spec = json.loads(written.read_text())
     assert f"{spec['kind']}={spec['devices'][0]['name']}" == answer.cdi_devices[0].name
@@ -166,8 +168,94 @@ def test_what_is_in_use_is_preferred_last(running: Node) -> None:
     ids = ["dataMvp2", "dataMvp0", "dataMvp1"]
     assert running.kubelet.preferred(DATA, ids, size=2) == ["dataMvp0", "dataMvp1"]
     assert running.kubelet.preferred(DATA, ids, must=["dataMvp2"], size=2) == ["dataMvp2", "dataMvp0"]
-    running.agent.shim()("ADD", config(deviceID="dataMvp0"), netns=running.lab.pod()).ok()
+    running.kubelet.allocate(DATA, ["dataMvp0"])
+    running.agent.shim()("ADD", config(deviceID="dataMvp0"), netns=running.lab.pod(), args=pod_args()).ok()
     assert running.kubelet.preferred(DATA, ids, size=3) == ["dataMvp1", "dataMvp2", "dataMvp0"]
+
+
+# Whose device it is
+
+
+def test_only_the_pod_that_was_allocated_a_device_gets_it(running: Node) -> None:
+    kubelet, shim, pod = running.kubelet, running.agent.shim(), running.lab.pod()
+    kubelet.allocate(DATA, ["dataMvp0"], pod=("ns", "owner"))
+    kubelet.allocate(TWO, ["twoMvp1"], pod=("ns", "thief"))
+    kubelet.pods.add(("ns", "empty"))
+    for name, theirs in (("thief", "twoMvp1"), ("empty", "none")):
+        refused = shim("ADD", config(deviceID="dataMvp0"), netns=pod, args=pod_args(name, "ns")).error(7)
+        assert f"the kubelet has not allocated it to pod ns/{name}" in refused["msg"]
+        assert refused["details"] == f"allocated to the pod: {theirs}"
+    shim("ADD", config(deviceID="dataMvp0"), netns=pod, args=pod_args("owner", "other")).error(11)
+    assert "K8S_POD_NAME" in shim("ADD", config(deviceID="dataMvp0"), netns=pod).error(4)["msg"]
+    assert shim.leftovers() == []
+    assert "net1" not in pod.links()
+    shim("ADD", config(deviceID="dataMvp0"), netns=pod, args=pod_args("owner", "ns")).ok()
+    kubelet.calls.clear()
+    shim("ADD", config(interface="data", mode="bridge"), netns=pod, ifname="net2").ok()
+    assert kubelet.calls == [], "without a deviceID the kubelet is not called"
+
+
+def test_a_device_of_another_resource_of_the_same_name_is_another(running: Node) -> None:
+    """Two plugins may use one form of device ids."""
+    running.kubelet.claims.append(
+        Claim(("default", "pod"), "main", "example.org/data", ("dataMvp0",), api.ContainerAllocateResponse())
+    )
+    shim = running.agent.shim()
+    shim("ADD", config(deviceID="dataMvp0"), netns=running.lab.pod(), args=pod_args()).error(7)
+
+
+@pytest.mark.parametrize(
+    ("get", "calls"),
+    [("on", ["Get"] * 2), ("disabled", ["Get", "List", "List"]), ("missing", ["List"] * 2)],
+)
+def test_a_kubelet_without_get_lists_all_pods(running: Node, get: str, calls: list[str]) -> None:
+    """The feature gate KubeletPodResourcesGet: there since 1.27, on by default since 1.34."""
+    running.kubelet.get = get
+    running.kubelet.allocate(DATA, ["dataMvp0", "dataMvp1"])
+    shim, pod = running.agent.shim(), running.lab.pod()
+    for number in range(2):
+        conf = config(deviceID=f"dataMvp{number}")
+        shim("ADD", conf, netns=pod, ifname=f"net{number}", args=pod_args()).ok()
+    assert running.kubelet.calls == calls
+    shim("ADD", config(deviceID="dataMvp2"), netns=pod, ifname="net2", args=pod_args()).error(7)
+    unknown = shim("ADD", config(deviceID="dataMvp2"), netns=pod, ifname="net2", args=pod_args("x")).error(11)
+    assert "does not know pod default/x" in unknown["msg"]
+
+
+def test_without_the_kubelets_answer_nothing_is_made_and_the_runtime_tries_again(running: Node) -> None:
+    running.kubelet.allocate(DATA, ["dataMvp0"])
+    shim, pod, conf = running.agent.shim(), running.lab.pod(), config(deviceID="dataMvp0")
+    socket_path = running.kubelet.pod_resources
+    running.kubelet.stop()
+    socket_path.unlink(missing_ok=True)
+    said = shim("ADD", conf, netns=pod, args=pod_args()).error(11)
+    assert str(socket_path) in said["msg"]
+    with socket.socket(socket.AF_UNIX) as deaf:  # it accepts, and answers nothing
+        deaf.bind(str(socket_path))
+        deaf.listen()
+        said = shim("ADD", conf, netns=pod, args=pod_args()).error(11)
+        assert "DEADLINE_EXCEEDED" in said["details"] or "UNAVAILABLE" in said["details"]
+    socket_path.unlink()
+    assert shim.leftovers() == []
+    running.kubelet.start()
+    shim("ADD", conf, netns=pod, args=pod_args()).ok()
+
+
+def test_a_kubelet_that_limits_calls_is_called_again(running: Node) -> None:
+    """Thirty at once are three times what the kubelet's limit lets through at once."""
+    running.policy(entry("data", capacity=30))
+    running.kubelet.wait_devices(DATA, lambda now: len(now) == 30)
+    ids = [f"dataMvp{number}" for number in range(30)]
+    running.kubelet.allocate(DATA, ids)
+    shim, pods = running.agent.shim(), [running.lab.pod(f"p{number}") for number in range(3)]
+
+    def add(number: int) -> None:
+        conf = config(deviceID=ids[number])
+        shim("ADD", conf, netns=pods[number % 3], ifname=f"net{number}", args=pod_args()).ok()
+
+    with ThreadPoolExecutor(30) as threads:
+        list(threads.map(add, range(30)))
+    assert len(running.kubelet.calls) > 30
 
 
 # Restarts
@@ -177,7 +265,7 @@ def test_an_agent_that_restarts_gives_the_same_answers(running: Node) -> None:
     before = running.kubelet.allocate(DATA, ["dataMvp2"])
     (device,) = before.devices
     pod, shim, add = running.lab.pod(), running.agent.shim(), config(deviceID="dataMvp2", mode="bridge")
-    shim("ADD", add, netns=pod).ok()
+    shim("ADD", add, netns=pod, args=pod_args()).ok()
     made = os.stat(device.host_path)
     assert stat.S_ISCHR(made.st_mode)
     assert device.container_path == f"/dev/tap{pod.links()['net1']['ifindex']}"
@@ -188,12 +276,14 @@ def test_an_agent_that_restarts_gives_the_same_answers(running: Node) -> None:
     running.agent.start()
     running.kubelet.wait_resource(DATA, times=2)
     assert all(each.healthy for each in running.kubelet.devices(DATA).values())
-    assert running.kubelet.allocate(DATA, ["dataMvp2"]) == before
+    with pytest.raises(PluginError, match="is held by attachment c1-"):
+        running.kubelet.allocate(DATA, ["dataMvp2"])
     assert running.kubelet.preferred(DATA, ["dataMvp2", "dataMvp0"], size=1) == ["dataMvp0"]
     assert os.stat(device.host_path) == made
-    shim("ADD", add, netns=running.lab.pod(), container="c2").error(11)
+    shim("ADD", add, netns=running.lab.pod(), container="c2", args=pod_args()).error(11)
     shim("DEL", add, netns=pod).ok()
     assert not Path(device.host_path).exists()
+    assert running.kubelet.allocate(DATA, ["dataMvp2"]) == before
 
 
 def test_a_killed_agents_sockets_are_removed(running: Node) -> None:
@@ -434,7 +524,8 @@ def test_the_old_plugins_variable_is_understood(node: Node) -> None:
     assert len(node.kubelet.wait_resource(TWO)) == 7, "the file goes first"
     shim, pod = node.agent.shim(), node.lab.pod()
     shim("ADD", config(interface="data", mode="bridge"), netns=pod).error(7)
-    shim("ADD", config(deviceID="dataMvp1"), netns=pod).ok()
+    node.kubelet.allocate(DATA, ["dataMvp1"])
+    shim("ADD", config(deviceID="dataMvp1"), netns=pod, args=pod_args()).ok()
     assert pod.links()["net1"]["linkinfo"]["info_data"]["mode"] == "vepa"
     node.policy()
     node.kubelet.wait_devices(TWO, lambda now: len(now) == deviceid.DEFAULT_CAPACITY)
@@ -475,7 +566,8 @@ def test_an_empty_variable_offers_every_suitable_link(node: Node, tmp_path: Path
     }
     assert offered == {"mine", "bond1", "bond2"}, "bond0 is the policy's, under another name"
     pod = node.lab.pod()
-    node.agent.shim()("ADD", config(deviceID="bond1Mvp0"), netns=pod).ok()
+    node.kubelet.allocate(found, ["bond1Mvp0"])
+    node.agent.shim()("ADD", config(deviceID="bond1Mvp0"), netns=pod, args=pod_args()).ok()
     node.agent.shim()("ADD", config(deviceID="bond0Mvp0"), netns=pod, ifname="net2").error(7)
     node.lab.node.ip("link delete bond1")
     node.kubelet.wait_devices(found, lambda now: not now)

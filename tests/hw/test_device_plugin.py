@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +15,7 @@ from lab.kubernetes.kubelet import Device, Kubelet
 from lab.process import run
 from tests.agent.conftest import Agent
 from tests.hw.nic import PF0, PF1
-from tests.runner import config
+from tests.runner import config, pod_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ def test_what_a_kubelet_allocates_is_the_function_that_the_pod_gets(
         claim = kubelet.admit(FAST, pod=("default", container))
         assert claim.devices == (id,)
         pod = pods()
-        shim("ADD", config(deviceID=id), netns=pod, container=container).ok()
+        shim("ADD", config(deviceID=id), netns=pod, container=container, args=pod_args(container)).ok()
         index = pod.links()["net1"]["ifindex"]
         assert claim.response.devices[0].container_path == f"/dev/tap{index}"
         (record,) = [each for each in Store(agent.run).records() if each.container_id == container]
@@ -89,7 +90,10 @@ def test_what_a_kubelet_allocates_is_the_function_that_the_pod_gets(
         assert (record.source, record.vf.number, record.device_id) == (pf, 0, id)
     assert (PF0.count(), PF1.count()) == (2, 2)
     kubelet.wait_devices(FAST, health(True, True, True, True))
-    refused = shim("ADD", config(deviceID="fastMvp4"), netns=pods(), container="c3").error(7)
+    kubelet.claims.append(replace(claim, pod=("default", "c3"), devices=("fastMvp4",)))
+    beyond = config(deviceID="fastMvp4")
+    refused = shim("ADD", beyond, netns=pods(), container="c3", args=pod_args("c3")).error(7)
+    kubelet.release(("default", "c3"))
     assert "VF 4 of pf0, pf1 was allocated, and there are 4" in refused["msg"]
 
     # One that takes a VF without asking the kubelet: nobody else is to be given that one's device.

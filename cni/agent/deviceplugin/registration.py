@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SECONDS = 15.0
 """The kubelet connects to the resource's socket before it answers."""
-_CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.default_authority", "localhost"))
+CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.default_authority", "localhost"))
 """No proxy, since the kubelet listens on a unix socket; and not the socket's path as authority: some kubelets reject
 that as HTTP/2."""
 
@@ -33,7 +33,7 @@ class Registration:
         self.error = ""
         """Why the registration failed, in one line; "" if the kubelet accepted it."""
         self._answered = answered
-        self._channel = grpc.insecure_channel(f"unix:{kubelet}", options=_CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(f"unix:{kubelet}", options=CHANNEL_OPTIONS)
         request = api.RegisterRequest(
             version="v1beta1",
             endpoint=os.path.basename(resource.path),

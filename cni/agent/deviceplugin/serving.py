@@ -22,6 +22,7 @@ from cni.state import cdi, deviceid
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
+    from typing import NoReturn
 
     from cni.agent.metrics import Counter
     from cni.agent.settings import Settings
@@ -60,6 +61,11 @@ class Answers:
             folder = f"{self.settings.run}/launcher"
             answer.mounts.add(container_path=folder, host_path=folder, read_only=True)
         return answer
+
+    def holder(self, id: str) -> str | None:
+        """The attachment that holds the device of that id and has a record; None without one. Raises CniError 5."""
+        holder = self.store.reserved_by(deviceid.index_of(id))
+        return holder if holder and self.store.load(holder) else None
 
     def held(self) -> Held:
         """What attachments hold now. Raises CniError 5."""
@@ -132,6 +138,10 @@ class Resource(services.DevicePluginServicer):
             return f"{id!r} is beyond the capacity of {self.name}, which is {count}"
         return None
 
+    def _refuse(self, context: Context, code: grpc.StatusCode, why: str) -> NoReturn:
+        log(WARNING, "allocation refused", resource=self.name, why=why)
+        context.abort(code, why)
+
     # The calls of the kubelet; the names are those of the API
 
     def GetDevicePluginOptions(self, request: api.Empty, context: Context) -> api.DevicePluginOptions:  # noqa: N802
@@ -176,8 +186,12 @@ class Resource(services.DevicePluginServicer):
         wanted = [list(each.devices_ids) for each in request.container_requests]
         for id in (id for ids in wanted for id in ids):
             if why := self._foreign(id):
-                log(WARNING, "allocation refused", resource=self.name, why=why)
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
+                self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, why)
+            # A kubelet calls Allocate when it admits a pod, before the pod is attached, and not when a container
+            # restarts (k8s.io/kubernetes, pkg/kubelet/cm/devicemanager/manager.go, devicesToAllocate).
+            if holder := self._answers.holder(id):
+                why = f"{id} of {self.name} is held by attachment {holder} still: wait until that pod is detached"
+                self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, why)
         for ids in wanted:
             self._answers.allocated.inc(self.name, by=len(ids))
             log(INFO, "allocated", resource=self.name, devices=ids)

@@ -20,11 +20,16 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ .Values.image.repository }}{{ if .Values.image.digest }}@{{ .Values.image.digest }}{{ else }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}
 {{- end }}
 
+{{- define "vmtap.podResources" -}}
+{{ .Values.devicePlugin.podResourcesDir | default (printf "%s/pod-resources" (dir .Values.devicePlugin.kubeletDir)) }}
+{{- end }}
+
 {{/* vmtapd's configuration file, without the address of the metrics: only the pod knows the node's address. */}}
 {{- define "vmtap.agent" -}}
 devicePlugin: true
 resourceNamespace: {{ .Values.devicePlugin.resourceNamespace }}
 kubelet: {{ .Values.devicePlugin.kubeletDir }}
+podResources: {{ include "vmtap.podResources" . }}
 deviceRoute: {{ .Values.devicePlugin.route }}
 cdi: {{ .Values.devicePlugin.cdiDir }}
 brokerMount: {{ .Values.broker.enabled }}
