@@ -18,6 +18,7 @@ from cni.agent import health, metrics, node_metrics, server
 from cni.agent import log as logs
 from cni.agent.broker import Broker
 from cni.agent.drift import Drift
+from cni.agent.cgroups import Cgroups
 from cni.agent.handover import Handover
 from cni.agent.http_server import Answer, HttpServer
 from cni.agent.link_deletion import LinkDeleter
@@ -69,6 +70,7 @@ class Agent:
         self.settings = settings
         self.policies = Policies(settings.policy, os.environ.get(VARIABLE), required=settings.device_plugin)
         self.allocations = _allocations(settings)
+        self.groups = Cgroups(settings.cgroup)
         self.node = Node(
             store,
             self.policies,
@@ -78,6 +80,7 @@ class Agent:
             self._added,
             delegate_stderr=_delegate_stderr,
             confirm=self.allocations.confirm if self.allocations else None,
+            cgroup=self.groups.find,
             handover=handover is not None,
         )
         self._handover = handover
@@ -191,7 +194,9 @@ def _run(settings: Settings) -> int:
     agent = Agent(settings, store, registry, handover)
     node_metrics.declare(registry, store, agent.policies, lambda: agent.policy_error() is None)
     agent.policy_error()  # logs it; every ADD reports it, too
-    reconciler = Reconciler(agent.node, agent.answer, registry, seconds=settings.reconcile_seconds)
+    reconciler = Reconciler(
+        agent.node, agent.answer, agent.groups, registry, seconds=settings.reconcile_seconds
+    )
     reconciler.start()
     if handover:
         handover.start()

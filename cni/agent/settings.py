@@ -36,6 +36,7 @@ class Settings:
     device_route: str
     cdi: str
     broker_mount: bool
+    cgroup: str
     log_level: str
 
 

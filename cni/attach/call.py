@@ -56,6 +56,8 @@ class Node:
 
     None where no device plugin offers devices.
     """
+    cgroup: Callable[[str], str] | None = None
+    """The folder of a pod's control group, by the pod's UID; "" if it is not found."""
     handover: bool = False
     """Whether an agent watches for the guests of macvtaps in bridge mode (agent/handover.py)."""
 

@@ -53,6 +53,7 @@ def delete(call: Call) -> None:
             if delegate := call.delegate_after_add(None):
                 failed += attempt(delegate.run, "DEL")
             failed += attempt(store.forget_id, call.id, call.conf.device_index)
+            failed += attempt(store.minors.detach, call.id)
     raise_all(failed)
 
 
@@ -70,6 +71,8 @@ def end(
         failed += attempt(cdi.remove, record.cdi)
     if record.node:
         failed += attempt(store.remove_node, record.ifindex)
+        if not failed:
+            failed += attempt(store.minors.detach, record.id)
     if delegate:
         failed += attempt(delegate.run, "DEL")
     if not failed:

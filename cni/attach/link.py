@@ -6,9 +6,10 @@ A failure leaves what was made so far: add.py undoes it, by the record.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from cni import lower
-from cni.attach import kernel_errors
+from cni.attach import kernel_errors, minor
 from cni.config import mac as mac_rules
 from cni.kernel import ipv6, macvtap, netns, tap, tapdev
 from cni.kernel.rtnl import IFLA_ADDRESS, IFLA_MTU, RTM_SETLINK, Rtnl, attr, link_message, mac_bytes, u32
@@ -31,12 +32,14 @@ def make(call: Call, plan: Plan, record: Record) -> None:
     conf, store = call.conf, call.node.store
     # The other end of a plain tap is the pod's kernel.
     speaks = conf.addressing == "link" or plan.source is None
+    device = None
     try:
         if found := lower.ready(call.host, store, record, allmulti=conf.allmulti):
             plan = replace(plan, source=found.link, mode=found.mode or plan.mode)
         if plan.device == "macvtap":
             assert plan.source is not None and plan.mode is not None  # noqa: S101 - plan.decide
-            macvtap.create(
+            create = partial(
+                macvtap.create,
                 call.host,
                 netns=call.netns,
                 lower=plan.source,
@@ -50,6 +53,7 @@ def make(call: Call, plan: Plan, record: Record) -> None:
                 allmulti=conf.allmulti,
                 group=HANDOVER_GROUP if record.handover else 0,
             )
+            device = minor.make(call, record, create)
         else:
             tap.create(
                 call.netns,
@@ -68,8 +72,8 @@ def make(call: Call, plan: Plan, record: Record) -> None:
             macvtap.bring_up(
                 pod, record.ifindex, record.alias, promisc=conf.promisc, allmulti=conf.allmulti, speaks=speaks
             )
-        if record.node:
-            _make_node(call, record, record.node)
+        if record.node and device:
+            _make_node(call, record, record.node, device)
         if conf.addressing == "link" and record.ips:
             _put_addresses(call, record)
     except OSError as error:
@@ -103,17 +107,15 @@ def _connect(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
         )
 
 
-def _make_node(call: Call, record: Record, path: str) -> None:
-    """Make the device node of a macvtap at path, and its CDI spec where the record has one."""
-    assert call.netns is not None  # noqa: S101 - as in make
-    _, major, minor = tapdev.number(call.netns, record.ifname)
+def _make_node(call: Call, record: Record, path: str, device: tuple[int, int]) -> None:
+    """Make the node of the device (major, minor) at path, and its CDI spec where the record has one."""
     # The kubelet's devices are for KubeVirt's QEMU, unless the config names another owner.
     default = _KUBEVIRT_UID if record.device_id else 0
     owner = default if call.conf.owner is None else call.conf.owner
     group = default if call.conf.group is None else call.conf.group
-    tapdev.make_node(path, (major, minor), owner, group)
+    tapdev.make_node(path, device, owner, group)
     if record.cdi:
-        cdi.write(record, (major, minor), owner, group)
+        cdi.write(record, device, owner, group)
 
 
 def _put_addresses(call: Call, record: Record) -> None:

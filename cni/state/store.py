@@ -9,6 +9,7 @@ reconciler finds what is left. DEL also works without a record. Must not touch t
     FOLDER/vf/PCI-ADDRESS       a symbolic link to ID: that attachment has reserved the virtual function
     FOLDER/offloads/DEVICE      a source whose offload ADD has switched on (lower/offload.py)
     FOLDER/dev/tapN             a device node that ADD was asked to make (kernel/tapdev.py)
+    FOLDER/minors/N             who may have a device node of minor N (state/minors.py)
     FOLDER/holders/ID           the processes that have got fds of the attachment (agent/holders.py)
     FOLDER/elsewhere/ID         the VM of that attachment was heard from the wire (agent/handover.py)
     FOLDER/probes/SOURCE.json   the last probe of a source (state/probe_results.py)
@@ -26,6 +27,7 @@ from contextlib import suppress
 from cni.errors import CniError
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 from cni.state import deviceid, files, lock
+from cni.state.minors import Minors
 from cni.state.record import Record, boot_id, decode, encode
 
 TYPE_CHECKING = False
@@ -58,6 +60,7 @@ class Store:
         self._dev = f"{self.folder}/dev"
         self.holders = f"{self.folder}/holders"
         self._elsewhere = f"{self.folder}/elsewhere"
+        self.minors = Minors(self.folder)
 
     def node(self, ifindex: int) -> str:
         """The path of a macvtap's device node, for a launcher that opens it by path."""

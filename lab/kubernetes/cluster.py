@@ -190,6 +190,7 @@ class Cluster(Closing):
     def _prepare(self) -> None:
         words = {"home": _HOME, "netconf": NETCONF, "plugins": PLUGINS, "cni": self.programs / "cni"}
         self.machine.run(["sh", "-euc", _PREPARE.format_map(words)])
+        self.machine.make_cgroups()
         self.lab.switch.plug("cluster", self.lab.node, "eth0", 1500)
         self.lab.node.ip(
             f"address add {ADDRESS}/24 dev eth0",
@@ -289,7 +290,7 @@ def _kubelet(cgroup: str) -> dict[str, Any]:
         # By default its control groups are outside of the machine's.
         "cgroupDriver": "cgroupfs",
         "cgroupRoot": cgroup,
-        "cgroupsPerQOS": False,
+        "cgroupsPerQOS": True,
         "enforceNodeAllocatable": [],
         "failCgroupV1": False,
         "failSwapOn": False,

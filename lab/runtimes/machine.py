@@ -116,6 +116,12 @@ class Machine(Closing):
             for name in names
         ]
 
+    def make_cgroups(self) -> None:
+        """Makes the node's control group in each hierarchy, as a kubelet wants it of its parent."""
+        tops = [path.parent for path in _CGROUPS.glob("*/cgroup.procs")] or [_CGROUPS]
+        for top in tops:
+            (top / self.cgroup.lstrip("/")).mkdir()
+
     def _mountinfo(self) -> list[tuple[int, str]]:
         lines = (self._proc / "mountinfo").read_text().splitlines()
         return [(int(words[0]), words[4]) for words in map(str.split, lines)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cni.agent.cgroups import Cgroups
 from cni.agent.metrics import Registry
 from cni.agent.reconcile.runner import Reconciler
 from cni.attach.call import Node
@@ -50,7 +51,7 @@ def _reconcile(plugin: Plugin, delegate_seconds: float = 60) -> None:
 
     def run() -> None:
         node = Node(Store(plugin.state), lambda: None, delegate_seconds)
-        reconciler = Reconciler(node, unasked, Registry(), seconds=3600)
+        reconciler = Reconciler(node, unasked, Cgroups("/sys/fs/cgroup"), Registry(), seconds=3600)
         reconciler.start()
         reconciler.stop(LIMIT)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+from cni.agent.cgroups import Cgroups
 from cni.agent.metrics import Registry
 from cni.agent.reconcile.runner import Reconciler
 from cni.attach.call import Node
@@ -30,7 +31,7 @@ def _answer(asked: object) -> Response:
 def _reconcile(plugin: Plugin) -> None:
     """One whole run."""
     node = Node(Store(plugin.state), lambda: policy.load(plugin.policy), delegate_seconds=30.0)
-    reconciler = Reconciler(node, _answer, Registry(), seconds=3600.0)
+    reconciler = Reconciler(node, _answer, Cgroups("/sys/fs/cgroup"), Registry(), seconds=3600.0)
     reconciler.start()
     reconciler.stop(60.0)
 

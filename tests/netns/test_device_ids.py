@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
+from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cni import plugin as plugins
 from cni.attach.call import Request
+from cni.errors import CniError
+from cni.kernel import netns, tapdev
 from cni.state import deviceid
-from tests.runner import config
+from cni.state.minors import MOST, Given, Minors
+from cni.state.record import boot_id
+from tests.netns.conftest import records
+from tests.runner import config, pod_args
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from lab.wire import Lab
+    from cni.state.record import Record
+    from lab.wire import Lab, Netns
     from tests.runner import Plugin
 
 POLICY = """
@@ -114,3 +123,125 @@ def test_cdi(lab: Lab, plugin: Plugin, tmp_path: Path) -> None:
     assert handle("DEL").status == 0
     assert list(folder.iterdir()) == []
     assert plugin.leftovers() == []
+
+
+# The minor of another pod's node
+
+
+def device(pod: Netns, ifname: str = "net1") -> tuple[int, int]:
+    """(major, minor) of the macvtap of that name."""
+    namespace = netns.open_path(str(pod.path))
+    try:
+        return tapdev.number(namespace, ifname)[1:]
+    finally:
+        os.close(namespace)
+
+
+def is_reached(number: tuple[int, int], pod: Netns, ifname: str = "net1") -> bool:
+    """Whether whoever has a node of that number opens the pod's macvtap by it."""
+    try:
+        fd = tapdev.open_node(number)
+    except OSError:
+        return False
+    try:
+        found = ioctl(fd, tapdev.SIOCGIFHWADDR, bytes(40))[18:24].hex(":")
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return found == str(pod.links()[ifname]["address"])
+
+
+def delete_own_link(plugin: Plugin, pod: Netns) -> None:
+    pod.ip("link delete net1")
+
+
+def end(plugin: Plugin, pod: Netns) -> None:
+    plugin("DEL", config(deviceID="wireMvp0"), netns=pod, container="old").ok()
+
+
+@pytest.mark.parametrize("victims", [{"deviceID": "wireMvp1"}, {"interface": "wire"}], ids=["node", "none"])
+@pytest.mark.parametrize("gone", [delete_own_link, end])
+def test_another_pods_link_gets_no_minor_that_a_container_may_have_a_node_of(
+    lab: Lab, plugin: Plugin, gone: Callable[[Plugin, Netns], None], victims: dict[str, object]
+) -> None:
+    """A pod with NET_ADMIN deletes its link; or its container runs on after DEL. Its node and device rule stay."""
+    old, new = lab.pod("old"), lab.pod("new")
+    victims = victims | {
+        "mac": f"02:{secrets.token_bytes(5).hex(':')}"
+    }  # no other test's, and no other pod's
+    plugin("ADD", config(deviceID="wireMvp0"), netns=old, container="old", args=pod_args("old")).ok()
+    number = device(old)
+    assert is_reached(number, old)
+    gone(plugin, old)
+    plugin("ADD", config(**victims), netns=new, container="new", args=pod_args("new")).ok()
+    assert device(new) != number
+    assert not is_reached(number, new)
+    (record,) = records(plugin, new)
+    if record.node:
+        assert is_reached((os.major(found := os.stat(record.node).st_rdev), os.minor(found)), new)
+    plugin("CHECK", config(**victims) | {"prevResult": result_of(record)}, netns=new, container="new").ok()
+    for container, pod in (("old", old), ("new", new)):
+        plugin("DEL", config(), netns=pod, container=container).ok()
+    assert plugin.leftovers() == []
+    assert not any(link.startswith(("lower", "m")) for link in lab.node.links())
+
+
+def result_of(record: Record) -> dict[str, object]:
+    interface = {"name": record.ifname, "mac": record.mac, "sandbox": record.netns}
+    return {"cniVersion": "1.1.0", "interfaces": [interface]}
+
+
+def test_many_minors_of_other_pods_are_passed_over(lab: Lab, plugin: Plugin) -> None:
+    """Also those that are free only after the first one was passed over."""
+    pod, entries = lab.pod(), Minors(str(plugin.state))
+    plugin("ADD", config(interface="wire"), netns=pod, ifname="net0").ok()
+    first = device(pod, "net0")[1]
+    others = range(max(0, first - 20), first + 20)
+    for minor in others:
+        entries.give(minor, Given("a-1", boot_id(), "another"))
+    plugin("ADD", config(interface="wire"), netns=pod).ok()
+    assert device(pod)[1] not in others
+
+
+def test_the_pod_itself_may_get_its_minor_again(lab: Lab, plugin: Plugin) -> None:
+    """It gets a new sandbox, for example. An entry of an earlier boot counts for nobody."""
+    pod, entries = lab.pod(), Minors(str(plugin.state))
+    plugin("ADD", config(deviceID="wireMvp0"), netns=pod, args=pod_args()).ok()
+    minor = device(pod)[1]
+    plugin("DEL", config(deviceID="wireMvp0"), netns=pod).ok()
+    uid = pod_args().rpartition("=")[2]
+    assert [each.pod for each in entries.all().values()] == [uid]
+    for other in range(max(0, minor - 20), minor + 20):
+        entries.give(other, Given("a-1", boot_id(), uid))
+    entries.give(minor + 20, Given("a-1", "an earlier boot", "another"))
+    plugin("ADD", config(deviceID="wireMvp0"), netns=pod, container="c2", args=pod_args()).ok()
+    assert device(pod)[1] <= minor + 20
+    assert entries.all()[device(pod)[1]].attachment.startswith("c2-")
+
+
+def test_a_node_that_no_kubelet_passes_on_keeps_its_minor_until_del(lab: Lab, plugin: Plugin) -> None:
+    pod, entries, conf = lab.pod(), Minors(str(plugin.state)), config(interface="wire", owner=107)
+    plugin("ADD", conf, netns=pod).ok()
+    number = device(pod)
+    assert [*entries.all()] == [number[1]]
+    pod.ip("link delete net1")
+    other = lab.pod("other")
+    plugin("ADD", config(interface="wire"), netns=other, container="c2").ok()
+    assert device(other) != number
+    plugin("DEL", conf, netns=pod).ok()
+    assert entries.all() == {}
+
+
+def test_there_is_a_limit_and_it_refuses(lab: Lab, plugin: Plugin) -> None:
+    pod, entries = lab.pod(), Minors(str(plugin.state))
+    far = 1 << 19
+    for minor in range(far, far + MOST):
+        entries.give(minor, Given("a-1", boot_id(), "another"))
+    with pytest.raises(CniError, match="whose end was not seen"):
+        entries.give(far - 1, Given("a-1", boot_id(), "another"))
+    said = plugin("ADD", config(deviceID="wireMvp0"), netns=pod, args=pod_args()).error(11)["msg"]
+    assert "its setting cgroup" in said
+    assert "net1" not in pod.links()
+    assert plugin.leftovers() == []
+    plugin("ADD", config(interface="wire"), netns=pod).ok()

@@ -12,6 +12,7 @@ from logging import DEBUG
 from cni.agent.log import log
 from cni.agent.reconcile.adoption import Links
 from cni.agent.reconcile.leftovers import Leftovers
+from cni.agent.reconcile.minors import Minors
 from cni.agent.reconcile.pending import Pending
 from cni.agent.reconcile.records import Records
 from cni.agent.reconcile.workers import Workers
@@ -28,6 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cni.agent.cgroups import Cgroups
     from cni.agent.metrics import Registry
     from cni.attach.call import Node, Request
     from cni.plugin import Response
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 _QUIET_SECONDS = 0.05
 _GATHER_SECONDS = 0.5
 """Pods often end many at a time: after the first, gather until it is quiet, but no longer than this."""
+_MINORS_SECONDS = 2.0
+"""How often the entries of minors are looked at while there are any: a kubelet removes a pod's control group late."""
 _PENDING_SECONDS = 2.0
 """How long start() waits for pending DELs, which should precede the ADDs that follow them."""
 
@@ -42,17 +46,24 @@ _PENDING_SECONDS = 2.0
 class Reconciler:
     """Repairs the state of the node until stop().
 
-    answer: carries out a request as the CNI socket does; seconds: from one full run to the next.
+    answer: carries out a request as the CNI socket does; groups: of the pods; seconds: from one full run to the next.
     """
 
     def __init__(
-        self, node: Node, answer: Callable[[Request], Response], registry: Registry, *, seconds: float
+        self,
+        node: Node,
+        answer: Callable[[Request], Response],
+        groups: Cgroups,
+        registry: Registry,
+        *,
+        seconds: float,
     ) -> None:
         self._seconds = seconds
         self._workers = Workers(registry)
         self._records = Records(node, self._workers, registry)
         self._links = Links(node, self._workers, registry)
         self._leftovers = Leftovers(node, self._workers, registry)
+        self._minors = Minors(node, groups, registry)
         self._pending = Pending(node.store, answer, self._workers, registry)
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
         self._stop, self._stopped = socket.socketpair()
@@ -91,7 +102,8 @@ class Reconciler:
             if (now := time.monotonic()) >= due:
                 self._look_at_everything()
                 due = now + self._seconds
-            ready = {fd for fd, _ in poll.poll(max(0.0, due - time.monotonic()) * 1000)}
+            wake = min(due, time.monotonic() + _MINORS_SECONDS) if self._minors.busy else due
+            ready = {fd for fd, _ in poll.poll(max(0.0, wake - time.monotonic()) * 1000)}
             if self._stopped.fileno() in ready:
                 return
             if self._events.fileno() in ready:
@@ -100,6 +112,7 @@ class Reconciler:
                     due = 0.0
                 else:
                     self._workers.attempt("namespaces", self._records.look, dead)
+            self._workers.attempt("minors", self._minors.look)
 
     def _gather(self) -> set[int] | None:
         """The ids of the namespaces that have died; None if events were lost."""
@@ -123,6 +136,8 @@ class Reconciler:
         self._workers.attempt("links", self._links.look, unrecorded, existing)
         self._workers.attempt("records", self._records.look, None, existing)
         self._workers.attempt("leftovers", self._leftovers.look, unrecorded)
+        self._workers.attempt("minors", self._minors.complete)
+        self._workers.attempt("minors", self._minors.look)
         seconds = time.monotonic() - begin
         log(DEBUG, "reconciled", ms=round(seconds * 1000, 2))
         self._took.set(seconds)

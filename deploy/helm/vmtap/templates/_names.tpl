@@ -34,6 +34,7 @@ deviceRoute: {{ .Values.devicePlugin.route }}
 cdi: {{ .Values.devicePlugin.cdiDir }}
 brokerMount: {{ .Values.broker.enabled }}
 health: 127.0.0.1:{{ .Values.health.port }}
+cgroup: /sys/fs/cgroup
 logLevel: {{ .Values.agent.logLevel }}
 drainSeconds: {{ .Values.agent.drainSeconds }}
 reconcileSeconds: {{ .Values.agent.reconcileSeconds }}
