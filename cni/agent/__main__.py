@@ -80,6 +80,7 @@ class Agent:
             self._added,
             delegate_stderr=_delegate_stderr,
             confirm=self.allocations.confirm if self.allocations else None,
+            allocated=self.allocations.indexes if self.allocations else None,
             cgroup=self.groups.find,
             handover=handover is not None,
         )

@@ -56,6 +56,8 @@ class Node:
 
     None where no device plugin offers devices.
     """
+    allocated: Callable[[], Mapping[int, str]] | None = None
+    """The devices that the kubelet has allocated: interface index → device id. Raises CniError 11. None as above."""
     cgroup: Callable[[str], str] | None = None
     """The folder of a pod's control group, by the pod's UID; "" if it is not found."""
     handover: bool = False

@@ -258,6 +258,41 @@ def test_a_kubelet_that_limits_calls_is_called_again(running: Node) -> None:
     assert len(running.kubelet.calls) > 30
 
 
+def test_a_forged_link_uses_up_no_device(running: Node) -> None:
+    """A pod with NET_ADMIN gives a macvtap a device's index and an alias of vmtap's.
+
+    What the kubelet has allocated is adopted, as the state folder may have been lost.
+    """
+    lab, kubelet, shim = running.lab, running.kubelet, running.agent.shim()
+    forger, index = lab.pod("forger"), [deviceid.ifindex("data", number) for number in range(2)]
+    shim("ADD", config(interface="data", mode="bridge"), netns=forger, container="forger").ok()
+    kubelet.allocate(DATA, ["dataMvp1"])
+    assert running.agent.end() == 0
+    for number in range(2):
+        name = f"x{number}"
+        lab.node.ip(f"link add link {NIC} name {name} index {index[number]} type macvtap mode bridge")
+        lab.node.ip(f"link set {name} netns {forger.path}")
+        assert forger.links()[name]["ifindex"] == index[number]
+        forger.ip(f"link set {name} alias vmtap/wire/c{number}/{name}")
+    running.agent.start()
+    assert (
+        running.agent.said("link without a record left alone: DEL removes it, by its alias")["ifindex"]
+        == index[0]
+    )
+    assert running.agent.said("link without a record adopted")["ifindex"] == index[1]
+    kubelet.wait_resource(DATA, times=2)
+    assert kubelet.preferred(DATA, ["dataMvp0", "dataMvp1", "dataMvp2"], size=3) == [
+        "dataMvp0",
+        "dataMvp2",
+        "dataMvp1",
+    ]
+    kubelet.allocate(DATA, ["dataMvp0"], pod=("default", "rightful"))
+    args = pod_args("rightful")
+    shim("ADD", config(deviceID="dataMvp0"), netns=lab.pod("rightful"), container="r", args=args).ok()
+    records = [json.loads(path.read_text()) for path in (running.agent.run / "attachments").glob("c1-*")]
+    assert [each["device_id"] for each in records] == ["dataMvp1"]
+
+
 # Restarts
 
 

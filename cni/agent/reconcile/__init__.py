@@ -9,7 +9,9 @@ it does with an attachment whose lock is free, decided again under the lock:
     of a finished ADD         gone                      its path leads to it   reported as lost: the runtime's to DEL
     of a finished ADD         gone                      dead, or not found     ended, with the delegate's DEL
     none                      macvtap, vmtap's alias,   has a path             adopted: a record is made from the link
-                              index as ADD assigns it
+                              index as ADD assigns it;
+                              a device's index only if
+                              the kubelet allocated it
     none                      any other with vmtap's    any                    left alone and reported: DEL finds it
                               alias                                            by the alias
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from dataclasses import replace
 from functools import partial
 from logging import WARNING
 
@@ -13,6 +14,7 @@ from cni.errors import CniError
 from cni.kernel import macvtap, netns
 from cni.kernel.rtnl import Rtnl
 from cni.lower import unrecorded
+from cni.state import cdi, deviceid
 from cni.state.lookup import namespace_paths
 from cni.state.record import HANDOVER_GROUP, Record, boot_id, identifier, parse_alias
 from cni.state.store import IFINDEX_BASE
@@ -33,6 +35,8 @@ class Links:
     def __init__(self, node: Node, workers: Workers, registry: Registry) -> None:
         self._store = node.store
         self._policy = node.policy
+        self._allocated = node.allocated
+        self._cdi = node.cdi
         self._workers = workers
         self._left_alone: set[tuple[int, int]] = set()
         """(nsid, index) of the links that cannot be adopted. Each is logged once."""
@@ -82,6 +86,8 @@ class Links:
             if link is None or link.alias != seen.alias or self._store.load(id):
                 return
             record = self._record_of(host, nsid, link)
+            if record and link.index >= deviceid.BASE and self._allocated:
+                record = self._of_device(record, self._allocated().get(link.index))
             adopted = record is not None and self._store.adopt(record)
         fields = {"alias": link.alias, "ifindex": link.index}
         if adopted:
@@ -138,6 +144,16 @@ class Links:
             vlan=lower.vlan,
             vf=lower.vf,
         )
+
+    def _of_device(self, record: Record, device_id: str | None) -> Record | None:
+        """The record with the kubelet's device of its index; None if the kubelet has allocated no such device.
+
+        A pod with NET_ADMIN makes links with any index and alias, and must not use up the kubelet's devices.
+        """
+        if device_id is None:
+            return None
+        spec = cdi.path(self._cdi, device_id) if self._cdi else ""
+        return replace(record, device_id=device_id, cdi=spec if os.path.exists(spec) else None)
 
 
 def id_of(alias: str) -> str | None:
