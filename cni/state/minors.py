@@ -83,9 +83,12 @@ class Minors:
                     f"{MOST} device nodes may be in use by containers whose end was not seen; let the agent see the "
                     "host's control groups (its setting cgroup), or restart the node",
                 )
-            with suppress(FileNotFoundError):
-                os.unlink(new)
-            os.symlink(json.dumps([given.attachment, given.boot_id, given.pod, given.cgroup]), new)
+            target = json.dumps([given.attachment, given.boot_id, given.pod, given.cgroup])
+            with suppress(FileExistsError):
+                os.symlink(target, path)
+                return
+            _unlink(new)
+            os.symlink(target, new)
             os.rename(new, path)
         except OSError as error:
             raise self._failed(error) from error
@@ -93,20 +96,29 @@ class Minors:
     def remove(self, minor: int) -> None:
         """Remove the entry, if there is one."""
         try:
-            os.unlink(f"{self._folder}/{minor}")
-        except FileNotFoundError:
-            pass
+            _unlink(f"{self._folder}/{minor}")
         except OSError as error:
             raise self._failed(error) from error
 
     def detach(self, attachment: str) -> None:
         """Remove the entries of an attachment that has ended, except those that stay with a pod."""
+        try:
+            for name in os.listdir(self._folder) if os.path.isdir(self._folder) else []:
+                if name.endswith(f".{attachment}"):  # an ADD was killed before it replaced an entry
+                    _unlink(f"{self._folder}/{name}")
+        except OSError as error:
+            raise self._failed(error) from error
         for minor, given in self.all().items():
             if given.attachment == attachment and not given.pod:
                 self.remove(minor)
 
     def _failed(self, error: OSError) -> CniError:
         return CniError(IO_FAILURE, f"the state under {self._folder} cannot be kept", str(error))
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def pod(arguments: Mapping[str, str], container_id: str, device_id: str | None) -> str:
