@@ -17,8 +17,8 @@ from cni import plugin
 from cni.agent import health, metrics, node_metrics, server
 from cni.agent import log as logs
 from cni.agent.broker import Broker
-from cni.agent.drift import Drift
 from cni.agent.cgroups import Cgroups
+from cni.agent.drift import Drift
 from cni.agent.handover import Handover
 from cni.agent.http_server import Answer, HttpServer
 from cni.agent.link_deletion import LinkDeleter

@@ -39,14 +39,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
     if source is None and len(grant.sources) > 1:
         source = call.source(grant)
     plan = plans.decide(source, call.conf, grant, call.container_id, call.ifname, arguments=call.arguments)
-    if grant.macs and grant.macs.gateway and source and plan.mac in gateways.macs(call.host, source.index):
-        raise CniError(
-            INVALID_NETWORK_CONFIG,
-            f"mac: {plan.mac} is refused: it is the gateway's on {source.name}; give another",
-        )
-    if call.node.confirm and call.conf.device_index and call.conf.device_id:
-        call.yield_turn()
-        call.node.confirm(call.conf.device_id, call.arguments)
+    _check(call, grant, plan)
     store.prepare()
     with store.locked(call.id, yield_turn=call.yield_turn):
         stale = store.load(call.id)
@@ -101,6 +94,19 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
         if call.node.added:
             call.node.added(record, call.netns)
         return answer
+
+
+def _check(call: Call, grant: Grant, plan: Plan) -> None:
+    """Check what the node has to say of the plan: the gateway's MAC, the kubelet's allocation. Raises CniError."""
+    source, conf = plan.source, call.conf
+    if grant.macs and grant.macs.gateway and source and plan.mac in gateways.macs(call.host, source.index):
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"mac: {plan.mac} is refused: it is the gateway's on {source.name}; give another",
+        )
+    if call.node.confirm and conf.device_index and conf.device_id:
+        call.yield_turn()
+        call.node.confirm(conf.device_id, call.arguments)
 
 
 def _latest(call: Call, record: Record) -> Record:
