@@ -101,6 +101,8 @@ class Kubelet:
         """Why registrations were refused."""
         self.get = "on"
         """The method Get: "on"; "disabled", by its feature gate; "missing", as before Kubernetes 1.27."""
+        self.reject = 0
+        """How many calls of the pod-resources API the limit rejects next, whenever they come."""
         self.calls: list[str] = []
         """The methods of the pod-resources API that were called, those that the limit rejected included."""
         self.pods: set[tuple[str, str]] = set()
@@ -367,7 +369,9 @@ class _PodResources(pods_services.PodResourcesListerServicer):
             self._kubelet.calls.append(method)
             now = time.monotonic()
             self._tokens, self._at = min(_BURST, self._tokens + (now - self._at) * _CALLS_PER_SECOND), now
-            if self._tokens >= 1:
+            if self._kubelet.reject:
+                self._kubelet.reject -= 1
+            elif self._tokens >= 1:
                 self._tokens -= 1
                 return
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "rejected by rate limit")

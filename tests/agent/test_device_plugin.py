@@ -9,7 +9,6 @@ import signal
 import socket
 import stat
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,20 +241,11 @@ def test_without_the_kubelets_answer_nothing_is_made_and_the_runtime_tries_again
 
 
 def test_a_kubelet_that_limits_calls_is_called_again(running: Node) -> None:
-    """Thirty at once are three times what the kubelet's limit lets through at once."""
-    running.policy(entry("data", capacity=30))
-    running.kubelet.wait_devices(DATA, lambda now: len(now) == 30)
-    ids = [f"dataMvp{number}" for number in range(30)]
-    running.kubelet.allocate(DATA, ids)
-    shim, pods = running.agent.shim(), [running.lab.pod(f"p{number}") for number in range(3)]
-
-    def add(number: int) -> None:
-        conf = config(deviceID=ids[number])
-        shim("ADD", conf, netns=pods[number % 3], ifname=f"net{number}", args=pod_args()).ok()
-
-    with ThreadPoolExecutor(30) as threads:
-        list(threads.map(add, range(30)))
-    assert len(running.kubelet.calls) > 30
+    running.kubelet.allocate(DATA, ["dataMvp0"])
+    running.kubelet.reject = 3
+    shim = running.agent.shim()
+    shim("ADD", config(deviceID="dataMvp0"), netns=running.lab.pod(), args=pod_args()).ok()
+    assert running.kubelet.calls == ["Get"] * 4
 
 
 def test_a_forged_link_uses_up_no_device(running: Node) -> None:
