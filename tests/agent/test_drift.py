@@ -79,7 +79,6 @@ def test_the_holder_of_the_fd_takes_the_gateways_mac(agent: Agent, lab: Lab) -> 
     record = attach(agent, pod)
     with device(pod, record) as fd:
         set_mac(fd, GATEWAY)
-        assert link_of(pod, record).mac == GATEWAY
         line = agent.wait_for("the link was changed, and is put back")
         assert line["changed"] == {"mac": f"{GATEWAY}, wanted {record.mac}"}
         until(lambda: as_made(pod, record), "the MAC is put back")
@@ -106,7 +105,7 @@ def test_net_admin_in_the_pod_changes_it(
     record = attach(agent, pod, **fields)
     mode = None if fields else VEPA
     pod.ip(*command.splitlines())
-    assert not as_made(pod, record, mode)
+    agent.wait_for("the link was changed, and is put back")
     until(lambda: as_made(pod, record, mode), "it is put back")
     agent.shim()("DEL", config(), netns=pod).ok()
     assert "net1" not in pod.links()

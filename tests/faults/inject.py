@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tests.runner import Plugin
 
-CHANGES = "mkdir,openat,symlink,rename,unlink,write,sendto,ioctl,mknodat,fchmod,chmod,chown,lchown,fsmount,setns,clone"
+CHANGES = "mkdir,openat,symlink,rename,unlink,write,sendto,ioctl,mknodat,fchmod,chmod,chown,lchown,fsmount,setns,vfork"
 """System calls that may change something outside the process."""
 
 _LINE = re.compile(r"(?:\d+ +)?(?P<call>\w+)\((?P<rest>.*)")

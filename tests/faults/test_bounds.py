@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import logging
 import sys
@@ -140,18 +139,22 @@ def test_a_long_variable(plugin: Plugin, variable: str, command: str) -> None:
         assert response.error or command == "DEL"
 
 
-def test_a_log_line_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
+def test_a_log_line_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(logs.LOG, "propagate", logs.LOG.propagate)
     before = logs.LOG.handlers, logs.LOG.level
-    logs.start("info")
-    try:
-        logs.log(logging.INFO, "request", container="c" * 1_000_000, names=["n"] * 100_000, ms=1.5)
-    finally:
-        logs.LOG.handlers, logs.LOG.level = before
-    assert len(stream.getvalue()) < 4000
-    line: dict[str, Any] = json.loads(stream.getvalue())
+    with (tmp_path / "log").open("w+") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        logs.start("info")
+        try:
+            logs.log(logging.INFO, "request", container="c" * 1_000_000, names=["n"] * 100_000, ms=1.5)
+            for handler in logs.LOG.handlers:
+                handler.close()
+        finally:
+            logs.LOG.handlers, logs.LOG.level = before
+        stream.seek(0)
+        text = stream.read()
+    assert len(text) < 4000
+    line: dict[str, Any] = json.loads(text)
     assert (line["ms"], len(line["container"]), line["names"][:4]) == (1.5, 1000, '["n"')
 
 

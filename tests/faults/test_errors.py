@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tap on a bridge": {"source": BRIDGE, "device": "tap", "ipam": IPAM, "addressing": "link"},
 }
 CODES = {value for name, value in vars(spec).items() if name.isupper() and isinstance(value, int)}
-ERRNO = {"sendto": "ENOBUFS", "clone": "EAGAIN", "setns": "EPERM", "mknodat": "EPERM", "fsmount": "EPERM"}
+ERRNO = {"sendto": "ENOBUFS", "vfork": "EAGAIN", "setns": "EPERM", "mknodat": "EPERM", "fsmount": "EPERM"}
 """What a call fails with where it is not a file's; files see a broken disk."""
 
 

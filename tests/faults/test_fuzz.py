@@ -130,18 +130,18 @@ def world(lab: Lab, plugin: Plugin) -> World:
 @contextmanager
 def kernel_spied(asked: list[str]) -> Iterator[None]:
     """Notes each netlink socket that is opened, in order with the end of the config's validation."""
-    opened, parse = rtnl.Rtnl.__init__, netconf.parse
+    opened, read = rtnl.Rtnl.__init__, netconf.read
 
     def open_(self: rtnl.Rtnl) -> None:
         asked.append("kernel")
         opened(self)
 
-    def parse_(*args: Any, **more: Any) -> netconf.NetConf:
-        conf = parse(*args, **more)
+    def read_(*args: Any, **more: Any) -> netconf.NetConf:
+        conf = read(*args, **more)
         asked.append("valid")
         return conf
 
-    with mock.patch.object(rtnl.Rtnl, "__init__", open_), mock.patch.object(netconf, "parse", parse_):
+    with mock.patch.object(rtnl.Rtnl, "__init__", open_), mock.patch.object(netconf, "read", read_):
         yield
 
 

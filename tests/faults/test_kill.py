@@ -80,7 +80,7 @@ def test_a_kill_at_each_step_of_add(
     answer.ok()
     handle("DEL", conf, netns=pod).ok()
     steps = points(trace)
-    assert {"openat", "symlink", "rename", "sendto", "write", "clone", "mknodat"} <= {p.call for p in steps}
+    assert {"openat", "symlink", "rename", "sendto", "write", "vfork", "mknodat"} <= {p.call for p in steps}
 
     for step in steps:
         killed, seen = injector(
