@@ -92,7 +92,11 @@ def _seconds(table: bytes) -> float | None:
     with _open() as netlink:
         rule = table + text(_RULE_CHAIN, _CHAIN)
         netlink.send(_message(_SUBSYSTEM << 8 | _GETRULE, NLM_F_DUMP, rule))
-        answer = netlink.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT)
+        return parse(netlink.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT))
+
+
+def parse(answer: bytes) -> float | None:
+    """The seconds since the last frame, in the kernel's answer to a list of the table's rules; None without one."""
     if len(answer) < _HEADER.size or _HEADER.unpack_from(answer)[1] != _SUBSYSTEM << 8 | _NEWRULE:
         return None  # the end of a list without rules: another process has removed it
     expression = attributes(answer[_HEADER.size :]).get(_RULE_EXPRESSIONS, b"")
@@ -101,7 +105,7 @@ def _seconds(table: bytes) -> float | None:
     found = attributes(expression)
     if not any(found.get(_LAST_SET, b"")):
         return None
-    return int.from_bytes(found[_LAST_MILLISECONDS]) / 1000
+    return int.from_bytes(found.get(_LAST_MILLISECONDS, b"")[:8]) / 1000
 
 
 def _change(*messages: tuple[int, int, bytes]) -> None:

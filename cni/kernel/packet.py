@@ -7,7 +7,6 @@ socket can wait for an RCU grace period, 15 ms. CAP_NET_RAW is needed. Must not 
 from __future__ import annotations
 
 import socket
-import struct
 
 from cni.kernel import bpf
 
@@ -72,7 +71,7 @@ def source(frame: bytes) -> bytes:
 
 def announces(frame: bytes) -> bool:
     """Whether the frame is a RARP packet, as QEMU sends it after a migration, or a gratuitous ARP packet (RFC 5227)."""
-    (protocol,) = struct.unpack_from("!H", frame, 12)
+    protocol = int.from_bytes(frame[12:14])
     return protocol == ETH_P_RARP or (
         protocol == ETH_P_ARP and len(frame) >= 42 and frame[28:32] == frame[38:42]
     )

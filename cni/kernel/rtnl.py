@@ -94,9 +94,22 @@ IFF_LOWER_UP = 0x10000
 
 ARPHRD_ETHER = 1
 
+EVENTS_LOST = (errno.ENOBUFS, errno.EPROTO)
+"""Errors of an event socket and its datagrams after which what they announce has to be listed."""
+
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg
 _ATTR = struct.Struct("=HH")  # struct nlattr
+_MAX_ERRNO = 4095  # linux/err.h
+_LEAST = {
+    NLMSG_ERROR: 4,
+    NLMSG_DONE: 4,
+    RTM_NEWLINK: _IFINFO.size,
+    RTM_DELLINK: _IFINFO.size,
+    RTM_NEWNSID: 4,
+    RTM_DELNSID: 4,
+}
+"""Message type → the bytes that its body has at least."""
 _ANSWER_BYTES = 1 << 15
 """More than any single message of the kernel's (NLMSG_GOODSIZE is a page, or 8 KiB)."""
 _DUMP_BYTES = 1 << 16
@@ -210,9 +223,8 @@ class Rtnl:
         outcomes: dict[int, OSError | Link | int | None] = {}
         while len(outcomes) < len(messages):
             for kind, nlm, sequence, body in _messages(self._socket.recv(_ANSWER_BYTES)):
-                if (
-                    sequence < first or sequence in outcomes
-                ):  # of an earlier talk(), or the ACK after an answer
+                # Of an earlier talk(), or the ACK after an answer.
+                if not first <= sequence <= self._sequence or sequence in outcomes:
                     continue
                 if kind == NLMSG_ERROR:
                     outcomes[sequence] = _error(nlm, body)
@@ -294,7 +306,8 @@ class Rtnl:
             _, nsid = self.talk(new, asked)  # the first may be refused, EEXIST: another process was quicker
         if isinstance(nsid, OSError):
             raise nsid
-        assert isinstance(nsid, int)  # noqa: S101 - the kernel answers RTM_GETNSID with RTM_NEWNSID
+        if not isinstance(nsid, int):
+            raise _unreadable()
         return _found(link), nsid
 
     def dump(self, kind: int, body: bytes) -> list[bytes]:
@@ -314,10 +327,10 @@ class Rtnl:
                         done = True
                         (status,) = struct.unpack_from("=i", payload)
                         if status < 0:
-                            raise OSError(-status, os.strerror(-status))
-                    elif answer != NLMSG_ERROR:
+                            raise _os_error(status)
+                    elif answer == kind - 2:  # RTM_NEW*, linux/rtnetlink.h
                         found.append(payload)
-                    elif error := _error(nlm, payload):
+                    elif answer == NLMSG_ERROR and (error := _error(nlm, payload)):
                         raise error
             if not interrupted:
                 return found
@@ -368,7 +381,10 @@ def delete_link(host: Rtnl, index: int, nsid: int | None) -> None:
 
 
 def nsid_events(data: bytes) -> Iterator[tuple[int, int]]:
-    """The events in one datagram of the group RTNLGRP_NSID: (RTM_NEWNSID or RTM_DELNSID, the id)."""
+    """The events in one datagram of the group RTNLGRP_NSID: (RTM_NEWNSID or RTM_DELNSID, the id).
+
+    Raises OSError EPROTO if it cannot be read.
+    """
     for kind, _, _, body in _messages(data):
         if kind in (RTM_NEWNSID, RTM_DELNSID):
             yield kind, _nsid(body)
@@ -386,6 +402,7 @@ def link_events(data: bytes) -> Iterator[tuple[int, Link]]:
     """The events in one datagram of the group RTNLGRP_LINK: (RTM_NEWLINK or RTM_DELLINK, the link).
 
     Messages of other families are left out: a port that leaves its bridge sends an RTM_DELLINK of AF_BRIDGE.
+    Raises OSError EPROTO if the datagram cannot be read.
     """
     for kind, _, _, body in _messages(data):
         if kind in (RTM_NEWLINK, RTM_DELLINK) and body[0] == AF_UNSPEC:
@@ -393,14 +410,20 @@ def link_events(data: bytes) -> Iterator[tuple[int, Link]]:
 
 
 def _messages(data: bytes) -> list[tuple[int, int, int, bytes]]:
-    """(type, flags, sequence, body) of each message."""
+    """(type, flags, sequence, body) of each message. Raises OSError EPROTO if one is cut short."""
     found = []
     at = 0
     while at + 16 <= len(data):
         length, kind, nlm, sequence, _ = _HEADER.unpack_from(data, at)
+        if not 16 + _LEAST.get(kind, 0) <= length <= len(data) - at:
+            raise _unreadable()
         found.append((kind, nlm, sequence, data[at + 16 : at + length]))
-        at += max(16, (length + 3) & ~3)
+        at += (length + 3) & ~3
     return found
+
+
+def _unreadable() -> OSError:
+    return OSError(errno.EPROTO, "a netlink message cannot be read")
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
@@ -422,11 +445,21 @@ def _error(nlm: int, body: bytes) -> OSError | None:
     said = b""
     if nlm & NLM_F_ACK_TLVS:
         said = attributes(body[20:]).get(NLMSGERR_ATTR_MSG, b"").rstrip(b"\0")
-    return OSError(-number, said.decode(errors="replace") or os.strerror(-number))
+    return _os_error(number, said.decode(errors="replace"))
+
+
+def _os_error(number: int, text: str = "") -> OSError:
+    """The OSError for a negative error number. text: the extended ACK's message, or ""."""
+    if not -_MAX_ERRNO <= number < 0:
+        return _unreadable()
+    return OSError(-number, text or os.strerror(-number))
 
 
 def _nsid(body: bytes) -> int:
-    (number,) = struct.unpack("=i", attributes(body[4:])[NETNSA_NSID])
+    value = attributes(body[4:]).get(NETNSA_NSID, b"")
+    if len(value) != 4:
+        raise _unreadable()
+    (number,) = struct.unpack("=i", value)
     return int(number)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 
 from cni.kernel.rtnl import (
+    EVENTS_LOST,
     IFF_LOWER_UP,
     IFF_RUNNING,
     IFF_UP,
@@ -70,15 +70,15 @@ class Links:
         news = self._stale
         while True:
             try:
-                data = self._events.recv(1 << 16)
+                events = [*link_events(self._events.recv(1 << 16))]
             except BlockingIOError:
                 break
             except OSError as error:
-                if error.errno != errno.ENOBUFS:
+                if error.errno not in EVENTS_LOST:
                     raise
                 self._stale = news = True
                 continue
-            for kind, link in link_events(data):
+            for kind, link in events:
                 known = self._by_index.get(link.index)
                 names = {link.name, known.name} if known else {link.name}
                 if link.kind != "veth" or not names.isdisjoint(sources):

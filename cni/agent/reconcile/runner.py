@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import select
 import socket
 import threading
@@ -17,6 +16,7 @@ from cni.agent.reconcile.pending import Pending
 from cni.agent.reconcile.records import Records
 from cni.agent.reconcile.workers import Workers
 from cni.kernel.rtnl import (
+    EVENTS_LOST,
     NETLINK_ADD_MEMBERSHIP,
     NETLINK_ROUTE,
     RTM_DELNSID,
@@ -120,12 +120,12 @@ class Reconciler:
         until = time.monotonic() + _GATHER_SECONDS
         while select.select([self._events], [], [], _QUIET_SECONDS)[0] and time.monotonic() < until:
             try:
-                data = self._events.recv(1 << 16)
+                events = [*nsid_events(self._events.recv(1 << 16))]
             except OSError as error:
-                if error.errno == errno.ENOBUFS:
+                if error.errno in EVENTS_LOST:
                     return None
                 raise
-            dead |= {nsid for kind, nsid in nsid_events(data) if kind == RTM_DELNSID}
+            dead |= {nsid for kind, nsid in events if kind == RTM_DELNSID}
         return dead
 
     def _look_at_everything(self) -> None:
