@@ -70,19 +70,25 @@ def known() -> dict[str, Neighbour]:
         done = subprocess.run(
             [program, "-f", "json0", "show", "neighbors"], capture_output=True, timeout=5, check=True
         )
-        return dict(of_lldpcli(json.loads(done.stdout)))
-    except (OSError, subprocess.SubprocessError, ValueError, LookupError):
+        return of_lldpcli(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
         return {}
 
 
-def of_lldpcli(document: Any) -> Iterator[tuple[str, Neighbour]]:
-    """Parse lldpcli's json0 format, in which every element is a list."""
-    for interface in document["lldp"][0].get("interface", ()):
-        chassis, port = interface["chassis"][0], interface["port"][0]
-        system = (chassis.get("name") or chassis["id"])[0]["value"]
-        of_mac = port["id"][0]["type"] == "mac" and "descr" in port
-        name = port["descr" if of_mac else "id"][0]["value"]
-        yield interface["name"], Neighbour(escaped(system), escaped(name))
+def of_lldpcli(output: bytes) -> dict[str, Neighbour]:
+    """Parse lldpcli's json0 format, in which every element is a list. Raises ValueError if it has another form."""
+    try:
+        return dict(map(_of_interface, json.loads(output)["lldp"][0].get("interface", ())))
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not lldpcli's json0: {error!r}") from None
+
+
+def _of_interface(interface: Any) -> tuple[str, Neighbour]:
+    chassis, port = interface["chassis"][0], interface["port"][0]
+    system = (chassis.get("name") or chassis["id"])[0]["value"]
+    of_mac = port["id"][0]["type"] == "mac" and "descr" in port
+    name = port["descr" if of_mac else "id"][0]["value"]
+    return escaped(interface["name"]), Neighbour(escaped(system), escaped(name))
 
 
 def listen(nics: Iterable[str], seconds: float) -> dict[str, Neighbour]:

@@ -120,5 +120,5 @@ def test_lldp_from_the_wire_and_from_lldpd() -> None:
     known = {
         "lldp": [{"interface": [{"name": "eth1", "chassis": [{"name": [{"value": EVIL}]}], "port": port}]}]
     }
-    [(_, neighbour)] = lldp.of_lldpcli(known)
+    (neighbour,) = lldp.of_lldpcli(json.dumps(known).encode()).values()
     assert printable(neighbour.system) and printable(neighbour.port)

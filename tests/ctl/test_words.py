@@ -162,10 +162,10 @@ def test_what_lldpd_says() -> None:
         "chassis": [{"id": [mac], "name": [{"value": "leaf-12"}]}],
         "port": [{"id": [mac], "descr": [{"value": "node"}], "ttl": [{"value": "120"}]}],
     }
-    assert dict(lldp.of_lldpcli({"lldp": [{"interface": [interface]}]})) == {
+    assert lldp.of_lldpcli(json.dumps({"lldp": [{"interface": [interface]}]}).encode()) == {
         "eth1": lldp.Neighbour("leaf-12", "node")
     }
-    assert dict(lldp.of_lldpcli({"lldp": [{}]})) == {}
+    assert lldp.of_lldpcli(b'{"lldp": [{}]}') == {}
 
 
 def test_the_page_has_every_key_of_the_json() -> None:
