@@ -9,6 +9,7 @@ T ?=
 A ?=
 
 .PHONY: help setup demo bench soak test test-hw cluster test-cluster sbom lint clean
+.PHONY: help setup demo bench test test-hw cluster test-cluster fuzz sbom lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,10 @@ cluster: ## a real Kubernetes of one node, and a shell on it with kubectl
 test-cluster: ## the tests that want that Kubernetes; the first time it is built, in ten minutes
 	@lab/setup cluster
 	@$(BIN)/python -m pytest -n 2 tests/cluster tests/deploy/manifests $(T)
+
+fuzz: ## coverage-guided fuzzing, for a minute; A="--seconds 600" or A="netconf --seconds 60"; A=--help
+	@lab/setup fuzz
+	@$(BIN)/python -m lab.fuzz $(A)
 
 sbom: ## the SBOMs of both images, in CycloneDX JSON: writes .cache/sbom
 	@lab/setup cluster

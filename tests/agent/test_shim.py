@@ -353,22 +353,6 @@ def test_any_request_under_the_sanitizers(
     assert done.stderr == args.encode()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    command=st.sampled_from(["ADD", "DEL", "STATUS", "VERSION"]),
-    stdin=st.binary(max_size=300) | st.just(b'{"cniVersion":"'),
-)
-def test_any_request_without_an_agent_under_the_sanitizers(
-    sanitized: Path, tmp_path: Path, command: str, stdin: bytes
-) -> None:
-    env: dict[str, str] = {"CNI_COMMAND": command, "VMTAP_RUN": str(tmp_path), "VMTAP_WAIT": "0"}
-    done = subprocess.run([sanitized], input=stdin, env=env, capture_output=True, timeout=LIMIT, check=False)
-    assert done.returncode == (0 if command in ("DEL", "VERSION") else 1), done.stderr.decode()
-    assert b"Sanitizer" not in done.stderr
-    if done.stdout:
-        assert isinstance(json.loads(done.stdout), dict)
-
-
 @pytest.mark.parametrize("names", [["VMTAP_RUN"], ["VMTAP_STATE"], ["VMTAP_STATE", "VMTAP_RUN"]])
 def test_the_folder_has_one_name_and_an_alias(echo: Path, tmp_path: Path, names: list[str]) -> None:
     """Of two variables, VMTAP_RUN counts."""

@@ -129,7 +129,12 @@ def test_lock(path: str) -> None:
 
 
 def test_locks_are_found() -> None:
-    assert {"requirements.lock", "deploy/requirements.lock", "lab/assets/go.lock"} == set(LOCKS)
+    assert {
+        "requirements.lock",
+        "deploy/requirements.lock",
+        "lab/assets/go.lock",
+        "lab/fuzz/requirements.lock",
+    } == set(LOCKS)
     assert WORKFLOWS
 
 

@@ -347,32 +347,3 @@ def test_chain_is_both_results_in_a_row(before: Result, own: Result, version: st
         before.routes + own.routes,
         own.dns if own.dns != DNS() else before.dns,
     )
-
-
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | NETWORK,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["name", "mtu", "address", "ip", "interface", "version", "dst", "gw", "domain"]),
-            inner,
-            max_size=3,
-        )
-    ),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.dictionaries(
-        st.sampled_from(["cniVersion", "interfaces", "ips", "routes", "dns", "ip4", "ip6", "x"]), JUNK
-    ),
-    st.sampled_from(spec.VERSIONS),
-)
-def test_whatever_comes_is_parsed_or_refused(document: dict[str, Any], version: str) -> None:
-    try:
-        result.render(result.parse(document, version), "1.1.0")
-    except CniError as error:
-        assert error.code == spec.DECODING_FAILURE
-        assert "\n" not in str(error)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from cni import spec
 from cni.config import netconf
@@ -499,34 +497,3 @@ def test_called_as_macvtap_keeps_what_is_given() -> None:
     parsed = conf({"owner": 0, "group": 5, "promisc": True}, called_as="macvtap")
     assert (parsed.promisc, parsed.owner, parsed.group) == (True, 0, 5)
     assert conf({}, called_as="macvtap").promisc is False
-
-
-DOCUMENTS = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
-KEYS = st.sampled_from(
-    ["mode", "device", "mtu", "mac", "ipam", "runtimeConfig", "capabilities", "dns", "prevResult", "queues"]
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    st.binary()
-    | DOCUMENTS.map(lambda document: json.dumps(document).encode())
-    | st.dictionaries(KEYS | st.text(), DOCUMENTS).map(lambda fields: json.dumps(BASE | fields).encode()),
-    st.text() | st.just("IgnoreUnknown=1;MAC=02:00:00:00:00:01"),
-    st.sampled_from(["ADD", "DEL", "CHECK", "GC", "STATUS"]),
-    st.sampled_from(["vmtap", "macvtap"]),
-)
-@example(b'{"name": "a", "capabilities": null, "runtimeConfig": null, "ipam": null}', "", "ADD", "vmtap")
-def test_whatever_comes_is_parsed_or_refused(stdin: bytes, args: str, command: str, called_as: str) -> None:
-    try:
-        parsed = parse(stdin, args=args, command=command, called_as=called_as)
-    except CniError as error:
-        assert error.code in (1, 2, 4, 6, 7)
-        assert "\n" not in str(error)
-    else:
-        assert parsed.name
-        json.dumps(parsed.raw)

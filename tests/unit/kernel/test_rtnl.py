@@ -27,11 +27,6 @@ def test_an_attribute_is_padded_and_read_back(kind: int, payload: bytes) -> None
     assert rtnl.attributes(packed + attr(1, b"next")) == {kind: payload} | {1: b"next"}
 
 
-@given(st.binary(max_size=200))
-def test_junk_attributes_end_the_reading_and_nothing_else(data: bytes) -> None:
-    assert isinstance(rtnl.attributes(data), dict)
-
-
 def test_a_mac_is_six_bytes() -> None:
     assert mac_bytes("02:00:5e:00:53:0a") == bytes([2, 0, 0x5E, 0, 0x53, 10])
 
