@@ -34,7 +34,10 @@ def macs(host: Rtnl, index: int) -> frozenset[str]:
             answer = attributes(host.ask(_RTM_GETROUTE, route + u32(_RTA_OIF, index))[_RTMSG.size :])
             # An IPv4 route by an IPv6 gateway has a struct rtvia: the family, and the address.
             via = answer.get(_RTA_VIA) or family.to_bytes(2, sys.byteorder) + answer.get(_RTA_GATEWAY, b"")
-            neighbour = _NDMSG.pack(int.from_bytes(via[:2], sys.byteorder), index, 0, 0, 0)
+            hop = int.from_bytes(via[:2], sys.byteorder)
+            if hop not in _ANYWHERE:
+                continue
+            neighbour = _NDMSG.pack(hop, index, 0, 0, 0)
             neighbour += attr(_NDA_DST, via[2:])
             known = attributes(host.ask(_RTM_GETNEIGH, neighbour)[_NDMSG.size :])
             found.add(known.get(_NDA_LLADDR, b"").hex(":"))

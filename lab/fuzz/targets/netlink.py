@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from cni.kernel import last_frame, rtnl
+from cni.kernel import gateways, last_frame, rtnl
 from lab.fuzz import claims
 from lab.fuzz.targets import Target
 
@@ -46,6 +46,7 @@ def run(data: bytes) -> None:
         lambda host: host.nsids(),
         lambda host: host.look("eth1", 0),
         lambda host: host.known_nsid(0),
+        lambda host: gateways.macs(host, 7),
     ]
     for ask in questions:
         host = object.__new__(rtnl.Rtnl)
