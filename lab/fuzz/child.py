@@ -52,6 +52,7 @@ class Judge:
         except Exception as error:
             signal.setitimer(signal.ITIMER_PROF, 0)
             self._found(kind(error), data, "".join(traceback.format_exception(error)))
+            return
         if (took := time.process_time() - begin) > self._target.cpu_seconds:
             self._found("slow", data, f"it took {took:.1f} s of CPU time\n")
 
@@ -96,6 +97,7 @@ def main(name: str, folder: str, seconds: str, megabytes: str, *seeds: str) -> N
     flags = {
         "max_total_time": seconds,
         "timeout": 0,
+        "report_slow_units": 3600,
         "rss_limit_mb": megabytes,
         "max_len": target.most_bytes,
         "dict": words,

@@ -35,7 +35,7 @@ def fuzzer(folder: Path, seconds: float, megabytes: int, seeds: Iterable[Path]) 
         "max_total_time": int(seconds),
         "timeout": 10,
         "rss_limit_mb": megabytes,
-        "max_len": 4096,
+        "max_len": 1 << 15,
         "dict": words,
         "artifact_prefix": f"{folder}/findings/",
         "print_final_stats": 1,

@@ -37,10 +37,10 @@ enum { CALLED_AS_MACVTAP = 1, WITHOUT_ARGV = 2, LARGE_STDIN = 4 };
 enum { NETNS = 10, NOTIFY, FILE_FD, SOCKET };
 
 static struct slice outcomes, stdin_bytes, answers;
-static struct stream out, file, sent;
+static struct stream out, messages, file, sent;
 static size_t stdin_left;
 static int64_t clock_ms;
-static int notify_open, stdin_ended, answered, tries, no_memory, undo_since, half_written, kept_pending;
+static int notify_open, stdin_ended, answered, tries, no_memory, undo_since, half_written, kept_pending, disk_failed;
 static char verb[16];
 
 static uint8_t outcome(void)
@@ -54,6 +54,14 @@ static int fails(int with)
     uint8_t how = outcome();
     errno = how & 1 ? EINTR : with;
     return how >= 0xe0;
+}
+
+/* The same for a call that changes the disk. */
+static int disk_fails(int with)
+{
+    int failed = fails(with);
+    disk_failed |= failed && errno != EEXIST;
+    return failed;
 }
 
 /* How much of length a call carries out. */
@@ -98,7 +106,7 @@ static int sim_open(const char *path, int flags, ...)
     if (!(flags & O_CREAT))
         return fails(ENOENT) ? -1 : NETNS;
     assert(flags & O_EXCL && flags & O_NOFOLLOW && flags & O_CLOEXEC && !file.open);
-    if (fails(EEXIST))
+    if (disk_fails(EINVAL))
         return -1;
     file.length = 0;
     return file.open = half_written = 1, FILE_FD;
@@ -126,19 +134,15 @@ static int sim_close(int fd)
 
 static ssize_t sim_write(int fd, const void *data, size_t length)
 {
-    if (fails(ENOSPC)) {
+    if (fd == FILE_FD ? disk_fails(ENOSPC) : fails(ENOSPC)) {
         /* The answer is printed before the connection is closed: so it is the answer that was lost. */
         if (fd == 1 && sent.open && errno != EINTR)
             undo_since = tries;
         return -1;
     }
     length = part(length);
-    if (fd == 1)
-        keep(&out, data, length);
-    else if (fd == FILE_FD)
-        keep(&file, data, length);
-    else
-        assert(fd == 2);
+    assert(fd == 1 || fd == 2 || fd == FILE_FD);
+    keep(fd == 1 ? &out : fd == 2 ? &messages : &file, data, length);
     return (ssize_t)length;
 }
 
@@ -242,14 +246,14 @@ static int sim_mkdir(const char *path, mode_t mode)
 {
     (void)path;
     assert(mode == 0700);
-    return fails(EEXIST) ? -1 : 0;
+    return disk_fails(EEXIST) ? -1 : 0;
 }
 
 static int sim_rename(const char *from, const char *to)
 {
     assert(strstr(to, "/pending/") && strlen(from) == strlen(to) + strlen(".new") && !file.open);
     check_request(&file, 1);
-    if (fails(EACCES))
+    if (disk_fails(EACCES))
         return -1;
     half_written = 0;
     return kept_pending = 1, 0;
@@ -315,7 +319,7 @@ static void make_environment(struct slice from, char **entries, size_t count)
 }
 
 /* After the shim's end. */
-static void check(int status)
+static void check(int status, int long_paths)
 {
     assert(!file.open && !notify_open && (no_memory || !sent.open) && !half_written);
     if (!answered && out.length) {
@@ -326,8 +330,10 @@ static void check(int status)
         for (size_t i = 0; i < last; i++)
             assert(out.data[i] >= ' ' && out.data[i] <= '~');
     }
-    if (!strcmp(verb, "DEL") && stdin_ended && !answered && !no_memory)
+    if (!strcmp(verb, "DEL") && stdin_ended && !answered && !no_memory) {
         assert(status == 0);
+        assert(kept_pending || disk_failed || long_paths);
+    }
     if (kept_pending)
         assert(!strcmp(verb, "DEL"));
     if (undo_since >= 0 && !strcmp(verb, "ADD"))
@@ -341,16 +347,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     char *entries[64], *argv[] = {NULL, NULL}, **own = environ;
     const uint8_t *at = data, *end = data + size;
     uint8_t flags = at < end ? *at++ : 0;
-    make_environment(take(&at, end), entries, sizeof entries / sizeof *entries);
+    struct slice environment = take(&at, end);
+    make_environment(environment, entries, sizeof entries / sizeof *entries);
     stdin_bytes = take(&at, end);
     answers = take(&at, end);
     outcomes = (struct slice){at, end};
     stdin_left = (size_t)(stdin_bytes.end - stdin_bytes.at);
     if (flags & LARGE_STDIN && stdin_left)
         stdin_left += INPUT_MAX - 1;
-    out.length = file.length = sent.length = 0;
+    out.length = messages.length = file.length = sent.length = 0;
     out.open = file.open = sent.open = 0;
-    notify_open = stdin_ended = answered = tries = no_memory = half_written = kept_pending = 0;
+    notify_open = stdin_ended = answered = tries = no_memory = half_written = kept_pending = disk_failed = 0;
     undo_since = -1;
     clock_ms = 1000;
     input_length = 0;
@@ -363,7 +370,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     argv[0] = flags & WITHOUT_ARGV ? NULL : names[flags & CALLED_AS_MACVTAP];
     int status = shim_main(argv[0] ? 1 : 0, argv);
     environ = own;
-    check(status);
+    check(status, environment.end - environment.at > PATH_MAX / 2);
     for (char **e = entries; *e; e++)
         free(*e);
     return 0;
