@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import yaml
+
 from cni import spec
 from cni.config import netconf, nodefile, policy, schema
 from cni.errors import CniError
@@ -42,7 +44,7 @@ def run(data: bytes) -> None:
         assert entry.modes is None or (entry.modes and {*entry.modes} <= {*policy.MODES})
         assert entry.vlans is None or all(1 <= vlan <= 4094 for vlan in entry.vlans)
         assert entry.devices >= 1
-    again = nodefile.parse("policy", json.dumps(document).encode(), _RULES)
+    again = nodefile.parse("policy", yaml.safe_dump(document).encode(), _RULES)
     assert policy.of("policy", again) == rules
     for conf in _ASKED:
         _ask(rules, conf)
