@@ -8,8 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 T ?=
 A ?=
 
-.PHONY: help setup demo bench soak test test-hw cluster test-cluster sbom lint clean
-.PHONY: help setup demo bench test test-hw cluster test-cluster fuzz sbom lint clean
+.PHONY: help setup demo bench soak test test-hw cluster test-cluster fuzz sbom lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
