@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 from lab.assets.cache import CACHE, CHECKOUT
 from lab.fuzz import shim, targets
@@ -82,7 +84,7 @@ class Fuzzers:
         """Fuzz the target until the time is over, or stop()."""
         found = Run(target)
         folder = CACHE / "fuzz" / target
-        known = {path.name for path in _findings(folder)}
+        known = _findings(folder)
         last: deque[str] = deque(maxlen=30)
         try:
             process = self._start(target, folder)
@@ -104,7 +106,7 @@ class Fuzzers:
         timer.cancel()
         with self._lock:
             self._processes.discard(process)
-        found.findings = [str(path) for path in _findings(folder) if path.name not in known]
+        found.findings = [str(path) for path, at in _findings(folder).items() if known.get(path) != at]
         if process.returncode and not found.findings and not self._stopped:
             found.fault = f"exit status {process.returncode}: {''.join(last)}"
         self._show(found)
@@ -152,8 +154,10 @@ class Fuzzers:
             )
 
 
-def _findings(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "findings").glob("*") if path.suffix != ".txt")
+def _findings(folder: Path) -> dict[Path, int]:
+    """The inputs that broke a claim, each with the time at which it was last found to."""
+    paths = sorted(path for path in (folder / "findings").glob("*") if path.suffix != ".txt")
+    return {path: path.stat().st_mtime_ns for path in paths}
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -185,12 +189,13 @@ def replay(target: str, paths: Sequence[Path]) -> None:
         shim.replay(folder, paths)
         return
     loaded = targets.load(target)
-    for path in paths:
-        try:
-            loaded.run(path.read_bytes())
-        except Exception as error:
-            error.add_note(f"the input is {path}")
-            raise
+    with tempfile.TemporaryDirectory() as own, mock.patch.object(tempfile, "tempdir", own):
+        for path in paths:
+            try:
+                loaded.run(path.read_bytes())
+            except Exception as error:
+                error.add_note(f"the input is {path}")
+                raise
 
 
 def main() -> int:

@@ -1,15 +1,18 @@
 """One fuzzing process: python -m lab.fuzz.child TARGET FOLDER SECONDS MEGABYTES [SEEDS].
 
-FOLDER gets corpus/ and findings/. libFuzzer's progress goes to stderr; __main__.py reads it. Of inputs that break one
+FOLDER has corpus/ and findings/. libFuzzer's progress goes to stderr; __main__.py reads it. Of inputs that break one
 claim in one place, the first is kept and the fuzzer goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from functools import partial
@@ -88,8 +91,9 @@ def main(name: str, folder: str, seconds: str, megabytes: str, *seeds: str) -> N
     with atheris.instrument_imports(include=["cni"], enable_loader_override=False):
         target = targets.load(name)
     own = Path(folder)
-    for each in ("corpus", "findings"):
-        (own / each).mkdir(parents=True, exist_ok=True)
+    tempfile.tempdir = str(own / "written")
+    shutil.rmtree(tempfile.tempdir, ignore_errors=True)
+    os.mkdir(tempfile.tempdir)
     words = own / "words"
     words.write_text("".join(f'"{_escaped(word)}"\n' for word in target.words))
     limit = int(megabytes) << 20

@@ -1,6 +1,7 @@
 """The targets of the fuzzer: each module here but this one has a TARGET, whose name is the module's.
 
-Each calls public functions with what it is given and states what must hold. An exception of run() is a finding.
+Each calls public functions with what it is given and states what must hold. An exception of run() is a finding. What a
+target writes is in tempfile.gettempdir(), which its caller removes.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from lab.fuzz import claims
 from lab.fuzz.targets import Target
 
 _STDIN = json.dumps({"cniVersion": "1.1.0", "name": "n", "type": "vmtap", "device": "tap"}).encode()
-_NODE = Node(Store(f"{tempfile.gettempdir()}/vmtap-fuzz-nothing"), policy=lambda: None)
 
 
 def run(data: bytes) -> None:
@@ -28,7 +27,8 @@ def run(data: bytes) -> None:
     if env.get("CNI_COMMAND") in ("DEL", "GC"):  # these would look for links on this machine
         env["CNI_COMMAND"] = "ADD"
     env["CNI_NETNS"] = "/nonexistent"
-    response = plugin.handle(Request(env, _STDIN), _NODE)
+    node = Node(Store(f"{tempfile.gettempdir()}/state"), policy=lambda: None)
+    response = plugin.handle(Request(env, _STDIN), node)
     assert response.stdout.count(b"\n") <= 1
     if response.error:
         claims.refused(response.error)

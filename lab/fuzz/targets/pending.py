@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,12 +33,11 @@ class _AtOnce:
 class _Folder:
     """A state folder, and the pending requests that reached the plugin."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
         LOG.disabled = True
-        self._folder = tempfile.mkdtemp(prefix="vmtap-fuzz-")
-        self.store = Store(self._folder)
+        self.store = Store(path)
         self.store.prepare()
-        self.waiting = Path(self._folder, "pending")
+        self.waiting = Path(path, "pending")
         self.waiting.mkdir()
         self.answered: list[Request] = []
         self.pending = Pending(self.store, self._answer, cast("Workers", _AtOnce()), Registry())
@@ -47,18 +46,13 @@ class _Folder:
         self.answered.append(request)
         return Response(b"", 0)
 
-    def __del__(self) -> None:
-        shutil.rmtree(self._folder)
 
-
-_FOLDERS: list[_Folder] = []
+_folder = cache(_Folder)
 
 
 def run(data: bytes) -> None:
     """Leave data in pending/ and have the agent look: only a DEL is carried out, and nothing waits afterwards."""
-    if not _FOLDERS:
-        _FOLDERS.append(_Folder())
-    (here,) = _FOLDERS
+    here = _folder(f"{tempfile.gettempdir()}/state")
     here.answered.clear()
     (here.waiting / "1.1").write_bytes(data)
     here.pending.look()
