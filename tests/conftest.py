@@ -54,6 +54,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: item.get_closest_marker("vm") is None)
 
 
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """Fails a test that changes what a signal does to its process, which runs the next tests, and undoes it."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM)}
+    yield
+    changed = {each: handler for each, handler in before.items() if signal.getsignal(each) is not handler}
+    for each, handler in changed.items():
+        signal.signal(each, handler)
+    assert not changed
+
+
 @pytest.fixture
 def lab() -> Iterator[Lab]:
     """A host with a NIC, a switch and a peer, in namespaces of this test's own."""

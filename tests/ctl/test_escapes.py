@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import xml.etree.ElementTree as ET
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -51,6 +52,7 @@ def evil(monkeypatch: pytest.MonkeyPatch) -> None:
     made = probe.Probe(found, 1.0, {EVIL: lldp.Neighbour(EVIL, EVIL)}, {})
     monkeypatch.setattr(probe, "run", lambda *_: made)
     monkeypatch.setattr(watch, "_News", _NoNews)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # SIGPIPE would end what runs the tests
 
 
 class _NoNews:
