@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
 
+from cni.agent import cgroups
+from cni.agent.metrics import Registry
+from cni.agent.reconcile.minors import Minors as Reconciled
 from cni.state.minors import Given, Minors
 from cni.state.record import boot_id
+from cni.state.store import Store
 from lab.wire import NIC
 from tests.agent.conftest import Agent
 from tests.netns.test_device_ids import device
@@ -136,3 +142,24 @@ def test_records_without_an_entry_get_one(node: Node) -> None:
     node.entries.give(minor + 2, Given("b-1", boot_id()))
     node.agent.start()
     until(lambda: node.entries.all() == {minor: given}, f"not as before: {node.entries.all()}")
+
+
+@pytest.mark.parametrize("pod", ["", UID])
+def test_an_attachment_that_is_being_adopted_is_left_alone(node: Node, pod: str) -> None:
+    """Its link is there and its record is not: its entry stays, and no lock is taken that adoption would miss."""
+    store = Store(node.agent.run)
+    store.prepare()
+    store.minors.give(1, Given("a-1", boot_id(), pod))
+    looking = Reconciled(
+        SimpleNamespace(store=store),  # type: ignore[arg-type]
+        cgroups.Cgroups(str(node.groups)),
+        Registry(),
+    )
+    node.group(LAYOUTS["cgroupfs"])
+    looking.complete(["a-1"])
+    with patch.object(Store, "locked", side_effect=AssertionError):
+        looking.look()
+    assert node.entry() == Given("a-1", boot_id(), pod)
+    looking.complete([])
+    looking.look()
+    assert node.entries.all().get(1) != Given("a-1", boot_id(), pod)

@@ -263,6 +263,8 @@ class TestWithoutARecord:
             conf = config(**WIRE)
         node.shim()("ADD", conf, netns=pod).ok()
         (before,) = node.records()
+        minors = node.store.minors.all()
+        assert bool(minors) == named
 
         def wipe(run: Path) -> None:
             shutil.rmtree(run / "attachments")
@@ -270,6 +272,7 @@ class TestWithoutARecord:
 
         self._lose(node, wipe)
         node.hears("link without a record adopted")
+        assert node.store.minors.all() == minors
         (after,) = node.records()
         assert after == before
         assert node.store.sealed(after.id)

@@ -16,6 +16,8 @@ from cni.state.record import boot_id
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cni.agent.cgroups import Cgroups
     from cni.agent.metrics import Registry
     from cni.attach.call import Node
@@ -27,6 +29,7 @@ class Minors:
     def __init__(self, node: Node, groups: Cgroups, registry: Registry) -> None:
         self._store = node.store
         self._groups = groups
+        self._unrecorded: frozenset[str] = frozenset()
         self.busy = False
         registry.computed(
             "vmtap_minors_kept",
@@ -35,24 +38,38 @@ class Minors:
         )
 
     def look(self) -> None:
-        """Find the control groups that nobody has seen yet, and remove the entries of pods that have ended."""
+        """Find the control groups that nobody has seen yet, and remove the entries of pods that have ended.
+
+        Does not touch what complete() was told to leave alone, nor what a request is at.
+        """
         given = self._store.minors.all()
         self.busy = bool(given)
         recorded = set(self._store.recorded()) if given else set()
         for minor, each in given.items():
             if each.boot_id != boot_id():
                 self._store.minors.remove(minor)
-            elif each.pod and not each.cgroup:
-                self._find(minor, each)
-            elif each.attachment not in recorded and (not each.pod or cgroups.ended(each.cgroup)):
-                self._remove(minor, each)
+            elif each.attachment in self._unrecorded:
+                continue
+            with suppress(BlockingIOError):
+                if each.pod and not each.cgroup:
+                    self._find(minor, each)
+                elif each.attachment not in recorded and (not each.pod or cgroups.ended(each.cgroup)):
+                    self._remove(minor, each)
 
-    def complete(self) -> None:
-        """Add entries for the records that have a node and no entry: another version's agent has made them."""
+    def complete(self, unrecorded: Iterable[str]) -> None:
+        """Add entries for the records that have a node and no entry: another version's agent has made them.
+
+        unrecorded: the attachments that have a link and no record, and are being adopted. Until the next call their
+        entries stay, and their locks are free for the adoption, which does not wait for them.
+        """
+        self._unrecorded = frozenset(unrecorded)
         given = {each.attachment for each in self._store.minors.all().values()}
         for record in self._store.records():
             if record.node and record.id not in given:
-                with suppress(FileNotFoundError), self._store.locked(record.id, wait=False):
+                with (
+                    suppress(FileNotFoundError, BlockingIOError),
+                    self._store.locked(record.id, wait=False),
+                ):
                     minor = os.minor(os.stat(record.node).st_rdev)
                     arguments = netconf.arguments(record.args, command="DEL")
                     pod = minors.pod(arguments, record.container_id, record.device_id)

@@ -136,7 +136,7 @@ class Reconciler:
         self._workers.attempt("links", self._links.look, unrecorded, existing)
         self._workers.attempt("records", self._records.look, None, existing)
         self._workers.attempt("leftovers", self._leftovers.look, unrecorded)
-        self._workers.attempt("minors", self._minors.complete)
+        self._workers.attempt("minors", self._minors.complete, unrecorded)
         self._workers.attempt("minors", self._minors.look)
         seconds = time.monotonic() - begin
         log(DEBUG, "reconciled", ms=round(seconds * 1000, 2))
