@@ -373,10 +373,13 @@ static int supervise(const char *parent, char *const program[])
     prctl(PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0);
     if (getppid() != (pid_t)strtol(parent, NULL, 10)) /* it ended before prctl */
         return 1;
-    pid_t child = fork();
+    pid_t self = getpid(), child = fork();
     if (child < 0)
         return fail(109, "the IPAM plugin cannot be started");
     if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0); /* without its supervisor it might lease after its DEL */
+        if (getppid() != self)
+            _exit(1);
         setpgid(0, 0);
         sigprocmask(SIG_SETMASK, &before, NULL);
         execv(program[0], program);

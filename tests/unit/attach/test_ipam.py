@@ -106,6 +106,15 @@ def test_one_that_ends_before_its_children(
         os.kill(pid, signal.SIGKILL)
 
 
+def test_one_whose_supervisor_is_killed(delegate: Callable[..., Delegate], tmp_path: Path) -> None:
+    """It ends with it, or it could lease an address after its DEL."""
+    made = delegate("kill -KILL $PPID; sleep 3600", seconds=3600)
+    with pytest.raises(CniError, match="failed ADD") as refused:
+        made.run("ADD")
+    assert refused.value.code == DELEGATE_FAILED
+    until(lambda: living(tmp_path), "it lives on", lambda pids: not pids)
+
+
 def test_one_that_is_no_program(delegate: Callable[..., Delegate], tmp_path: Path) -> None:
     made = delegate("")
     (tmp_path / "fake").write_text("#!/nonexistent\n")
