@@ -91,19 +91,32 @@ def _check_link(call: Call, plan: Plan, record: Record | None, mac: str) -> Link
             ("MTU", link.mtu, min(link.mtu, plan.mtu)),  # a later plugin (tuning) may lower it
         ]
         if plan.device == "macvtap" and plan.source and plan.mode:
-            mode = macvtap.MODES[plan.mode]
-            if record and record.handover and link.mode == macvtap.MODES["vepa"]:  # it waits for its guest
-                mode = link.mode
+            modes = {number: name for name, number in macvtap.MODES.items()}
+            mode = modes.get(link.mode or 0)
+            waits = record and record.handover and mode == "vepa"  # for its guest
             expected += [
-                ("mode", link.mode, mode),
-                ("lower device", (link.lower, link.lower_nsid), (plan.source.index, pod.nsid(call.host.fd))),
+                ("mode", mode, mode if waits else plan.mode),
+                ("lower device", _lower(link.lower, link.lower_nsid), _below(plan.source, pod, call, link)),
             ]
     if record:
         expected.append(("ifindex", link.index, record.ifindex))
     for what, found, made in expected:
         if found != made:
-            raise CniError(CHECK_FAILED, f"{call.ifname}: {what} is {found!r}, and ADD made it {made!r}")
+            raise CniError(CHECK_FAILED, f"{call.ifname}: {what} is {found!r}, and should be {made!r}")
     return link
+
+
+def _below(source: Link, pod: Rtnl, call: Call, link: Link) -> str:
+    """The lower device of a macvtap that ADD made on source, as _lower() has it; pod is a socket of its namespace."""
+    if source.kind not in ("macvlan", "macvtap"):
+        return _lower(source.index, pod.nsid(call.host.fd))
+    # The kernel takes the lower device of that (macvlan_common_newlink). If it is in a third network namespace, as on a
+    # node that is a container with a macvlan, the pod's id for that namespace is taken as it is.
+    return _lower(source.lower, link.lower_nsid if source.lower_nsid is not None else pod.nsid(call.host.fd))
+
+
+def _lower(index: int | None, nsid: int | None) -> str:
+    return f"ifindex {index} of network namespace {nsid}"
 
 
 def _check_device(call: Call, record: Record | None) -> None:
