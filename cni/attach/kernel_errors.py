@@ -49,23 +49,15 @@ def _cause(number: int | None, plan: Plan, record: Record, store: Store) -> tupl
     if number == errno.EADDRINUSE:
         holder = _holder(plan, record, store)
         return MAC_IN_USE, f"MAC {record.mac} is in use on {source!r} by {holder}: give this VM another"
-    if number == errno.EBUSY and plan.source and plan.source.master:
-        with Rtnl() as host:
-            master = host.link(index=plan.source.master)
-        name = master.name if master else f"ifindex {plan.source.master}"
+    if plan.source and (why := _busy(number, plan.source)):
+        return SOURCE_BUSY, f"source device {source!r} {why}"
+    if driver := _missing_driver(number, plan):
         return (
-            SOURCE_BUSY,
-            f"source device {source!r} is a port of {name!r}: name {name!r} as the source instead",
+            KERNEL_REFUSED,
+            f"this kernel has no driver {driver}: load it (modprobe {driver}), or boot a kernel that has it",
         )
-    if (
-        number == errno.EINVAL and plan.source and _is_gone(plan.source)
-    ):  # EINVAL: the bridge of a port is gone
+    if number == errno.EINVAL and _is_gone(plan.source):  # EINVAL: the bridge of a port is gone
         number = errno.ENODEV
-    if number in (errno.EINVAL, errno.EBUSY) and plan.source and _is_passthru_taken(plan.source):
-        return (
-            SOURCE_BUSY,
-            f"source device {source!r} has a passthru macvlan or macvtap, which allows no other",
-        )
     where = f"on {source!r}" if source else "in the pod"
     return causes.get(number or 0, (KERNEL_REFUSED, f"the kernel refused the {plan.device} {where}"))
 
@@ -79,15 +71,39 @@ def _holder(plan: Plan, record: Record, store: Store) -> str:
     return "another macvlan or macvtap, not of this plugin"
 
 
-def _is_gone(source: Link) -> bool:
+def _busy(number: int | None, source: Link) -> str:
+    """Why another has the source; "" if the error is another. The kernel has one receive handler for each device."""
+    if number not in (errno.EINVAL, errno.EBUSY):
+        return ""
+    with Rtnl() as host:
+        if number == errno.EBUSY and source.master:
+            master = host.link(index=source.master)
+            name = master.name if master else f"ifindex {source.master}"
+            return f"is a port of {name!r}: name {name!r} as the source instead"
+        above: list[Link] = []
+        with suppress(OSError):
+            above = [each for each in host.links() if (each.lower, each.lower_nsid) == (source.index, None)]
+    if any(each.mode == macvtap.MODES["passthru"] for each in above):
+        return "has a passthru macvlan or macvtap, which allows no other"
+    if number == errno.EINVAL:
+        return ""
+    # macvlan_port_create: netdev_is_rx_handler_busy()
+    names = [f"{each.name!r} ({each.kind})" for each in above if each.kind in ("ipvlan", "ipvtap", "macsec")]
+    by = ", ".join(names) or "ipvlan, MACsec or another driver, whose link may be in a pod"
+    return (
+        f"is in use by {by}: the kernel allows that or macvtaps, not both; remove it, or name another device"
+    )
+
+
+def _missing_driver(number: int | None, plan: Plan) -> str:
+    """The module that the kernel lacks; "" if the error is another."""
+    if plan.device == "macvtap":
+        return "macvtap" if number == errno.EOPNOTSUPP else ""  # no such kind of link
+    return "tun" if number in (errno.ENODEV, errno.ENXIO) and not _is_gone(plan.source) else ""
+
+
+def _is_gone(source: Link | None) -> bool:
+    if source is None:
+        return False
     with Rtnl() as host:
         return host.link(index=source.index) is None
-
-
-def _is_passthru_taken(source: Link) -> bool:
-    """Whether the lower device has a passthru macvlan or macvtap in the host's network namespace."""
-    with Rtnl() as host, suppress(OSError):
-        return any(
-            link.lower == source.index and link.mode == macvtap.MODES["passthru"] for link in host.links()
-        )
-    return False

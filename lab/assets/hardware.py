@@ -14,7 +14,7 @@ BACKPORTS = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabi
 MODULES = {
     "boot": (
         *("9pnet_virtio", "9p", "virtio_net", "igb", "igbvf", "8021q", "bridge", "bonding", "dummy", "veth"),
-        *("macvtap", "tun"),
+        *("macvtap", "tun", "ipvlan"),
     )
 }
 """What hw.init loads."""
