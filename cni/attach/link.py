@@ -11,8 +11,10 @@ from functools import partial
 from cni import lower
 from cni.attach import kernel_errors, minor
 from cni.config import mac as mac_rules
+from cni.errors import CniError
 from cni.kernel import ipv6, macvtap, netns, tap, tapdev
 from cni.kernel.rtnl import IFLA_ADDRESS, IFLA_MTU, RTM_SETLINK, Rtnl, attr, link_message, mac_bytes, u32
+from cni.spec import INVALID_NETWORK_CONFIG
 from cni.state import cdi
 from cni.state.record import HANDOVER_GROUP
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _KUBEVIRT_UID = 107
 """User and group qemu of KubeVirt's launcher image."""
+_IPV6_MTU = 1280
+"""The least for IPv6 (IPV6_MIN_MTU)."""
 
 
 def make(call: Call, plan: Plan, record: Record) -> None:
@@ -121,6 +125,14 @@ def _make_node(call: Call, record: Record, path: str, device: tuple[int, int]) -
 def _put_addresses(call: Call, record: Record) -> None:
     """Put the record's addresses and routes on the link."""
     assert call.netns is not None  # noqa: S101 - as in make
+    if version6 := next((ip["address"] for ip in record.ips if ":" in ip["address"]), None):
+        if record.mtu < _IPV6_MTU:
+            raise CniError(
+                INVALID_NETWORK_CONFIG,
+                f"mtu: {record.mtu} is less than {_IPV6_MTU}, which address {version6} needs on the link; raise it",
+            )
+        with netns.entered(call.netns, call.host.fd):
+            ipv6.let_in(record.ifname)  # a runtime may have switched it off in the pod
     call.yield_turn()  # the import takes long, the first time
     from cni.kernel import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
 

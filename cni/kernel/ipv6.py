@@ -25,7 +25,7 @@ def keep_out(ifname: str, *, speaks: bool) -> None:
 
 
 def let_in(ifname: str) -> None:
-    """Undo keep_out(speaks=False). Raises OSError."""
+    """Switch it on: after keep_out(speaks=False), or where it is off in the pod. Raises OSError."""
     _write(ifname, "disable_ipv6", "0")
 
 
