@@ -6,6 +6,7 @@ namespace as it was. So the one-shot executable and the threaded agent share it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import dataclass
@@ -80,7 +81,10 @@ def handle(
     except CniError as error:
         return refuse(config, error)
     except OSError as error:
-        return refuse(config, refused(error, "the kernel refused a step of it"))
+        what = "the kernel refused a step of it"
+        if error.filename and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            what = f"{error.filename} cannot be written: is its file system full or read-only?"
+        return refuse(config, refused(error, what))
     except Exception as error:  # a runtime must get JSON, whatever the fault
         details = f"{type(error).__name__}: {error}"
         return refuse(config, CniError(INTERNAL, "a fault in vmtap itself: please report it", details))
