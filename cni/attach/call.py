@@ -115,11 +115,14 @@ class Call:
     def delegate_after_add(self, record: Record | None) -> Delegate | None:
         """delegate() for CHECK, DEL and GC, which the policy must not make fail: None if it does not allow it now.
 
-        The plugin that the attachment was added with, by its record, is allowed whatever the policy has become.
+        The plugin that the attachment was added with, by its record, is allowed whatever the policy has become. For
+        DEL, another one that is not installed is None, too: ADD was refused for it.
         """
         delegate = self.delegate()
         if delegate is None or (record and record.config and record.config["ipam"]["type"] == delegate.type):
             return delegate
+        if self.request.env.get("CNI_COMMAND") == "DEL" and not delegate.installed():
+            return None
         try:
             policy = self.node.policy()
         except CniError:

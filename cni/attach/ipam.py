@@ -62,6 +62,14 @@ class Delegate:
             )
         return _find(self.type, self._path)
 
+    def installed(self) -> bool:
+        """Whether CNI_PATH has the executable; False without a CNI_PATH."""
+        try:
+            _find(self.type, self._path)
+        except CniError:
+            return False
+        return True
+
     def ourselves(self) -> bool:
         """Whether the executable is vmtap, under whatever name: it would run itself for ever.
 

@@ -125,14 +125,7 @@ def _make_node(call: Call, record: Record, path: str, device: tuple[int, int]) -
 def _put_addresses(call: Call, record: Record) -> None:
     """Put the record's addresses and routes on the link."""
     assert call.netns is not None  # noqa: S101 - as in make
-    if version6 := next((ip["address"] for ip in record.ips if ":" in ip["address"]), None):
-        if record.mtu < _IPV6_MTU:
-            raise CniError(
-                INVALID_NETWORK_CONFIG,
-                f"mtu: {record.mtu} is less than {_IPV6_MTU}, which address {version6} needs on the link; raise it",
-            )
-        with netns.entered(call.netns, call.host.fd):
-            ipv6.let_in(record.ifname)  # a runtime may have switched it off in the pod
+    _allow_ipv6(call, record)
     call.yield_turn()  # the import takes long, the first time
     from cni.kernel import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
 
@@ -140,3 +133,21 @@ def _put_addresses(call: Call, record: Record) -> None:
     iproute.put_addresses(
         call.netns, record.ifindex, [ip["address"] for ip in record.ips], list(record.routes), gateways
     )
+
+
+def _allow_ipv6(call: Call, record: Record) -> None:
+    """Switch IPv6 on, on the link that is to have an IPv6 address: a runtime may have switched it off in the pod.
+
+    Raises CniError 7 if the MTU is too small for IPv6.
+    """
+    assert call.netns is not None  # noqa: S101 - as in make
+    address = next((ip["address"] for ip in record.ips if ":" in ip["address"]), None)
+    if address is None:
+        return
+    if record.mtu < _IPV6_MTU:
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            f"mtu: {record.mtu} is less than {_IPV6_MTU}, which address {address} needs on the link; raise it",
+        )
+    with netns.entered(call.netns, call.host.fd):
+        ipv6.let_in(record.ifname)

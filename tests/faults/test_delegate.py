@@ -147,6 +147,32 @@ def test_a_delegate_that_is_gone(
     baseline.holds()
 
 
+def test_a_delegate_that_was_never_there(
+    handle: Callable[..., Answer], ipam: FakeIpam, pod: Netns, baseline: Baseline
+) -> None:
+    """ADD is refused, and its DEL must not keep the pod in Terminating; nor one whose config got it since ADD."""
+    conf = config(source=NIC, ipam={"type": "nowhere"})
+    handle("ADD", conf, netns=pod).error(spec.INVALID_NETWORK_CONFIG)
+    handle("DEL", conf, netns=pod).ok()
+    handle("ADD", config(source=NIC), netns=pod).ok()
+    handle("DEL", conf, netns=pod).ok()
+    baseline.holds()
+
+
+@pytest.mark.parametrize("now", ["other", "nowhere", None])
+def test_the_delegate_of_the_config_is_another_now(
+    handle: Callable[..., Answer], ipam: FakeIpam, pod: Netns, baseline: Baseline, now: str | None
+) -> None:
+    """DEL is for the plugin that leased the address."""
+    (ipam.folder / "other").write_text('#!/bin/sh\nexec touch "$0.ran"\n')
+    (ipam.folder / "other").chmod(0o755)
+    handle("ADD", CONF, netns=pod).ok()
+    handle("DEL", config(source=NIC, **({"ipam": {"type": now}} if now else {})), netns=pod).ok()
+    assert ipam.commands() == ["ADD", "DEL"]
+    assert not (ipam.folder / "other.ran").exists()
+    baseline.holds()
+
+
 @pytest.mark.parametrize("previous", ["x", 3, [], {"interfaces": "x"}, {"ips": [{"address": "x"}]}])
 def test_a_malformed_prev_result(
     handle: Callable[..., Answer], ipam: FakeIpam, pod: Netns, baseline: Baseline, previous: object
