@@ -83,13 +83,13 @@ def end(
 def end_for(call: Call, record: Record, *, delegated: bool = True) -> list[CniError]:
     """end() as part of a call. delegated: whether a delegate may have leased addresses. Returns the errors.
 
-    The delegate is the call's own, if record is of its attachment and was added with it; else the one that record was
-    added with.
+    The delegate is the call's own, if record is of its attachment; else, and if its ipam is not ADD's, the one that
+    record was added with.
     """
     delegate = None
     if delegated:
         delegate = call.delegate_after_add(record) if record.id == call.id else None
-        if delegate is None or (record.config and record.config["ipam"]["type"] != delegate.type):
+        if delegate is None or (record.config and record.config["ipam"] != call.conf.raw.get("ipam")):
             delegate = delegate_of(record, call.request.env, call.node, call.yield_turn)
     return end(call.host, call.node.store, record, delegate, call.delete_link)
 

@@ -159,16 +159,18 @@ def test_a_delegate_that_was_never_there(
     baseline.holds()
 
 
-@pytest.mark.parametrize("now", ["other", "nowhere", None])
-def test_the_delegate_of_the_config_is_another_now(
-    handle: Callable[..., Answer], ipam: FakeIpam, pod: Netns, baseline: Baseline, now: str | None
+@pytest.mark.parametrize("now", ["other", "nowhere", "", "fake"])
+def test_the_ipam_of_the_config_is_another_now(
+    handle: Callable[..., Answer], ipam: FakeIpam, pod: Netns, baseline: Baseline, now: str
 ) -> None:
-    """DEL is for the plugin that leased the address."""
+    """DEL is for the plugin that leased the address, with the ipam that it leased it by. now: its type; "": none."""
     (ipam.folder / "other").write_text('#!/bin/sh\nexec touch "$0.ran"\n')
     (ipam.folder / "other").chmod(0o755)
-    handle("ADD", CONF, netns=pod).ok()
+    section = ipam.config | {"range": "10.9.0.0/24"}
+    handle("ADD", config(source=NIC, ipam=section), netns=pod).ok()
     handle("DEL", config(source=NIC, **({"ipam": {"type": now}} if now else {})), netns=pod).ok()
     assert ipam.commands() == ["ADD", "DEL"]
+    assert json.loads(ipam.stdin("DEL"))["ipam"] == section
     assert not (ipam.folder / "other.ran").exists()
     baseline.holds()
 
