@@ -92,9 +92,20 @@ def decide(
         source,
         mac,
         mtu,
-        handover=device == "macvtap" and grant.mode == "bridge" and not grant.functions and grant.handover,
+        handover=(
+            device == "macvtap"
+            and grant.mode == "bridge"
+            and not grant.functions
+            and grant.handover
+            and not _is_below_elsewhere(source)
+        ),
         lower=_lower(grant, conf),
     )
+
+
+def _is_below_elsewhere(source: Link | None) -> bool:
+    """Whether a macvtap on the source gets a lower device in another network namespace, which the agent cannot hear."""
+    return source is not None and source.kind in ("macvlan", "macvtap") and source.lower_nsid is not None
 
 
 def _check_tap(conf: NetConf, grant: Grant, source: Link | None) -> None:

@@ -96,3 +96,14 @@ def test_mtu_and_mac_have_their_defaults(lab: Lab) -> None:
     assert (made.mtu, _decide(lab, "eth1", mtu=1000).mtu, _decide(lab, None, None).mtu) == (1400, 1000, 1500)
     assert made.mac == _decide(lab, "eth1").mac
     assert _decide(lab, "eth1", mac="02:00:00:00:00:0A").mac == "02:00:00:00:00:0a"
+
+
+def test_no_handover_on_a_device_of_another_namespace(lab: Lab) -> None:
+    """The kernel puts the macvtap on the lower device of a macvlan, and the agent listens in its own namespace."""
+    outer = lab.pod("outer")
+    outer.ip(
+        "link add nic0 up type veth peer name nic1",
+        f"link add link nic0 name mv0 netns {lab.node.path} type macvlan mode bridge",
+    )
+    lab.node.ip("link add link eth1 name mv1 type macvlan mode bridge")
+    assert [_decide(lab, source).handover for source in ("eth1", "mv1", "mv0")] == [True, True, False]
