@@ -143,4 +143,4 @@ def _lower(grant: Grant, conf: NetConf) -> Wanted | None:
         device = deviceid.parse(conf.device_id or "")
         return Wanted(functions=entry, number=device[1] if device else None)
     offload = grant.type == "vmdq"
-    return Wanted(vlan=grant.vlan, offload=offload) if grant.vlan or offload else None
+    return Wanted(vlan=grant.vlan, offload=offload, mtu=conf.mtu) if grant.vlan or offload else None

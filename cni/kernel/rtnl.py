@@ -251,9 +251,10 @@ class Rtnl:
         (outcome,) = self.talk(link_message(RTM_GETLINK, _NO_STATS, *attrs, index=index, nlm=0))
         return _found(outcome)
 
-    def details(self, index: int, mask: int) -> dict[int, bytes]:
-        """Every attribute of the link of that index. mask: IFLA_EXT_MASK. Raises OSError."""
-        kind, _, body = link_message(RTM_GETLINK, u32(IFLA_EXT_MASK, mask), index=index, nlm=0)
+    def details(self, index: int, mask: int, nsid: int | None = None) -> dict[int, bytes]:
+        """Every attribute of the link of that index, as link(). mask: IFLA_EXT_MASK. Raises OSError."""
+        where = b"" if nsid is None else s32(IFLA_TARGET_NETNSID, nsid)
+        kind, _, body = link_message(RTM_GETLINK, u32(IFLA_EXT_MASK, mask), where, index=index, nlm=0)
         return attributes(self.ask(kind, body)[16:])
 
     def ask(self, kind: int, body: bytes) -> bytes:

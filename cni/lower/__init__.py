@@ -64,6 +64,8 @@ class Wanted:
     """A VLAN device of the source."""
     offload: bool = False
     """The source, with its offload switched on."""
+    mtu: int | None = None
+    """The MTU that the network config gives; None: that of the device."""
 
 
 @dataclass(frozen=True)

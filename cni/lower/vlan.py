@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import re
 import struct
+from contextlib import suppress
 from dataclasses import replace
 
 from cni.errors import CniError
@@ -40,7 +41,7 @@ from cni.kernel.rtnl import (
     u32,
 )
 from cni.lower import LowerDevice
-from cni.spec import KERNEL_REFUSED, SOURCE_MISSING
+from cni.spec import INVALID_NETWORK_CONFIG, KERNEL_REFUSED, SOURCE_BUSY, SOURCE_MISSING
 from cni.state.record import VlanDevice
 
 TYPE_CHECKING = False
@@ -65,7 +66,10 @@ def available(source: str, wanted: Wanted) -> None:
 def take(
     host: Rtnl, store: Store, record: Record, source: Link, wanted: Wanted, *, yield_turn: Callable[[], None]
 ) -> Record:
-    """Make the device, if it is not there. The record that is returned keeps it. Raises CniError 100, OSError."""
+    """Make the device, if it is not there. The record that is returned keeps it, and its MTU.
+
+    Raises CniError 7, 100 or 102, OSError.
+    """
     tag = wanted.vlan
     assert tag is not None  # noqa: S101 - lower/__init__.py
     name = f"v{source.index:x}{'s' if tag.protocol == '802.1ad' else '.'}{tag.id}"
@@ -73,8 +77,25 @@ def take(
     store.save(record)  # before the device is made: it must not outlive an ADD that is killed
     with store.locked(_lock(name), yield_turn=yield_turn):
         link = host.link(name=name)
-        if link is None and (theirs := _make(host, name, source, tag)):
-            record = replace(record, vlan=VlanDevice(theirs, tag.id, tag.protocol))
+        if link and not is_ours(link):
+            raise CniError(
+                KERNEL_REFUSED, f"link {name!r} is not the VLAN device of {source.name!r}: rename it"
+            )
+        if link is None and (theirs := _make(host, store, name, source, tag)):
+            if source.flags & IFF_UP and not theirs.flags & IFF_UP:  # it comes up with the source
+                raise CniError(
+                    SOURCE_BUSY,
+                    f"VLAN device {theirs.name!r} of {source.name!r} is down, and vmtap did not make it: run 'ip link "
+                    f"set {theirs.name} up', or remove it, and vmtap makes one",
+                )
+            if wanted.mtu and wanted.mtu > theirs.mtu:
+                raise CniError(
+                    INVALID_NETWORK_CONFIG,
+                    f"mtu {wanted.mtu} is more than the {theirs.mtu} of VLAN device {theirs.name!r} of "
+                    f"{source.name!r}, which vmtap did not make: give less, or raise the device's",
+                )
+            device = VlanDevice(theirs.name, tag.id, tag.protocol)
+            record = replace(record, vlan=device, mtu=min(record.mtu, theirs.mtu))
             store.save(record)
         elif link is None or not link.flags & IFF_UP or link.mtu < source.mtu:
             _bring_up(host, name, source, tag)
@@ -147,8 +168,8 @@ def _lock(name: str) -> str:
     return f"vlan {name}"  # an attachment's id has no space in it
 
 
-def _make(host: Rtnl, name: str, source: Link, tag: Vlan) -> str | None:
-    """Make the device. Returns None, or the name of the device that somebody else has made for the VLAN."""
+def _make(host: Rtnl, store: Store, name: str, source: Link, tag: Vlan) -> Link | None:
+    """Make the device. Returns None, or the device that somebody else has made. Raises CniError 100 or 102."""
     number, protocol = struct.pack("=H", tag.id), struct.pack("!H", tag.ethertype)
     data = nest(IFLA_INFO_DATA, attr(_IFLA_VLAN_ID, number), attr(_IFLA_VLAN_PROTOCOL, protocol))
     try:
@@ -162,12 +183,20 @@ def _make(host: Rtnl, name: str, source: Link, tag: Vlan) -> str | None:
             )
         )
     except OSError as error:
-        if error.errno == errno.EEXIST and (theirs := _find(host, source, number, protocol)):
-            return theirs
-        what = f"VLAN {tag.id} of {source.name!r} cannot be made"
+        what = f"VLAN {tag.id} of {source.name!r}"
+        if error.errno == errno.EEXIST:
+            if theirs := _find(host, source, number, protocol):
+                return theirs
+            where = _whereabouts(host, store, source, number, protocol)
+            raise CniError(
+                SOURCE_BUSY,
+                f"{what} has a device in {where}, and the kernel allows one: end what uses it, or give another vlan",
+                str(error),
+            ) from error
+        why = ""
         if error.errno == errno.EOPNOTSUPP:
-            what += ": boot a kernel with CONFIG_VLAN_8021Q, or look whether the device can have VLANs"
-        raise CniError(KERNEL_REFUSED, what, str(error)) from error
+            why = ": boot a kernel with CONFIG_VLAN_8021Q, or look whether the device can have VLANs"
+        raise CniError(KERNEL_REFUSED, f"{what} cannot be made{why}", str(error)) from error
     return None
 
 
@@ -193,15 +222,28 @@ def _bring_up(host: Rtnl, name: str, source: Link, tag: Vlan) -> None:
             raise
 
 
-def _find(host: Rtnl, source: Link, number: bytes, protocol: bytes) -> str | None:
-    for link in host.links():
-        if link.kind != "vlan" or link.lower != source.index:
+def _find(host: Rtnl, source: Link, number: bytes, protocol: bytes, nsid: int | None = None) -> Link | None:
+    """The device of the VLAN in host's network namespace, or in that of id nsid; None if there is none."""
+    for link in host.links(nsid=nsid):
+        # A device in another namespace has the source's index with the id that it has for the host's.
+        if (link.kind, link.lower, link.lower_nsid is None) != ("vlan", source.index, nsid is None):
             continue
-        info = attributes(host.details(link.index, RTEXT_FILTER_SKIP_STATS).get(IFLA_LINKINFO, b""))
+        info = attributes(host.details(link.index, RTEXT_FILTER_SKIP_STATS, nsid).get(IFLA_LINKINFO, b""))
         data = attributes(info.get(IFLA_INFO_DATA, b""))
         if (data.get(_IFLA_VLAN_ID), data.get(_IFLA_VLAN_PROTOCOL)) == (number, protocol):
-            return link.name
+            return link
     return None
+
+
+def _whereabouts(host: Rtnl, store: Store, source: Link, number: bytes, protocol: bytes) -> str:
+    """The network namespace that the device of the VLAN is in, in words."""
+    for nsid in host.nsids():
+        with suppress(OSError):  # the namespace has ended since
+            if link := _find(host, source, number, protocol, nsid):
+                netns = next((each.netns for each in store.records() if each.nsid == nsid), "")
+                known = netns or f"nsid {nsid} (ip netns list-id)"
+                return f"another network namespace, {known}, as {link.name!r}"
+    return "another network namespace (ip -all netns exec ip -d link show type vlan)"
 
 
 def _is_used(host: Rtnl, store: Store, link: Link, id: str) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cni import spec
 from cni.kernel import tapdev
 from cni.state.store import Store
 from lab.frames import BROADCAST, VNET_HEADER, Frame, collect, packet_socket, write_tap
@@ -121,6 +122,87 @@ def test_somebody_elses_device_is_used_and_stays(
         assert set(_vlans(node)) == {"theirs"}
     finally:
         run(["ip", "link", "delete", "theirs"])
+
+
+def _theirs(*settings: str) -> None:
+    """A VLAN device of pf1 that vmtap did not make."""
+    run(["ip", "link", "add", "link", "pf1", "name", "theirs", *settings, "type", "vlan", "id", "100"])
+
+
+def test_the_mtu_is_that_of_somebody_elses_device(
+    node: Root, plugin: Plugin, pods: Callable[[], Netns]
+) -> None:
+    _theirs("up", "mtu", "1400")
+    try:
+        answer = plugin("ADD", config(source="pf1", vlan=100), netns=(pod := pods())).ok()
+        assert (answer["interfaces"][0]["mtu"], pod.links()["net1"]["mtu"]) == (1400, 1400)
+        plugin("CHECK", config(source="pf1", vlan=100, prevResult=answer), netns=pod).ok()
+        plugin("DEL", config(source="pf1", vlan=100)).ok()
+        refused = plugin("ADD", config(source="pf1", vlan=100, mtu=1450), netns=pod)
+        assert "mtu 1450 is more than the 1400 of VLAN device 'theirs'" in refused.error(7)["msg"]
+        assert plugin.leftovers() == []
+    finally:
+        run(["ip", "link", "delete", "theirs"])
+
+
+def test_somebody_elses_device_that_is_down_is_refused(
+    node: Root, plugin: Plugin, pods: Callable[[], Netns]
+) -> None:
+    _theirs("down")
+    try:
+        refused = plugin("ADD", config(source="pf1", vlan=100), netns=pods())
+        assert "'ip link set theirs up'" in refused.error(spec.SOURCE_BUSY)["msg"]
+        assert "UP" not in node.links()["theirs"]["flags"]
+    finally:
+        run(["ip", "link", "delete", "theirs"])
+
+
+@pytest.mark.parametrize("vmtaps", [True, False], ids=["of a pod of vmtap's", "of another pod"])
+def test_a_device_in_a_pod_is_named(
+    node: Root, plugin: Plugin, pods: Callable[[], Netns], *, vmtaps: bool
+) -> None:
+    """The reference plugin vlan puts the NIC's only device of the VLAN into its pod."""
+    pod = pods()
+    if vmtaps:
+        plugin("ADD", config(source="pf1"), netns=pod, container="c0").ok()
+    _theirs()
+    run(["ip", "link", "set", "theirs", "netns", pod.path])
+    refused = plugin("ADD", config(source="pf1", vlan=100), netns=pods())
+    msg = refused.error(spec.SOURCE_BUSY)["msg"]
+    assert "VLAN 100 of 'pf1' has a device in another network namespace" in msg
+    assert "as 'theirs'" in msg
+    assert (str(pod.path) if vmtaps else "ip netns list-id") in msg
+
+
+def test_a_link_with_the_devices_name_is_left_alone(
+    node: Root, plugin: Plugin, pods: Callable[[], Netns]
+) -> None:
+    name = f"v{node.links()['pf1']['ifindex']:x}.100"
+    run(["ip", "link", "add", name, "type", "bridge"])
+    try:
+        refused = plugin("ADD", config(source="pf1", vlan=100), netns=pods())
+        assert name in refused.error(spec.KERNEL_REFUSED)["msg"]
+        assert "UP" not in node.links()[name]["flags"]
+    finally:
+        run(["ip", "link", "delete", name])
+
+
+def test_the_mac_is_of_a_vm_in_the_same_vlan(node: Root, plugin: Plugin, pods: Callable[[], Netns]) -> None:
+    """Two VLANs may have one MAC each; the message names the VM of the VLAN, also after the NIC was renamed."""
+    mac = "02:00:00:00:00:aa"
+    for vlan in (100, 200):
+        conf = config(source="pf1", vlan=vlan, mac=mac)
+        plugin("ADD", conf, netns=pods(), container=f"a{vlan}").ok()
+    run(["ip", "link", "set", "pf1", "down"])
+    run(["ip", "link", "set", "pf1", "name", "renamed", "up"])
+    try:
+        for vlan in (100, 200):
+            conf = config(source="renamed", vlan=vlan, mac=mac)
+            refused = plugin("ADD", conf, netns=pods())
+            assert f"by net1 of container a{vlan}" in refused.error(spec.MAC_IN_USE)["msg"]
+    finally:
+        run(["ip", "link", "set", "renamed", "down"])
+        run(["ip", "link", "set", "renamed", "name", "pf1", "up"])
 
 
 def test_the_link_of_a_vm_that_leaves_and_comes_back(
