@@ -9,8 +9,9 @@ import errno
 import os
 from contextlib import suppress
 
+from cni.config import netconf
 from cni.errors import SHORTAGE, CniError
-from cni.kernel import macvtap
+from cni.kernel import bridge_port, macvtap
 from cni.kernel.rtnl import Rtnl
 from cni.spec import KERNEL_REFUSED, MAC_IN_USE, NAME_IN_USE, SOURCE_BUSY, SOURCE_MISSING, TRY_AGAIN_LATER
 
@@ -38,7 +39,6 @@ def name_in_use(ifname: str) -> str:
 def _cause(number: int | None, plan: Plan, record: Record, store: Store) -> tuple[int, str]:
     source = plan.source.name if plan.source else ""
     causes = {
-        errno.EEXIST: (NAME_IN_USE, name_in_use(record.ifname)),
         errno.ENODEV: (SOURCE_MISSING, f"source device {source!r} went away"),
         errno.EPERM: (KERNEL_REFUSED, "the plugin lacks CAP_NET_ADMIN, in the host's or the pod's namespace"),
         **dict.fromkeys(
@@ -46,6 +46,12 @@ def _cause(number: int | None, plan: Plan, record: Record, store: Store) -> tupl
             (TRY_AGAIN_LATER, "the kernel has no room for the request now: try again"),
         ),
     }
+    if number == errno.EEXIST:
+        if _is_name_taken(record):
+            return NAME_IN_USE, name_in_use(record.ifname)
+        if plan.device == "tap":
+            ends = " or ".join(bridge_port.veth_names(record.ifindex))
+            return KERNEL_REFUSED, f"a link that it needs exists: {ends}; delete or rename it"
     if number == errno.EADDRINUSE:
         holder = _holder(plan, record, store)
         return MAC_IN_USE, f"MAC {record.mac} is in use on {source!r} by {holder}: give this VM another"
@@ -63,12 +69,35 @@ def _cause(number: int | None, plan: Plan, record: Record, store: Store) -> tupl
 
 
 def _holder(plan: Plan, record: Record, store: Store) -> str:
-    if plan.source and plan.source.mac == record.mac:
+    """Who has the MAC on the lower device, which plan.source is here. The kernel compares within it (macvlan.c)."""
+    assert plan.source is not None  # noqa: S101 - only a macvtap is refused for its MAC
+    if plan.source.mac == record.mac:
         return f"{plan.source.name} itself"
-    for other in store.records():
-        if other.mac == record.mac and other.source == record.source and other.id != record.id:
-            return f"{other.ifname} of container {other.container_id} in network {other.network!r}"
+    with Rtnl() as host:
+        for other in store.records():
+            if other.id == record.id:
+                continue
+            with suppress(OSError):  # the other's namespace has ended
+                link = host.link(index=other.ifindex, nsid=other.nsid)
+                if link and (link.mac, link.lower) == (record.mac, plan.source.index):
+                    return f"{other.ifname} of {_owner(other)} in network {other.network!r}"
     return "another macvlan or macvtap, not of this plugin"
+
+
+def _owner(record: Record) -> str:
+    """The pod; outside Kubernetes the container."""
+    words = netconf.arguments(record.args, command="DEL")
+    if "K8S_POD_NAME" not in words:
+        return f"container {record.container_id}"
+    return f"pod {words.get('K8S_POD_NAMESPACE', '')}/{words['K8S_POD_NAME']}"
+
+
+def _is_name_taken(record: Record) -> bool:
+    """Whether another link than the record's has the record's name in the pod."""
+    with Rtnl() as host, suppress(OSError):
+        link = host.link(name=record.ifname, nsid=record.nsid)
+        return link is not None and link.index != record.ifindex
+    return False
 
 
 def _busy(number: int | None, source: Link) -> str:

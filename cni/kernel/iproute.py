@@ -9,12 +9,15 @@ checksum and GSO offloads stay intact, and the pod's own stack sees no frame.
 
 from __future__ import annotations
 
+import errno
 from contextlib import contextmanager
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from cni.errors import SHORTAGE, CniError
 from cni.kernel import bridge_port, ipv6, netns
+from cni.spec import KERNEL_REFUSED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,13 +73,15 @@ def put_addresses(
     """Put addresses ("10.1.0.5/24") and routes of a CNI result on the link of that index.
 
     gateways: of routes that name none, by IP version (4 or 6). Without duplicate address detection, as the addresses
-    were leased. Raises OSError.
+    were leased. A route follows those that other links of the pod have to its destination; the kernel combines IPv6
+    routes of one metric into one with several next hops. Raises OSError, CniError 100 that names the address or route.
     """
     with _socket(pod_netns) as pod:
         for address in addresses:
             local, _, length = address.partition("/")
             version6 = {"flags": _IFA_F_NODAD} if ":" in local else {}
-            pod.addr("add", index=ifindex, address=local, prefixlen=int(length), **version6)
+            with _refused(f"address {address}", "it is in the result of ipam twice"):
+                pod.addr("add", index=ifindex, address=local, prefixlen=int(length), **version6)
         for route in routes:
             version = 6 if ":" in route["dst"] else 4
             via = route.get("gw") or gateways.get(version)
@@ -86,7 +91,13 @@ def put_addresses(
             metrics = {key: route[key] for key in ("mtu", "advmss") if key in route}
             if metrics:
                 extra["metrics"] = metrics
-            pod.route("add", dst=route["dst"], oif=ifindex, **({"gateway": via} if via else {}), **extra)
+            what = f"route {route['dst']}" + (f" by gateway {via}" if via else "")
+            unreachable = f"{via} is in no network of the addresses {', '.join(addresses)}"
+            with _refused(what, "it is in the result of ipam twice", unreachable):
+                # Not "add", which refuses a route that another link has.
+                pod.route(
+                    "append", dst=route["dst"], oif=ifindex, **({"gateway": via} if via else {}), **extra
+                )
 
 
 def addresses(pod_netns: int, ifindex: int) -> set[str]:
@@ -95,6 +106,20 @@ def addresses(pod_netns: int, ifindex: int) -> set[str]:
         return {
             f"{found.get_attr('IFA_ADDRESS')}/{found['prefixlen']}" for found in pod.get_addr(index=ifindex)
         }
+
+
+@contextmanager
+def _refused(what: str, exists: str, unreachable: str = "") -> Iterator[None]:
+    """Turn the kernel's refusal of an address or a route into CniError 100; a shortage stays as it is."""
+    try:
+        yield
+    except NetlinkError as error:
+        if error.code in SHORTAGE:
+            raise
+        causes = {errno.EEXIST: exists, **dict.fromkeys((errno.ENETUNREACH, errno.EHOSTUNREACH), unreachable)}
+        why = causes.get(error.code) or "the kernel refused it"
+        message = f"{what} cannot be put on the link: {why}; correct ipam"
+        raise CniError(KERNEL_REFUSED, message, str(error.args[-1])) from error
 
 
 @contextmanager

@@ -67,6 +67,27 @@ def test_the_mac_is_taken(lab: Lab, handle: Callable[..., Answer], pod: Netns, b
     baseline.holds()
 
 
+def test_the_mac_is_on_the_same_nic(
+    lab: Lab, handle: Callable[..., Answer], pod: Netns, baseline: Baseline
+) -> None:
+    """The message names the VM on the NIC, by its pod: not the one on another NIC, nor does a rename matter."""
+    others = {"near": (NIC, lab.pod()), "far": ("eth7", lab.pod())}
+    lab.node.ip("link add eth7 up type veth peer name eth8")
+    for name, (source, other) in others.items():
+        args = f"IgnoreUnknown=1;K8S_POD_NAMESPACE=prod;K8S_POD_NAME={name}"
+        conf = config(source=source, mac=MAC)
+        handle("ADD", conf, netns=other, container=name, args=args).ok()
+    lab.node.ip(f"link set {NIC} down", f"link set {NIC} name nic", "link set nic up")
+    lab.node.ip("link set eth7 down", f"link set eth7 name {NIC}", f"link set {NIC} up")
+    for source, name in (("nic", "near"), (NIC, "far")):
+        msg = handle("ADD", config(source=source, mac=MAC), netns=pod).error(spec.MAC_IN_USE)["msg"]
+        assert f"MAC {MAC} is in use on {source!r} by net1 of pod prod/{name} " in msg
+    for name, (_, other) in others.items():
+        handle("DEL", config(source=NIC), netns=other, container=name).ok()
+    lab.node.ip(f"link del {NIC}", "link set nic down", f"link set nic name {NIC}", f"link set {NIC} up")
+    baseline.holds()
+
+
 def test_the_mac_is_the_lowers(
     lab: Lab, handle: Callable[..., Answer], pod: Netns, baseline: Baseline
 ) -> None:
@@ -104,6 +125,20 @@ def test_passthru_is_taken(
 
 def test_the_mtu_is_too_large(handle: Callable[..., Answer], pod: Netns, baseline: Baseline) -> None:
     refused(handle, pod, baseline, spec.INVALID_NETWORK_CONFIG, "9000", NIC, source=NIC, mtu=9000)
+
+
+def test_the_name_of_the_host_end_is_taken(
+    lab: Lab, handle: Callable[..., Answer], pod: Netns, baseline: Baseline
+) -> None:
+    """By a link of somebody else's on the host: the pod's name is not blamed."""
+    conf = config(source=BRIDGE, device="tap")
+    port = handle("ADD", conf, netns=pod).ok()["interfaces"][1]["name"]
+    handle("DEL", conf, netns=pod).ok()
+    lab.node.ip(f"link add {port} type bridge")
+    error = handle("ADD", conf, netns=pod).error(spec.KERNEL_REFUSED)
+    assert f"a link that it needs exists: {port}" in error["msg"]
+    lab.node.ip(f"link del {port}")
+    baseline.holds()
 
 
 def test_the_name_is_taken(handle: Callable[..., Answer], pod: Netns, baseline: Baseline) -> None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cni.errors import CniError
 from cni.kernel import bridge_port, iproute, netns, tap
 from cni.kernel.rtnl import Rtnl
+from cni.spec import KERNEL_REFUSED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,7 +90,46 @@ def test_addresses_and_routes(pod: tuple[Netns, int]) -> None:
     assert routes["fd01::/64"]["gateway"] == "fd00::1"
 
 
-def test_a_refusal_is_an_oserror(pod: tuple[Netns, int]) -> None:
-    _, fd = pod
-    with pytest.raises(OSError, match="invalid gateway"):
-        iproute.put_addresses(fd, TAP, [], [{"dst": "10.9.0.0/16", "gw": "10.1.0.9"}], {})
+DEFAULT = {"dst": "0.0.0.0/0", "gw": "10.1.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("addresses", "routes", "said"),
+    [
+        (["10.1.0.5/24", "10.1.0.5/24"], [], "address 10.1.0.5/24 .* it is in the result of ipam twice"),
+        (["fd00::5/64", "fd00::5/128"], [], "address fd00::5/128 .* twice"),
+        (["10.1.0.5/24"], [DEFAULT, DEFAULT], "route 0.0.0.0/0 by gateway 10.1.0.1 .* twice"),
+        (
+            ["10.1.0.5/24"],
+            [{"dst": "0.0.0.0/0", "gw": "10.2.0.1"}],
+            "10.2.0.1 is in no network of the addresses 10.1.0.5/24",
+        ),
+        (["fd00::5/64"], [{"dst": "::/0", "gw": "fd09::1"}], "fd09::1 is in no network of .* fd00::5/64"),
+        (["10.1.0.5/24"], [{"dst": "10.1.0.7/24"}], "route 10.1.0.7/24 .* the kernel refused it"),
+    ],
+    ids=["address", "IPv6 address", "route", "gateway", "IPv6 gateway", "host bits"],
+)
+def test_a_refusal_names_the_address_or_route(
+    pod: tuple[Netns, int], addresses: list[str], routes: list[dict[str, str]], said: str
+) -> None:
+    made, fd = pod
+    made.ip("link set net1 up")
+    with pytest.raises(CniError, match=said) as refused:
+        iproute.put_addresses(fd, TAP, addresses, routes, {})
+    assert refused.value.code == KERNEL_REFUSED
+    assert refused.value.details
+
+
+def test_a_route_of_another_link_stays_first(pod: tuple[Netns, int]) -> None:
+    """As a pod's second network has it: the first one's default route goes on."""
+    made, fd = pod
+    made.ip(
+        "link add eth0 up type veth peer name other",
+        "link set other up",
+        "link set net1 up",
+        "address add 10.7.0.5/24 dev eth0",
+        "route add default via 10.7.0.1",
+    )
+    iproute.put_addresses(fd, TAP, ["10.1.0.5/24"], [DEFAULT], {})
+    routes = json.loads(made.run(["ip", "-j", "route", "show", "default"]).stdout)
+    assert [route["gateway"] for route in routes] == ["10.7.0.1", "10.1.0.1"]
