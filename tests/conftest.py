@@ -80,5 +80,5 @@ def plugin(lab: Lab, tmp_path: Path) -> Plugin:
 
 @pytest.fixture(scope="session")
 def reference_plugins() -> Path:
-    """The folder with cnitool, host-local, tuning and bandwidth, as their project released them."""
+    """The folder with cnitool, host-local, dhcp, tuning and bandwidth, as their project released them."""
     return CLIENTS.get()

@@ -1,7 +1,8 @@
 """ADD as a transaction that undoes itself.
 
-Its order makes a kill at any moment harmless: the lock, the record, the delegate's lease, the link. The record lists
-what is left of an ADD that was killed, and DEL, GC, the reconciler or the next ADD end it.
+Its order makes a kill at any moment harmless: the lock, the record, the delegate's lease, the link; where addresses go
+on the link, the link before the lease. The record lists what is left of an ADD that was killed, and DEL, GC, the
+reconciler or the next ADD end it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from cni.attach import plan as plans
 from cni.attach.delete import attempt, end_for, raise_all
 from cni.errors import CniError
 from cni.kernel import bridge_port, gateways, netns
-from cni.spec import INVALID_NETWORK_CONFIG, NAME_IN_USE, VERSIONS
+from cni.spec import DELEGATE_FAILED, INVALID_NETWORK_CONFIG, NAME_IN_USE, VERSIONS
 from cni.state import cdi
 from cni.state.record import Record, boot_id
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cni.attach.call import Call
+    from cni.attach.ipam import Delegate
     from cni.attach.plan import Plan
     from cni.config.policy import Grant
 
@@ -59,37 +61,25 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
                 record = lower.take(
                     call.host, store, record, plan.source, plan.lower, yield_turn=call.yield_turn
                 )
+            # As the reference plugins do, for a delegate that uses the link, such as dhcp.
+            link_first = call.conf.addressing == "link"
+            if link_first:
+                link.make(call, plan, record)
+                record = _latest(call, record)
             leased = result.Result()
             if delegate:
                 delegated = True
-                leased = result.parse(
-                    delegate.run("ADD") or {},
-                    call.conf.cni_version,
-                    where=f"the result of ipam.type {delegate.type!r}",
-                )
-                rendered = result.render(leased, VERSIONS[-1])
-                record = replace(
-                    record,
-                    ips=tuple(rendered.get("ips", ())),
-                    routes=tuple(rendered.get("routes", ())),
-                    dns=rendered.get("dns"),
-                )
+                leased = _lease(delegate, call.conf.cni_version)
+                record = _with_lease(record, leased)
                 store.save(record)
-            answer = _answer(
-                call, record, leased
-            )  # before the link: prevResult or the delegate's result may be wrong
-            link.make(call, plan, record)
+            answer = _answer(call, record, leased)  # prevResult may be wrong
+            if not link_first:
+                link.make(call, plan, record)
+            elif record.ips:
+                link.put_addresses(call, plan, record)
             store.seal(record)
         except BaseException as error:
-            if record:
-                undone = end_for(call, _latest(call, record), delegated=delegated)
-            else:
-                undone = attempt(store.forget_id, call.id, call.conf.device_index)
-            if undone and isinstance(error, CniError):
-                left = "; ".join(map(str, undone))
-                raise CniError(
-                    error.code, error.msg, f"{error.details} (undoing it: {left})".strip()
-                ) from error
+            _undo(call, record, error, delegated=delegated)
             raise
         if call.node.added:
             call.node.added(record, call.netns)
@@ -107,6 +97,35 @@ def _check(call: Call, grant: Grant, plan: Plan) -> None:
     if call.node.confirm and conf.device_index and conf.device_id:
         call.yield_turn()
         call.node.confirm(conf.device_id, call.arguments)
+
+
+def _lease(delegate: Delegate, version: str) -> result.Result:
+    """Run the delegate's ADD, whose result must have an address. Raises CniError, 109 without an address."""
+    document = delegate.run("ADD") or {}
+    found = result.parse(document, version, where=f"the result of ipam.type {delegate.type!r}")
+    if found.ips:
+        return found
+    why = f"install a release of it for cniVersion {version}, or leave ipam out"
+    if "ip4" in document or "ip6" in document:
+        why = f"ip4 and ip6 are of CNI 0.2.0, and the result is of {document.get('cniVersion') or version}; {why}"
+    raise CniError(DELEGATE_FAILED, f"ipam.type {delegate.type!r} returned no address in ips: {why}")
+
+
+def _with_lease(record: Record, leased: result.Result) -> Record:
+    rendered = result.render(leased, VERSIONS[-1])
+    routes = tuple(rendered.get("routes", ()))
+    return replace(record, ips=tuple(rendered["ips"]), routes=routes, dns=rendered.get("dns"))
+
+
+def _undo(call: Call, record: Record | None, error: BaseException, *, delegated: bool) -> None:
+    """End what there is of an attachment whose ADD failed with error. Raises CniError if that fails as well."""
+    if record:
+        undone = end_for(call, _latest(call, record), delegated=delegated)
+    else:
+        undone = attempt(call.node.store.forget_id, call.id, call.conf.device_index)
+    if undone and isinstance(error, CniError):
+        left = "; ".join(map(str, undone))
+        raise CniError(error.code, error.msg, f"{error.details} (undoing it: {left})".strip()) from error
 
 
 def _latest(call: Call, record: Record) -> Record:

@@ -49,8 +49,12 @@ def delete(call: Call) -> None:
         if record:
             failed += end_for(call, record)
         else:
+            delegate = call.delegate_after_add(None)
+            link_last = call.conf.addressing == "link"
+            if delegate and link_last:
+                failed += attempt(delegate.run, "DEL")
             failed += attempt(_remove_unrecorded, call)
-            if delegate := call.delegate_after_add(None):
+            if delegate and not link_last:
                 failed += attempt(delegate.run, "DEL")
             failed += attempt(store.forget_id, call.id, call.conf.device_index)
             failed += attempt(store.minors.detach, call.id)
@@ -62,8 +66,13 @@ def end(
 ) -> list[CniError]:
     """Undo everything that record lists: the record last, and only if nothing else is left. Returns the errors.
 
-    The caller holds the attachment's lock. delegate: the IPAM plugin to run with DEL, if any.
+    The caller holds the attachment's lock. delegate: the IPAM plugin to run with DEL, if any. Where addresses are on
+    the link, it runs first: it may use the link, as dhcp does.
     """
+    released: list[CniError] = []
+    if delegate and record.config and record.config.get("addressing") == "link":
+        released = attempt(delegate.run, "DEL")
+        delegate = None
     failed = attempt(_remove_links, host, record, delete_link)
     if not failed:
         failed += attempt(lower.release, host, store, record, delete_link)
@@ -75,6 +84,7 @@ def end(
             failed += attempt(store.minors.detach, record.id)
     if delegate:
         failed += attempt(delegate.run, "DEL")
+    failed += released
     if not failed:
         failed += attempt(store.forget, record)
     return failed

@@ -1,4 +1,4 @@
-"""Make the link of a record: macvtap or tap, its lower device, its device node, its addresses.
+"""Make the link of a record: macvtap or tap, its lower device, its device node; put addresses on it.
 
 A failure leaves what was made so far: add.py undoes it, by the record.
 """
@@ -78,10 +78,23 @@ def make(call: Call, plan: Plan, record: Record) -> None:
             )
         if record.node and device:
             _make_node(call, record, record.node, device)
-        if conf.addressing == "link" and record.ips:
-            _put_addresses(call, record)
     except OSError as error:
         raise kernel_errors.explain(error, plan, record, store) from error
+
+
+def put_addresses(call: Call, plan: Plan, record: Record) -> None:
+    """Put the record's addresses and routes on the link. Raises CniError as make()."""
+    assert call.netns is not None  # noqa: S101 - as in make
+    call.yield_turn()  # the import takes long, the first time
+    from cni.kernel import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
+
+    gateways = {6 if ":" in ip["gateway"] else 4: ip["gateway"] for ip in record.ips if ip.get("gateway")}
+    addresses = [ip["address"] for ip in record.ips]
+    try:
+        _allow_ipv6(call, record)
+        iproute.put_addresses(call.netns, record.ifindex, addresses, list(record.routes), gateways)
+    except OSError as error:
+        raise kernel_errors.explain(error, plan, record, call.node.store) from error
 
 
 def _connect(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
@@ -120,19 +133,6 @@ def _make_node(call: Call, record: Record, path: str, device: tuple[int, int]) -
     tapdev.make_node(path, device, owner, group)
     if record.cdi:
         cdi.write(record, device, owner, group)
-
-
-def _put_addresses(call: Call, record: Record) -> None:
-    """Put the record's addresses and routes on the link."""
-    assert call.netns is not None  # noqa: S101 - as in make
-    _allow_ipv6(call, record)
-    call.yield_turn()  # the import takes long, the first time
-    from cni.kernel import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
-
-    gateways = {6 if ":" in ip["gateway"] else 4: ip["gateway"] for ip in record.ips if ip.get("gateway")}
-    iproute.put_addresses(
-        call.netns, record.ifindex, [ip["address"] for ip in record.ips], list(record.routes), gateways
-    )
 
 
 def _allow_ipv6(call: Call, record: Record) -> None:

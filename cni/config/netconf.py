@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 
 from cni import spec
-from cni.config import schema
+from cni.config import delegation, schema
 from cni.errors import CniError
 from cni.names import printable
 from cni.state import deviceid
@@ -233,7 +233,6 @@ def _read(document: Document, called_as: str) -> NetConf:
         for key, value in (schema.defaults(rules) | fields).items()
     }
     runtime = _declared(fields)
-    ipam = fields.get("ipam")
     attachments = fields.get(VALID_ATTACHMENTS)
     mac = None
     if command not in _CLEANING:
@@ -248,7 +247,7 @@ def _read(document: Document, called_as: str) -> NetConf:
         mac_is_final=bool(runtime.get("mac")) or command in _CLEANING,
         promisc=fields["promisc"] or fields.get("promiscMode", False),
         vlan=_vlan(fields),
-        ipam=ipam if ipam and ipam.get("type") else None,
+        ipam=delegation.ipam(fields, strict=command not in _CLEANING),
         prev_result=fields.get("prevResult"),
         device_id=runtime.get("deviceID") or fields.get("deviceID"),
         valid_attachments=attachments

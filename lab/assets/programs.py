@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PLUGINS_VERSION = "v1.9.1"
 _CNITOOL = "github.com/containernetworking/cni/cnitool@v1.3.0"
-_CLIENT_PLUGINS = ("ipam/host-local", "ipam/static", "meta/tuning", "meta/bandwidth")
+_CLIENT_PLUGINS = ("ipam/dhcp", "ipam/host-local", "ipam/static", "meta/tuning", "meta/bandwidth")
 _BENCH_PLUGINS = ("main/macvlan", "main/tap")
 _CLUSTER_PLUGINS = ("main/loopback", "main/bridge", "ipam/host-local")
 

@@ -171,6 +171,17 @@ def test_item_28_same_attachment(
     assert (list(pod.links()), host_local.leases(), plugin.leftovers()) == (["lo"], [], [])
 
 
+def test_item_28_link_first(plugin: Plugin, pod: Netns, fake: FakeIpam) -> None:
+    """With "addressing": "link", the delegate finds the link in the pod at ADD, and at DEL still."""
+    look = 'nsenter --net="$CNI_NETNS" ip link show up dev net1 >> links || true'
+    fake.write(ADD=f"{look}; answer", DEL=look)
+    for addressing, seen in (("guest", 0), ("link", 2)):
+        conf = config(source=NIC, ipam=fake.config, addressing=addressing)
+        plugin("ADD", conf, netns=pod).ok()
+        plugin("DEL", conf, netns=pod).ok()
+        assert (fake.seen / "links").read_text().count("net1@") == seen
+
+
 def test_item_28_del_after_failed_add(plugin: Plugin, pod: Netns, fake: FakeIpam) -> None:
     """DEL follows a failed ADD, and has nothing to do but to ask the delegate once more."""
     fake.write(ADD="exit 1")

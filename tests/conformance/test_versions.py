@@ -106,12 +106,17 @@ def test_item_10_needs_address(plugin: Plugin, pod: Netns, version: str) -> None
     assert not plugin.state.exists()
 
 
-@pytest.mark.parametrize("version", VERSIONS[:2])
-def test_item_10_got_no_address(plugin: Plugin, pod: Netns, fake: FakeIpam, version: str) -> None:
-    """The same where the delegate gives none: its DEL is run and nothing is left."""
-    fake.write(ADD="echo '{}'")
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("answer", ["{}", '{"cniVersion": "1.1.0", "ip4": {"ip": "10.9.0.5/24"}}'])
+def test_item_10_got_no_address(
+    plugin: Plugin, pod: Netns, fake: FakeIpam, version: str, answer: str
+) -> None:
+    """Where the delegate returns no address, or one in a form of another version, its DEL is run: error 109."""
+    fake.write(ADD=f"echo '{answer}'")
     conf = config(cniVersion=version, source=NIC, ipam=fake.config)
-    plugin("ADD", conf, netns=pod).error(1)
+    error = plugin("ADD", conf, netns=pod).error(109)
+    assert "ipam.type 'fake' returned no address" in error["msg"]
+    assert ("ip4" in answer) is ("CNI 0.2.0, and the result is of 1.1.0" in error["msg"])
     assert fake.log() == ["ADD c1 net1", "DEL c1 net1"]
     assert list(pod.links()) == ["lo"]
     assert plugin.leftovers() == []

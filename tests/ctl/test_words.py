@@ -39,6 +39,8 @@ def lint(*words: str | Path, status: int = 0) -> list[str]:
         ("interfaces: [{name: a, source: {dev: eth1}}]", []),
         ("logLevel: debug", []),
         (json.dumps(GOOD | {"mod": "vepa", "mtu": "5"}), ["mod: unknown key", 'mtu: "5" is not allowed']),
+        (json.dumps(GOOD | {"ipam": {"type": "dhcp"}}), ['ipam.type: "dhcp" is refused']),
+        (json.dumps(GOOD | {"ipam": {"type": "dhcp"}, "addressing": "link"}), []),
         (json.dumps({"name": "n", "type": "bridge"}), ["no plugin in it is of type vmtap or macvtap"]),
         ("interfaces: [{name: a}]", ["interfaces[0].source: is missing"]),
         ("logLevel: loud", ['logLevel: "loud" is not allowed']),
