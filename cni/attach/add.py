@@ -40,7 +40,7 @@ def add(call: Call, grant: Grant) -> dict[str, Any]:
     source, nsid = call.host.look(grant.source, call.netns)
     if source is None and len(grant.sources) > 1:
         source = call.source(grant)
-    plan = plans.decide(source, call.conf, grant, call.container_id, call.ifname, arguments=call.arguments)
+    plan = plans.decide_for(call, grant, source)
     _check(call, grant, plan)
     store.prepare()
     with store.locked(call.id, yield_turn=call.yield_turn):

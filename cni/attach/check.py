@@ -44,9 +44,7 @@ def check(call: Call, grant: Grant) -> None:
             CHECK_FAILED,
             f"prevResult.interfaces has no {call.ifname} with sandbox {call.netns_path}: was ADD run?",
         )
-    plan = plans.decide(
-        call.source(grant), conf, grant, call.container_id, call.ifname, arguments=call.arguments
-    )
+    plan = plans.decide_for(call, grant, call.source(grant))
     record = call.node.store.load(call.id)
     if plan.lower and plan.source:
         if found := lower.differences(call.host, record, plan.source, plan.lower):

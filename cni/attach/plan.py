@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from cni.attach.call import Call
     from cni.config.netconf import NetConf
     from cni.config.policy import Grant
     from cni.kernel.rtnl import Link
@@ -40,6 +41,21 @@ class Plan:
     """What the macvtap is to sit on, if not on the plain source. For a virtual function, source is one of the PFs."""
 
 
+def decide_for(call: Call, grant: Grant, source: Link | None) -> Plan:
+    """decide() for a call. Raises CniError 7 or 104; of a source that was renamed, 104 names its present name."""
+    if source is None and grant.source is not None:
+        from cni.lower import renamed  # noqa: PLC0415 - a source that is missing is rare
+
+        now = renamed.name_now(call.host, call.node.store.records(), grant.source)
+        if now:
+            raise CniError(
+                SOURCE_MISSING,
+                f"source device {grant.source!r} is called {now!r} now: correct the policy or the network config, "
+                "or give the NIC its name back",
+            )
+    return decide(source, call.conf, grant, call.container_id, call.ifname, arguments=call.arguments)
+
+
 def decide(
     source: Link | None,
     conf: NetConf,
@@ -59,11 +75,12 @@ def decide(
                 SOURCE_MISSING,
                 f"source device {grant.source!r} is not on this node: plug it in, or correct the policy",
             )
-        # An altname must not get round what the policy says of the device.
-        if source.name not in grant.sources:
+        # The entry for a device restricts it under each of its names. sysfs has VFs by the PF's first name only.
+        others = grant.listed & {source.name, *source.altnames}
+        if others or (grant.functions and source.name not in grant.sources):
             raise CniError(
                 INVALID_NETWORK_CONFIG,
-                f"source {grant.source!r} is another name of {source.name!r}: use that",
+                f"source {grant.source!r} is another name of {min(others, default=source.name)!r}: use that",
             )
         if source.arphrd != ARPHRD_ETHER:
             raise CniError(

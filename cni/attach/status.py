@@ -19,9 +19,7 @@ def status(call: Call, grant: Grant) -> None:
     try:
         if delegate:
             delegate.find()
-        plan = plans.decide(
-            call.source(grant), call.conf, grant, call.container_id, call.ifname, arguments=call.arguments
-        )
+        plan = plans.decide_for(call, grant, call.source(grant))
         if plan.lower:
             lower.available(str(grant.source), plan.lower)
         call.node.store.prepare()

@@ -114,6 +114,8 @@ class Grant:
     handover: bool = True
     macs: Rules | None = None
     derivation: Derivation = PLAIN
+    listed: frozenset[str] = frozenset()
+    """The devices that entries of the policy name, of which the source must be none, under whatever name."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -154,7 +156,8 @@ def _authorize(policy: Policy | None, conf: NetConf) -> Grant:
         if policy and not policy.allow_unlisted:
             raise _refusal("source", conf.source, f"the policy does not list it; {_choices(policy)}")
         unlisted = Interface("", conf.source, "ethernet", None, None)
-        return _grant(unlisted if policy else replace(unlisted, bcqueuelen=None), conf)
+        grant = _grant(unlisted if policy else replace(unlisted, bcqueuelen=None), conf)
+        return replace(grant, listed=frozenset(dev for entry in entries for dev in entry.sources))
     if conf.device == "tap":
         if conf.mode is not None:
             raise _refusal(

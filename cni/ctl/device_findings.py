@@ -6,7 +6,7 @@ from cni.ctl import virtual_functions
 from cni.ctl.finding import Finding
 from cni.kernel import ethtool, macvtap
 from cni.kernel.rtnl import ARPHRD_ETHER, Rtnl
-from cni.lower import offload
+from cni.lower import offload, renamed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,10 +51,13 @@ def _faults(node: Node, source: Source) -> Iterator[tuple[str, str, str]]:
     if link:
         yield from _link_faults(node, source, link)
     else:
+        with Rtnl() as host:
+            now = renamed.name_now(host, (each.record for each in node.attachments), source.name)
         yield (
             "error",
-            "it is not on this node",
-            "plug it in, or correct source.dev in the policy (ip link lists what is there)",
+            f"it is called {now} now" if now else "it is not on this node",
+            f"{f'rename {now}' if now else 'plug it in'}, or correct source.dev in the policy (ip link lists what is "
+            "there)",
         )
 
 

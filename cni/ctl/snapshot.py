@@ -45,7 +45,7 @@ def take(settings: Settings, neighbours: Mapping[str, Neighbour] | None = None) 
     except CniError:  # doctor's business
         rules = None
     with Rtnl() as host, sysfs.mounted() as own:
-        links = {link.name: link for link in host.links()}
+        links = {name: link for link in host.links() for name in (link.name, *link.altnames)}
         attachments = _attachments(host, settings.run, records)
         names = {dev: None for entry in rules.interfaces for dev in entry.sources} if rules else {}
         names |= {each.record.source: None for each in attachments if each.record.source}

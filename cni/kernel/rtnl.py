@@ -75,6 +75,7 @@ IFLA_EXT_MASK = 29
 IFLA_PROMISCUITY = 30
 IFLA_LINK_NETNSID = 37
 IFLA_TARGET_NETNSID = 46
+IFLA_PROP_LIST = 52
 IFLA_INFO_KIND = 1
 IFLA_INFO_DATA = 2
 IFLA_MACVLAN_MODE = 1
@@ -140,6 +141,8 @@ class Link:
     master: int | None = None
     promiscuity: int = 0
     group: int = 0
+    altnames: tuple[str, ...] = ()
+    """Further names (ip-link(8), altname), by which the kernel finds the link too."""
 
 
 def attr(kind: int, payload: bytes) -> bytes:
@@ -487,6 +490,7 @@ def _link(body: bytes) -> Link:
         master=_number(found, IFLA_MASTER),
         promiscuity=_number(found, IFLA_PROMISCUITY) or 0,
         group=_number(found, IFLA_GROUP) or 0,
+        altnames=tuple(_texts(found[IFLA_PROP_LIST])) if IFLA_PROP_LIST in found else (),
     )
 
 
@@ -496,6 +500,15 @@ _link_again = lru_cache(maxsize=64)(_link)
 
 def _text(attrs: dict[int, bytes], kind: int) -> str:
     return attrs.get(kind, b"").rstrip(b"\0").decode(errors="replace")
+
+
+def _texts(data: bytes) -> Iterator[str]:
+    """The strings of a nest of strings, which may be of one type."""
+    at = 0
+    while at + 4 <= len(data):
+        length, _ = _ATTR.unpack_from(data, at)
+        yield data[at + 4 : at + length].rstrip(b"\0").decode(errors="replace")
+        at += (length + 3) & ~3 or 4
 
 
 def _number(attrs: dict[int, bytes], kind: int) -> int | None:

@@ -135,6 +135,17 @@ def test_a_source_that_cannot_be_used(good: Ctl, lab: Lab, change: str, says: st
     assert step in next_step
 
 
+def test_a_source_that_was_renamed(good: Ctl, lab: Lab, pod: Netns) -> None:
+    """Known by the attachments on it; under its old name as an altname, it is found."""
+    good.add(pod, source="eth1")
+    lab.node.ip("link set eth1 down", "link set eth1 name enp1s0", "link set enp1s0 up")
+    severity, message, step = wrong(good)["source eth1"]
+    assert (severity, message) == ("error", "it is called enp1s0 now")
+    assert step.startswith("rename enp1s0, or correct source.dev")
+    lab.node.ip("link property add dev enp1s0 altname eth1")
+    assert "source eth1" not in wrong(good)
+
+
 def test_a_source_without_carrier(good: Ctl, lab: Lab) -> None:
     lab.switch.ip("link set node down")
     assert wrong(good)["source eth1"][:2] == ("warning", "it has no carrier: no VM on it reaches anything")

@@ -41,6 +41,29 @@ def test_missing(handle: Callable[..., Answer], pod: Netns, baseline: Baseline) 
     handle("STATUS", config(source="nothing0")).error(spec.PLUGIN_NOT_AVAILABLE)
 
 
+def test_renamed(lab: Lab, handle: Callable[..., Answer], pod: Netns, baseline: Baseline) -> None:
+    """By udev, say, while an attachment was on it: the error says what it is called now."""
+    other = lab.pod()
+    result = handle("ADD", config(source=NIC), netns=other, container="c2").ok()
+    lab.node.ip(f"link set {NIC} down", f"link set {NIC} name enp1s0", "link set enp1s0 up")
+    said = f"source device {NIC!r} is called 'enp1s0' now"
+    conf = config(source=NIC)
+    assert said in handle("ADD", conf, netns=pod).error(spec.SOURCE_MISSING)["msg"]
+    assert said in handle("STATUS", conf).error(spec.PLUGIN_NOT_AVAILABLE)["msg"]
+    checked = handle("CHECK", conf | {"prevResult": result}, netns=other, container="c2")
+    assert said in checked.error(spec.SOURCE_MISSING)["msg"]
+    lab.node.ip(f"link property add dev enp1s0 altname {NIC}")
+    handle("CHECK", conf | {"prevResult": result}, netns=other, container="c2").ok()
+    handle("DEL", conf, netns=other, container="c2").ok()
+    lab.node.ip(
+        f"link property del dev enp1s0 altname {NIC}",
+        "link set enp1s0 down",
+        f"link set enp1s0 name {NIC}",
+        f"link set {NIC} up",
+    )
+    baseline.holds()
+
+
 def test_loopback(handle: Callable[..., Answer], pod: Netns, baseline: Baseline) -> None:
     refused(handle, pod, baseline, spec.INVALID_NETWORK_CONFIG, "lo", source="lo")
 

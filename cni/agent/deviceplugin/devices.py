@@ -166,7 +166,7 @@ def _uppers(link: str, sysfs: str) -> list[str]:
 
 def state(dev: str, links: Links, sysfs: str) -> Device:
     """The state of every device on the source device dev."""
-    link = links.get(dev)
+    link = links.get(dev) or next((each for each in links.values() if dev in each.altnames), None)
     if link is None:
         return Device("it is not on this node", "plug it in, or correct the policy")
     node = numa_node(link, links, sysfs)

@@ -9,21 +9,28 @@ import pytest
 
 from cni.attach import plan
 from cni.config import netconf
-from cni.config.policy import Grant
+from cni.config.policy import Functions, Grant
 from cni.errors import CniError
 from cni.kernel.rtnl import Rtnl
+from cni.kernel.vf_settings import VfSettings
 from cni.spec import INVALID_NETWORK_CONFIG, SOURCE_MISSING
 
 if TYPE_CHECKING:
     from lab.wire import Lab
 
 
-def _decide(
+def _unlisted(source: str, *listed: str) -> Grant:
+    """Of a policy with allowUnlisted, whose entries name the listed devices."""
+    return Grant(None, source, None, "bridge", "ethernet", listed=frozenset(listed))
+
+
+def _decide(  # noqa: PLR0917
     lab: Lab,
     source: str | None,
     mode: str | None = "bridge",
     device: str | None = None,
     type: str = "ethernet",
+    grant: Grant | None = None,
     **conf: Any,
 ) -> plan.Plan:
     document = {"cniVersion": "1.1.0", "name": "wire", "type": "vmtap", **conf}
@@ -32,7 +39,7 @@ def _decide(
         return plan.decide(
             host.link(name=source) if source else None,
             parsed,
-            Grant(None, source, device, mode, type),
+            grant or Grant(None, source, device, mode, type),
             "c1",
             "net1",
             arguments={},
@@ -78,10 +85,27 @@ def test_what_cannot_be_is_refused(lab: Lab, grant: dict[str, Any], said: str) -
     assert refused.value.code == INVALID_NETWORK_CONFIG
 
 
-def test_another_name_of_a_device_is_refused(lab: Lab) -> None:
+@pytest.mark.parametrize("listed", ["eth1", "other"])
+@pytest.mark.parametrize("source", ["eth1", "uplink"])
+def test_another_name_does_not_get_round_an_entry(lab: Lab, source: str, listed: str) -> None:
+    """With allowUnlisted: an entry for one of the device's names is an entry for the device."""
+    lab.node.ip("link property add dev eth1 altname uplink altname other")
+    with pytest.raises(CniError, match=f"'{source}' is another name of '{listed}'"):
+        _decide(lab, source, grant=_unlisted(source, listed, "eth9"))
+
+
+def test_an_altname_is_a_source(lab: Lab) -> None:
     lab.node.ip("link property add dev eth1 altname uplink")
-    with pytest.raises(CniError, match="'uplink' is another name of 'eth1'"):
-        _decide(lab, "uplink")
+    made = _decide(lab, "uplink", grant=_unlisted("uplink", "eth9")).source
+    assert made is not None
+    assert (made.name, made.altnames) == ("eth1", ("uplink",))
+
+
+def test_an_altname_of_a_pf_is_refused(lab: Lab) -> None:
+    lab.node.ip("link property add dev eth1 altname uplink")
+    pool = Functions(("uplink",), None, VfSettings())
+    with pytest.raises(CniError, match="'uplink' is another name of 'eth1': use that"):
+        _decide(lab, "uplink", grant=Grant("vf", "uplink", None, "bridge", "sr-iov", pool))
 
 
 def test_a_source_that_is_not_there_is_named(lab: Lab) -> None:

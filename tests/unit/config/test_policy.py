@@ -312,7 +312,9 @@ OPEN = Policy(LISTED, allow_unlisted=True)
         # a device
         (None, {"source": "eth9"}, Grant(None, "eth9", None, "bridge", "ethernet")),
         (None, {"source": "eth9", "mode": "vepa"}, Grant(None, "eth9", None, "vepa", "ethernet")),
-        (OPEN, {"source": "eth9"}, Grant(None, "eth9", None, "bridge", "ethernet")),
+        (OPEN, {"source": "eth9"},
+         Grant(None, "eth9", None, "bridge", "ethernet",
+               listed=frozenset({"eth1", "eth2", "eth3", "eth4", "br0"}))),
         (CLOSED, {"source": "eth1"}, Grant("dataplane", "eth1", None, "vepa", "ethernet")),
         (OPEN, {"source": "eth1"}, Grant("dataplane", "eth1", None, "vepa", "ethernet")),
         (CLOSED, {"source": "eth2", "mode": "pepa"}, Grant("storage", "eth2", None, "pepa", "ethernet")),
