@@ -114,6 +114,10 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
     assert "not on this node" in state("eth9", links(NIC), str(tmp_path)).fault
 
 
+def test_a_source_by_its_altname(tmp_path: Path) -> None:
+    assert state("uplink", links(replace(NIC, altnames=("uplink",))), str(tmp_path)) == Device()
+
+
 def test_a_bridge_without_a_port_carries_nothing(tmp_path: Path) -> None:
     found = state("br0", links(link("br0", 8, kind="bridge", flags=IFF_UP)), str(tmp_path))
     assert "no carrier" in found.fault
