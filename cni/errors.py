@@ -35,7 +35,25 @@ class CniError(Exception):
 def refused(error: OSError, msg: str) -> CniError:
     """The CniError for a system call that failed: 11 if it may succeed later, else 5."""
     code = TRY_AGAIN_LATER if error.errno in SHORTAGE else IO_FAILURE
-    return CniError(code, msg, str(error))
+    return CniError(code, msg, reason(error))
+
+
+def reason(error: Exception) -> str:
+    """What the exception reports, in words for a person: without numbers of errors, codecs and names of classes."""
+    match error:
+        case OSError(strerror=str(text)):
+            path = error.filename
+            return f"{text}: {path}" if isinstance(path, str) and path not in text else text
+        case UnicodeDecodeError():
+            return f"byte {error.start} is not UTF-8"
+        case RecursionError():
+            return "nested too deeply"
+        case KeyError(args=(key,)):
+            return f"{key} is missing"
+        case ValueError() if line := getattr(error, "lineno", None):  # json.JSONDecodeError
+            return f"{vars(error)['msg']}, line {line}, column {vars(error)['colno']}"
+        case _:
+            return str(error)
 
 
 def cut(text: str, most: int) -> str:

@@ -127,7 +127,13 @@ def _dispatch(
             INVALID_NETWORK_CONFIG,
             "ipam.type is vmtap itself, under another name; give an IPAM plugin, such as host-local",
         )
-    _check_environment(command, request.env)
+    _check_required(command, request.env)
+    try:
+        _check_environment(command, request.env)
+    except CniError:
+        if command != "DEL":
+            raise
+        return None  # no ADD has accepted the names, which a pod's author may have chosen
     conf = netconf.read(config, request.called_as)
     arguments = netconf.arguments(request.env.get("CNI_ARGS", ""), command=command)
     conf = netconf.with_arguments(conf, arguments)
@@ -173,11 +179,15 @@ def _carry_out(command: str, call: Call) -> dict[str, Any] | None:
     return None
 
 
-def _check_environment(command: str, env: Mapping[str, str]) -> None:
+def _check_required(command: str, env: Mapping[str, str]) -> None:
     """Check SPEC section 2 "Parameters". Raises CniError 4 that lists everything that is missing."""
     missing = [name for name in _REQUIRED[command] if not env.get(name)]
     if missing:
         raise CniError(INVALID_ENVIRONMENT, f"{command} needs {', '.join(missing)} in the environment")
+
+
+def _check_environment(command: str, env: Mapping[str, str]) -> None:
+    """Check the values of the variables that the command needs. Raises CniError 4."""
     if "CNI_CONTAINERID" in _REQUIRED[command]:
         container_id, ifname = env["CNI_CONTAINERID"], env["CNI_IFNAME"]
         if not is_id(container_id):

@@ -58,6 +58,9 @@ A key that is not in this table or the next is refused with code 2, a value that
 names the key, the value and what is allowed. Keys that begin with `cni.dev/` are reserved by the CNI specification and
 always accepted.
 
+What programs write for a value that they do not have means "not given": `null` in any field, `""` in a string, 0 in an
+integer. It does not where it is a value: 0 is root as `owner` or `group`. A number in quotes is refused.
+
 The runtime or Multus adds these fields:
 
 {runtime_fields}
@@ -65,8 +68,9 @@ The runtime or Multus adds these fields:
 vmtap uses the keys of `runtimeConfig` that `capabilities` declares. If `capabilities` is absent, the runtime has
 already filtered the keys, as the specification requires, and vmtap uses all of them.
 
-DEL and GC do not refuse a configuration that ADD would refuse: they ignore an invalid value, except `name` and the list
-of valid attachments. So a pod can be deleted even if its configuration has become invalid.
+DEL does not refuse a configuration that ADD would refuse. It ignores an invalid value; without a valid `name` it ends
+the attachment of the container id and ifname in whatever network. So a pod can always be deleted. GC needs a
+configuration that can be decoded, a `name` and a valid list of attachments.
 
 A configuration may have 256 KiB, with DEL and GC 1 MiB, and 32768 commas, colons and opening brackets; a result of
 another plugin 500 interfaces, addresses or routes, an IPAM plugin's output 256 KiB, and CNI_ARGS 16384 characters.
@@ -113,6 +117,7 @@ The policy file is `/etc/vmtap/interfaces.yaml`, or the file that the environmen
 - With a file, `interface` selects an entry and its restrictions. `source` may name a device that an entry lists, under
   that entry's restrictions, or any other device if `allowUnlisted` is true. If several entries list the device, the
   first that allows the mode is used.
+- `null` in any field, and `""` in a string, mean "not given". A `capacity` or `vfs` of 0 is refused.
 - `mac` is checked at ADD, for requested and derived MACs alike; a plain tap, which reaches no wire, may have any. A MAC
   that `deny` and `allow` both list is denied. With a `mac`, ADD looks up the default routes of the source and their
   gateways' MACs; the node knows them if it has an address on the source and has spoken with the gateway. Name others in

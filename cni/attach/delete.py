@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 from cni import lower
 from cni.attach.ipam import Delegate
@@ -15,7 +16,7 @@ from cni.errors import CniError, refused
 from cni.kernel import bridge_port
 from cni.state import cdi
 from cni.state.lock import keep_turn
-from cni.state.record import alias
+from cni.state.record import alias, parse_alias
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,8 +32,32 @@ if TYPE_CHECKING:
 def delete(call: Call) -> None:
     """End the attachment, whatever there is of it; nothing at all is success (SPEC section 4 "DEL").
 
-    Raises CniError after every step has been tried.
+    Without the network's name it is the attachment of that container id and ifname in whatever network. Raises CniError
+    after every step has been tried.
     """
+    if call.conf.name:
+        raise_all(_delete(call))
+        return
+    failed: list[CniError] = []
+    for network in _networks(call):
+        failed += _delete(replace(call, conf=replace(call.conf, name=network)))
+    raise_all(failed)
+
+
+def _networks(call: Call) -> set[str]:
+    """The networks in which there is an attachment of the call's container id and ifname."""
+    networks = {record.network for record in call.node.store.of(call.container_id, call.ifname)}
+    if call.netns is not None:
+        with suppress(OSError):
+            link = call.host.link(name=call.ifname, nsid=call.host.nsid(call.netns))
+            marked = parse_alias(link.alias) if link else None
+            if marked and marked[1:] == (call.container_id, call.ifname):
+                networks.add(marked[0])
+    return networks
+
+
+def _delete(call: Call) -> list[CniError]:
+    """delete() in the network that the config names. Returns the errors."""
     store = call.node.store
     failed: list[CniError] = []
     with ExitStack() as stack:
@@ -47,32 +72,37 @@ def delete(call: Call) -> None:
         except CniError as error:
             failed.append(error)
         if record:
-            failed += end_for(call, record)
+            failed += end_for(call, record, tolerant=not record.ips)
         else:
             delegate = call.delegate_after_add(None)
             link_last = call.conf.addressing == "link"
-            if delegate and link_last:
-                failed += attempt(delegate.run, "DEL")
+            if link_last:
+                failed += _release(delegate, None, tolerant=True)
             failed += attempt(_remove_unrecorded, call)
-            if delegate and not link_last:
-                failed += attempt(delegate.run, "DEL")
+            if not link_last:
+                failed += _release(delegate, None, tolerant=True)
             failed += attempt(store.forget_id, call.id, call.conf.device_index)
             failed += attempt(store.minors.detach, call.id)
-    raise_all(failed)
+    return failed
 
 
 def end(
-    host: Rtnl, store: Store, record: Record, delegate: Delegate | None, delete_link: DeleteLink
+    host: Rtnl,
+    store: Store,
+    record: Record,
+    delegate: Delegate | None,
+    delete_link: DeleteLink,
+    *,
+    second: Delegate | None = None,
+    tolerant: bool = False,
 ) -> list[CniError]:
     """Undo everything that record lists: the record last, and only if nothing else is left. Returns the errors.
 
-    The caller holds the attachment's lock. delegate: the IPAM plugin to run with DEL, if any. Where addresses are on
-    the link, it runs first: it may use the link, as dhcp does.
+    The caller holds the attachment's lock. delegate, second, tolerant: as for _release(). Where addresses are on the
+    link, it comes first: the plugin may use the link, as dhcp does.
     """
-    released: list[CniError] = []
-    if delegate and record.config and record.config.get("addressing") == "link":
-        released = attempt(delegate.run, "DEL")
-        delegate = None
+    link_last = record.config is not None and record.config.get("addressing") == "link"
+    released = _release(delegate, second, tolerant=tolerant) if link_last else []
     failed = attempt(_remove_links, host, record, delete_link)
     if not failed:
         failed += attempt(lower.release, host, store, record, delete_link)
@@ -82,26 +112,44 @@ def end(
         failed += attempt(store.remove_node, record.ifindex)
         if not failed:
             failed += attempt(store.minors.detach, record.id)
-    if delegate:
-        failed += attempt(delegate.run, "DEL")
-    failed += released
+    failed += released if link_last else _release(delegate, second, tolerant=tolerant)
     if not failed:
         failed += attempt(store.forget, record)
     return failed
 
 
-def end_for(call: Call, record: Record, *, delegated: bool = True) -> list[CniError]:
+def _release(delegate: Delegate | None, second: Delegate | None, *, tolerant: bool) -> list[CniError]:
+    """Run the IPAM plugin with DEL, if there is one. Returns the errors.
+
+    second: the plugin with another config, to run if it fails with that of the call. tolerant: whether an error is only
+    logged, because no address is known to be leased, and the config alone may be the cause.
+    """
+    failed = attempt(delegate.run, "DEL") if delegate else []
+    if failed and second:
+        failed = attempt(second.run, "DEL")
+    if failed and delegate and tolerant:
+        delegate.stderr(f"{failed[0]}; no address was leased by it, so DEL succeeds\n")
+        return []
+    return failed
+
+
+def end_for(call: Call, record: Record, *, delegated: bool = True, tolerant: bool = False) -> list[CniError]:
     """end() as part of a call. delegated: whether a delegate may have leased addresses. Returns the errors.
 
-    The delegate is the call's own, if record is of its attachment; else, and if its ipam is not ADD's, the one that
-    record was added with.
+    The delegate gets the call's config if record is of its attachment and its ipam is ADD's. If that fails, or ipam is
+    another one, it gets the config that record was added with.
     """
-    delegate = None
+    own = added = None
     if delegated:
-        delegate = call.delegate_after_add(record) if record.id == call.id else None
-        if delegate is None or (record.config and record.config["ipam"] != call.conf.raw.get("ipam")):
-            delegate = delegate_of(record, call.request.env, call.node, call.yield_turn)
-    return end(call.host, call.node.store, record, delegate, call.delete_link)
+        added = delegate_of(record, call.request.env, call.node, call.yield_turn)
+        leased_by = (record.config or {}).get("ipam")
+        if record.id == call.id and leased_by in (None, call.conf.raw.get("ipam")):
+            own = call.delegate_after_add(record)
+    second = added if own and call.conf.raw != record.config else None
+    delete_link = call.delete_link
+    return end(
+        call.host, call.node.store, record, own or added, delete_link, second=second, tolerant=tolerant
+    )
 
 
 def delegate_of(

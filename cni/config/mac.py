@@ -1,7 +1,8 @@
-"""The MAC address of a guest to which nobody gives one, and which MACs a policy permits. Pure."""
+"""The forms of a MAC address, the MAC of a guest to which nobody gives one, and which MACs a policy permits. Pure."""
 
 from __future__ import annotations
 
+import re
 from _blake2 import blake2s  # hashlib would load OpenSSL: 5 ms of every pod's start
 from dataclasses import dataclass
 
@@ -20,8 +21,10 @@ class Derivation:
     seed: str = ""
     """Goes into each MAC: two clusters with the same VMs and different seeds have different MACs."""
     prefix: str = ""
-    """The first three bytes, "02:ab:cd"; "": derived too."""
+    """The first three bytes, "02:ab:cd" in lower case; "": derived too."""
 
+
+_SEPARATORS = re.compile("[:.-]")
 
 PLAIN = Derivation()
 """Of a node without a policy, or whose policy gives nothing."""
@@ -60,13 +63,22 @@ def rules(document: Mapping[str, Any]) -> Rules:
     )
 
 
+def with_colons(text: str) -> str:
+    """The MAC, or the first bytes of one, in lower case with colons. text: hexadecimal digits with ':', '-' or '.'."""
+    return bytes.fromhex(_SEPARATORS.sub("", text)).hex(":")
+
+
 def _within(number: int, ranges: Iterable[tuple[int, int]]) -> bool:
     return any(first <= number <= last for first, last in ranges)
 
 
 def _range(text: str) -> tuple[int, int]:
-    first, dash, last = (each.replace(":", "") for each in text.partition("-"))
-    found = int(first.ljust(12, "0"), 16), int(last if dash else first.ljust(12, "f"), 16)
+    digits = _SEPARATORS.sub("", text)
+    first, last = (
+        digits[:12],
+        digits[12:] or digits,
+    )  # two whole MACs, or one that may be only the first bytes
+    found = int(first.ljust(12, "0"), 16), int(last.ljust(12, "f"), 16)
     if found[0] > found[1]:
         raise ValueError(text)
     return found
@@ -97,7 +109,7 @@ def derive(
     digest = bytearray(blake2s(key, digest_size=6).digest())
     digest[0] = digest[0] & 0xFC | 0x02  # locally administered, unicast
     derived = digest.hex(":")
-    return f"{derivation.prefix.lower()}{derived[8:]}" if derivation.prefix else derived
+    return f"{derivation.prefix}{derived[8:]}" if derivation.prefix else derived
 
 
 def of_plain_tap(guest: str) -> str:

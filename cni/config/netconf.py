@@ -1,19 +1,19 @@
 """The bytes on standard input and CNI_ARGS → one frozen NetConf, or a CniError that explains what is wrong.
 
 It finds every fault that shows without a look at the node. schema/netconf.json has the fields, their defaults and
-limits. Here is what a schema cannot express: decoding, the version gate, and which source of a value counts.
+limits. Here is what a schema cannot express: the version gate, and which source of a value counts.
 Must not read the environment, the policy or the network.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 
 from cni import spec
 from cni.config import delegation, schema
+from cni.config.decoding import decode
+from cni.config.mac import with_colons
 from cni.errors import CniError
 from cni.names import printable
 from cni.state import deviceid
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 20
 COMMAND_BYTES = 1 << 18
 """The limit for other commands than DEL and GC: a GC lists every attachment, and a DEL ends what was once accepted."""
-MAX_DEPTH = 64
-"""Levels of nesting. json itself stops only at the interpreter's recursion limit."""
-_MAX_MARKS = 1 << 15
-"""Commas, colons and opening brackets, counted before decoding: each value takes one, up to 300 bytes and 1 µs."""
 _MAX_ARGUMENTS = 1 << 14  # characters of CNI_ARGS
 
 _KEPT = 256
@@ -49,13 +45,8 @@ KNOWN_ARGS = (
     "GATEWAY",
 )
 
-_CLEANING = {"DEL": ("name",), "GC": ("name", VALID_ATTACHMENTS)}
+_CLEANING = {"DEL": (), "GC": ("name", VALID_ATTACHMENTS)}
 """Commands that accept an invalid configuration, each with the keys that must be valid all the same."""
-
-_UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
-"""Characters that JSON can escape, but that neither a system call nor UTF-8 can carry."""
-
-_DIGITS = 40  # of an integer: reading one takes quadratic time
 
 
 @dataclass(frozen=True)
@@ -78,6 +69,7 @@ class NetConf:
 
     cni_version: str
     name: str
+    """"" on DEL if the configuration has none that a network can have."""
     type: str
     interface: str | None
     source: str | None
@@ -136,15 +128,20 @@ class Document:
         return self._outcome
 
     @property
+    def object(self) -> dict[str, Any] | None:
+        """decoded(); None if it raises."""
+        return None if isinstance(self._outcome, CniError) else self._outcome
+
+    @property
     def version(self) -> str | None:
         """The cniVersion, which an answer echoes, known to vmtap or not; None if it cannot be read."""
-        version = isinstance(self._outcome, dict) and self._outcome.get("cniVersion")
+        version = self.object and self.object.get("cniVersion")
         return version if isinstance(version, str) else None
 
     @cached_property
     def _outcome(self) -> dict[str, Any] | CniError:
         try:
-            return _decode(self.text, MAX_BYTES if self.command in _CLEANING else COMMAND_BYTES)
+            return decode(self.text, MAX_BYTES if self.command in _CLEANING else COMMAND_BYTES)
         except CniError as error:
             return CniError(error.code, error.msg)
 
@@ -158,8 +155,8 @@ def read(document: Document, called_as: str = "vmtap") -> NetConf:
     """The configuration of one request. called_as: the name of the executable.
 
     Raises CniError 1 (version), 2 (an unknown key), 6 (no JSON object that can be decoded) or 7 (a value that is not
-    allowed). DEL and GC follow an ADD that has accepted the configuration, perhaps of another version of vmtap, and
-    must not fail because of it: there an invalid field counts as absent, except the network's name and GC's list.
+    allowed). DEL raises none: what cannot be read or is not allowed counts as absent, as a pod must not stay because
+    of it. GC does so too, but for what cannot be decoded, the version, the network's name and the list.
     """
     kept = document.command == "ADD" and len(document.text) <= _KEPT_BYTES
     return (_read_again if kept else _read)(document, called_as)
@@ -213,20 +210,31 @@ def with_arguments(conf: NetConf, arguments: Mapping[str, str]) -> NetConf:
 
 
 def _read(document: Document, called_as: str) -> NetConf:
-    raw, command = document.decoded(), document.command
-    version = _version(raw)
+    command = document.command
+    try:
+        raw = document.decoded()
+        version = _version(raw)
+    except CniError:
+        if command != "DEL":
+            raise
+        raw, version = document.object or {}, spec.VERSIONS[-1]
     rules = _rules(called_as)
     fields = raw
-    if command in _CLEANING:
-        known = rules["properties"]
-        fields = {
-            key: value
-            for key, value in raw.items()
-            if key in _CLEANING[command] or (key in known and schema.accepts(known[key], value))
-        }
     if not schema.accepts(rules, fields):
-        # SPEC section 5: code 2 is for a field that the plugin does not support.
-        schema.explain(rules, fields, unknown=spec.UNSUPPORTED_FIELD)
+        fields = schema.given(rules, raw, zero=True)
+        if command in _CLEANING:
+            known = rules["properties"]
+            fields = {
+                key: value
+                for key, value in fields.items()
+                if key in _CLEANING[command] or (key in known and schema.accepts(known[key], value))
+            }
+        if command == "DEL" and "name" not in fields:
+            # The IPAM plugin cannot read it, either, and would take the name for a folder's.
+            fields = {"name": ""}
+        elif not schema.accepts(rules, fields):
+            # SPEC section 5: code 2 is for a field that the plugin does not support.
+            schema.explain(rules, fields, unknown=spec.UNSUPPORTED_FIELD, foreign=_foreign())
     # A field of type integer may be written as 1500.0.
     fields = {
         key: int(value) if type(value) is float and value.is_integer() else value
@@ -275,70 +283,10 @@ def _rules(called_as: str) -> dict[str, Any]:
     return rules | {"properties": rules["properties"] | rules["$defs"]["macvtap"]["properties"]}
 
 
-def _decode(stdin: bytes, most: int) -> dict[str, Any]:
-    if len(stdin) > most:
-        raise CniError(spec.DECODING_FAILURE, f"the network configuration is larger than {most >> 10} KiB")
-    # Before decoding, which holds the GIL and cannot be interrupted.
-    if sum(map(stdin.count, (b",", b":", b"[", b"{"))) > _MAX_MARKS:
-        message = f"the network configuration has more than {_MAX_MARKS} commas, colons and brackets"
-        raise CniError(spec.DECODING_FAILURE, f"{message}; make it smaller")
-    try:
-        # json.loads would also accept bytes of UTF-16 and UTF-32, which no other reader of a config does.
-        document = json.loads(stdin.decode(), object_pairs_hook=_object, parse_int=_integer)
-        _inspect(document, escapes=b"\\u" in stdin)
-    except (ValueError, RecursionError) as error:
-        message = f"the network configuration cannot be decoded as JSON: {error}"
-        raise CniError(spec.DECODING_FAILURE, message) from error
-    if not isinstance(document, dict):
-        message = f"the network configuration is not a JSON object but {schema.show(document)}"
-        raise CniError(spec.DECODING_FAILURE, message)
-    return document
+def _foreign() -> dict[str, str]:
+    from cni.config import foreign  # noqa: PLC0415 - only an invalid config needs it
 
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {schema.show(key)} stands twice in one object")
-            seen.add(key)
-    return document
-
-
-def _integer(text: str) -> int:
-    if len(text) > _DIGITS:
-        raise ValueError(f"the number {text[:_DIGITS]}… is too large")
-    return int(text)
-
-
-def _inspect(document: Any, *, escapes: bool) -> None:
-    """Raise ValueError for what json accepts and vmtap does not. escapes: whether the text has \\u escapes."""
-    level, depth = [document], 0
-    while level:
-        if depth > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        below: list[Any] = []
-        for value in level:
-            kind = type(value)
-            if kind is dict:
-                if escapes:
-                    for key in value:
-                        _speakable(key)
-                below += value.values()
-            elif kind is list:
-                below += value
-            elif kind is str:
-                if escapes:
-                    _speakable(value)
-            elif kind is float and value - value != 0:  # 1e999, NaN, Infinity
-                raise ValueError(f"{value} is not a number in JSON")
-        level, depth = below, depth + 1
-
-
-def _speakable(text: str) -> None:
-    if _UNSPEAKABLE.search(text):
-        raise ValueError(f"the string {schema.show(text)} has a NUL or half a surrogate pair in it")
+    return foreign.NETCONF
 
 
 def _version(document: dict[str, Any]) -> str:
@@ -386,13 +334,13 @@ def _mac(where: str, fields: dict[str, Any]) -> str | None:
 
 def _unicast(where: str, mac: str, code: int) -> str:
     rule = schema.load("netconf")["properties"]["mac"]
-    reason = ""
+    found, fault = "", ""
     if not schema.accepts(rule, mac):
-        reason = "is not allowed"
-    elif int(mac[:2], 16) & 1:
-        reason = "is a multicast address"
-    elif mac == "00:00:00:00:00:00":
-        reason = "is no address"
-    if reason:
-        raise CniError(code, f"{where}: {schema.show(mac)} {reason}; give {schema.allowed(rule)}")
-    return mac.lower()
+        fault = "is not allowed"
+    elif int((found := with_colons(mac))[:2], 16) & 1:
+        fault = "is a multicast address"
+    elif found == "00:00:00:00:00:00":
+        fault = "is no address"
+    if fault:
+        raise CniError(code, f"{where}: {schema.show(mac)} {fault}; give {schema.allowed(rule)}")
+    return found

@@ -9,7 +9,7 @@ import os
 import stat
 
 from cni import spec
-from cni.config import schema
+from cni.config import foreign, schema
 from cni.errors import CniError
 
 TYPE_CHECKING = False
@@ -39,7 +39,9 @@ def parse(path: str, text: bytes, rules: dict[str, Any]) -> dict[str, Any]:
     document = {} if document is None else document
     try:
         if not schema.accepts(rules, document):
-            schema.explain(rules, document)
+            document = schema.given(rules, document, zero=False)  # capacity: 0 may have been meant as none
+        if not schema.accepts(rules, document):
+            schema.explain(rules, document, foreign=foreign.POLICY)
     except CniError as error:
         raise CniError(error.code, f"{path}: {error.msg}", error.details) from error
     found: dict[str, Any] = document

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from cni import spec
 from cni.config import nodefile, schema
-from cni.config.mac import PLAIN, Derivation, Rules
+from cni.config.mac import PLAIN, Derivation, Rules, with_colons
 from cni.config.mac import rules as mac_rules
 from cni.config.netconf import Vlan, canonical
 from cni.errors import CniError
@@ -300,7 +300,7 @@ def of(path: str, document: dict[str, Any]) -> Policy:
                 bcqueuelen=int(entry["bcqueuelen"]),
             )
         )
-    derivation = Derivation(document.get("macSeed", ""), document.get("macPrefix", ""))
+    derivation = Derivation(document.get("macSeed", ""), with_colons(document.get("macPrefix", "")))
     unlisted = (schema.defaults(rules) | document)["allowUnlisted"]
     types = document.get("ipamTypes")
     return Policy(

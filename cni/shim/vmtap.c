@@ -431,6 +431,10 @@ int main(int argc, char **argv)
         !join(path, sizeof path, agent, "/cni.sock", NULL))
         return fail(4, "the environment is too large");
     int code = read_input();
+    if (code == 6 && !strcmp(command, "DEL")) {
+        code = 0;
+        input_length = 0; /* no ADD has accepted it, and container id and ifname name the attachment */
+    }
     if (code)
         return fail(code, code == 6 ? "the network config is larger than 1 MiB"
                                     : "the network config on stdin did not end");

@@ -160,6 +160,14 @@ class Store:
             if record := self.load(id):
                 yield record
 
+    def of(self, container_id: str, ifname: str) -> Iterator[Record]:
+        """The records of that attachment, in whatever network; a fault of the file system counts as none."""
+        with suppress(CniError):
+            for id in self.recorded():
+                record = self.load(id) if id.startswith(f"{container_id[:12]}-") else None
+                if record and (record.container_id, record.ifname) == (container_id, ifname):
+                    yield record
+
     def recorded(self) -> list[str]:
         """The ids of all files that should be records."""
         with _io(self._attachments):

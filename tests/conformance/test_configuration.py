@@ -38,7 +38,7 @@ def test_item_12_no_json(plugin: Plugin, stdin: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", [{}, {"name": ""}, {"name": None}], ids=["absent", "empty", "null"])
-@pytest.mark.parametrize("command", ["ADD", "DEL"])
+@pytest.mark.parametrize("command", ["ADD", "GC"])
 def test_item_12_no_name(plugin: Plugin, command: str, name: dict[str, Any]) -> None:
     """A missing network name is error 7."""
     conf = {"cniVersion": "1.1.0", "type": "vmtap", "source": NIC} | name

@@ -110,13 +110,25 @@ def test_item_19_policy(plugin: Plugin, pod: Netns, policy: str | None) -> None:
         {"source": "eth99"},
         {"prevResult": {"interfaces": 5}},
         {"cniVersion": "0.3.0"},
+        {"cniVersion": "9.9.9"},
+        {"name": None},
+        {"name": "../wire"},
+        {"args": "\0"},
     ],
 )
 def test_item_19_config(plugin: Plugin, pod: Netns, changed: dict[str, Any]) -> None:
-    """The config is another, or not valid any more, prevResult included: success."""
+    """The config is another, or one that ADD refuses, prevResult, version and name included: success."""
     conf = config(source=NIC)
     plugin("ADD", conf, netns=pod).ok()
     plugin("DEL", conf | changed, netns=pod, args="what=is;this").ok()
+    assert (list(pod.links()), plugin.leftovers()) == (["lo"], [])
+
+
+@pytest.mark.parametrize("stdin", [b"", b"{", b'{"name":"wire","name":"wire"}', b"\xff"])
+def test_item_19_undecodable(plugin: Plugin, pod: Netns, stdin: bytes) -> None:
+    """The config cannot be decoded: the attachment of the container id and ifname is ended."""
+    plugin("ADD", config(source=NIC), netns=pod).ok()
+    plugin("DEL", stdin, netns=pod).ok()
     assert (list(pod.links()), plugin.leftovers()) == (["lo"], [])
 
 

@@ -56,9 +56,9 @@ def test_item_09_unknown(plugin: Plugin, pod: Netns, version: str) -> None:
     assert list(pod.links()) == ["lo"]
 
 
-@pytest.mark.parametrize("command", ["DEL", "CHECK", "GC", "STATUS"])
+@pytest.mark.parametrize("command", ["CHECK", "GC", "STATUS"])
 def test_item_09_unknown_to_all(plugin: Plugin, command: str) -> None:
-    """So it is for every other command; and the version is looked at before anything else in the config."""
+    """So it is for every other command but DEL; and the version is looked at before anything else in the config."""
     plugin(command, {"cniVersion": "9.9.9", "name": 5, "mode": "flat"}, netns="/nowhere").error(1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import struct
@@ -13,6 +12,7 @@ from logging import INFO
 
 from cni.agent import wire
 from cni.agent.log import log
+from cni.config import netconf
 from cni.state.record import identifier
 
 TYPE_CHECKING = False
@@ -94,13 +94,13 @@ class Pending:
 
     def _added_since(self, request: Request, since_ns: int) -> bool:
         """Whether the record is newer than the DEL: a container that is restarted keeps its id and has another ADD."""
-        try:
-            network = json.loads(request.stdin)["name"]
-            id = identifier(network, request.env["CNI_CONTAINERID"], request.env["CNI_IFNAME"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return False
-        written = self._store.written_ns(id)
-        return written is not None and written > since_ns
+        container_id, ifname = (request.env.get(name, "") for name in ("CNI_CONTAINERID", "CNI_IFNAME"))
+        network = netconf.parse(request.stdin, command="DEL").name
+        if network:
+            ids = [identifier(network, container_id, ifname)]
+        else:
+            ids = [record.id for record in self._store.of(container_id, ifname)]
+        return any((self._store.written_ns(id) or 0) > since_ns for id in ids)
 
     def _remove(self, path: str) -> None:
         with suppress(FileNotFoundError):  # during a replacement, by the other agent

@@ -19,7 +19,7 @@ from cni.errors import CniError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
 ANNOTATIONS = frozenset({"$schema", "$defs", "title", "description", "default", "examples", "readOnly"})
@@ -31,6 +31,11 @@ _SHOWN = 200
 """Characters of a value that an error quotes."""
 _LISTED = 40
 """How many names an error lists, and how many an unknown name is compared with."""
+_NEAR, _FEW = 3, 8
+"""How many names an error lists that resemble an unknown one, and how many if none does."""
+_CLOSE = 0.6
+"""The similarity (difflib) of two names from which one is a misspelling of the other."""
+NO_WORDS: Mapping[str, str] = {}
 _NAME = 64
 """Characters of a key that an error quotes, or compares with the known ones."""
 _JSON = json.JSONEncoder(default=str)
@@ -115,15 +120,49 @@ def unnamed(schema: dict[str, Any], keys: Iterable[str]) -> Iterator[str]:
             yield key
 
 
-def explain(schema: dict[str, Any], value: Any, *, unknown: int = spec.INVALID_NETWORK_CONFIG) -> None:
+def given(schema: dict[str, Any], document: Any, *, zero: bool) -> Any:
+    """The document without the fields that mean "not given", those of objects and lists in it included.
+
+    These are null in a field of any type, "" in a string and, with zero, 0 in an integer: what programs write for a
+    value that they do not have. Where the schema accepts one of them, it is a value, and stays.
+    """
+    if type(document) is list and "items" in schema:
+        return [given(schema["items"], item, zero=zero) for item in document]
+    rules = schema.get("properties")
+    if type(document) is not dict or not rules:
+        return document
+    return {
+        key: given(rules[key], value, zero=zero) if key in rules else value
+        for key, value in document.items()
+        if key not in rules or not _is_nothing(rules[key], value, zero) or accepts(rules[key], value)
+    }
+
+
+def _is_nothing(rule: dict[str, Any], value: Any, zero: bool) -> bool:
+    if value is None:
+        return True
+    types = rule.get("type", ())
+    return ("string" in types and value == "") or (
+        zero and "integer" in types and value == 0 and type(value) is not bool
+    )
+
+
+def explain(
+    schema: dict[str, Any],
+    value: Any,
+    *,
+    unknown: int = spec.INVALID_NETWORK_CONFIG,
+    foreign: Mapping[str, str] = NO_WORDS,
+) -> None:
     """Raise CniError with the path, the value and what is allowed, if the value is invalid.
 
     The code is 7, or `unknown` for a key that the schema does not have. The error's details list up to three others.
+    foreign: keys of other programs, in lower case → the hint for each.
     """
     from jsonschema import Draft202012Validator  # noqa: PLC0415 - 90 ms, and only an invalid value needs it
 
     errors = Draft202012Validator(schema).iter_errors(value)  # found one by one, as they are asked for
-    found = (fault for error in errors for fault in _faults(error, unknown))
+    found = (fault for error in errors for fault in _faults(error, unknown, foreign))
     faults = {text: code for code, text in islice(found, _FAULTS)}
     if faults:
         # An unknown key goes first: if it is a misspelling, the other faults may follow from it.
@@ -131,14 +170,15 @@ def explain(schema: dict[str, Any], value: Any, *, unknown: int = spec.INVALID_N
         raise CniError(faults[first], first, "; ".join(others))
 
 
-def _faults(error: Any, unknown: int) -> Iterator[tuple[int, str]]:
+def _faults(error: Any, unknown: int, foreign: Mapping[str, str]) -> Iterator[tuple[int, str]]:
     """(code, message) of each fault in one error of jsonschema's, found one by one as the caller asks for them."""
     at = tuple(error.absolute_path)
     match error.validator:
         case "additionalProperties":
             known = list(error.schema["properties"])
             for key in unnamed(error.schema, error.instance):
-                what = f"unknown key, its value is {show(error.instance[key])}; {nearest(key, known)}"
+                hint = foreign.get(key.lower()) if len(key) <= _NAME else None
+                what = f"unknown key, its value is {show(error.instance[key])}; {hint or nearest(key, known)}"
                 yield unknown, f"{path((*at, key))}: {what}"
         case "required":
             for key in error.validator_value:
@@ -149,23 +189,40 @@ def _faults(error: Any, unknown: int) -> Iterator[tuple[int, str]]:
             where = path(at) or "the document"
             yield (
                 spec.INVALID_NETWORK_CONFIG,
-                f"{where}: {show(error.instance)} is not allowed; give {allowed(error.schema)}",
+                f"{where}: {show(error.instance)} is not allowed; give {allowed(error.schema)}"
+                f"{_unquoted(error.schema, error.instance)}",
             )
 
 
+def _unquoted(schema: dict[str, Any], value: Any) -> str:
+    """The hint for a number, true or false that was written as a string; "" for another value."""
+    if type(value) is not str or len(value) > _NAME:
+        return ""
+    try:
+        meant = json.loads(value)
+    except (ValueError, RecursionError):
+        return ""
+    return f", without quotes: {show(meant)}" if accepts(schema, meant) else ""
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
-    """The hint for a word that is not among the known ones: the closest of them, or their list."""
-    from difflib import get_close_matches  # noqa: PLC0415
+    """The hint for a word that is not among the known ones: the closest of them, those that resemble it, or a few."""
+    from difflib import SequenceMatcher, get_close_matches  # noqa: PLC0415
 
+    word = word.lower()
     by_lower = {name.lower(): name for name in islice(known, _LISTED)}
-    close = get_close_matches(word.lower(), by_lower, n=1) if len(word) <= _NAME else ()
-    return f"did you mean {show(by_lower[close[0]])}?" if close else f"known are: {listed(known)}"
+    close = get_close_matches(word, by_lower, n=_NEAR, cutoff=0.45) if len(word) <= _NAME else []
+    if close and SequenceMatcher(None, word, close[0]).ratio() >= _CLOSE:
+        return f"did you mean {show(by_lower[close[0]])}?"
+    if close and len(known) > _FEW:
+        return f"near it: {', '.join(by_lower[each] for each in close)}"
+    return f"known are: {listed(known, _FEW)}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """The names with commas between them; of more than 40, the first 40 and the number of the others."""
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "") or "none"
+def listed(names: Sequence[str], most: int = _LISTED) -> str:
+    """The names with commas between them; of more than `most`, the first ones and the number of the others."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "") or "none"
 
 
 def path(parts: Iterable[str | int]) -> str:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cni.config import mac
+from cni.config import mac, schema
 from cni.config.launcher_pod import vm_name
 
 
@@ -100,7 +100,9 @@ def test_a_seed_makes_clusters_differ_and_nodes_agree() -> None:
 
 
 def test_a_prefix_is_kept_and_the_rest_tells_vms_apart() -> None:
-    one, other = (_of(f"virt-launcher-{vm}-x7k2p", prefix="02:AB:cd") for vm in ("db", "web"))
+    one, other = (
+        _of(f"virt-launcher-{vm}-x7k2p", prefix=mac.with_colons("02-AB-cd")) for vm in ("db", "web")
+    )
     assert one.startswith("02:ab:cd:")
     assert other.startswith("02:ab:cd:")
     assert one != other
@@ -132,6 +134,11 @@ def test_a_plain_taps_own_address_is_another_unicast_one(guest: str) -> None:
         ({"deny": ["02:AB"]}, "02:ac:00:00:00:00", False, None),
         ({"deny": ["02:00:00:00:00:10-02:00:00:00:00:1F"]}, "02:00:00:00:00:1f", False, "deny"),
         ({"deny": ["02:00:00:00:00:10-02:00:00:00:00:1F"]}, "02:00:00:00:00:20", False, None),
+        ({"deny": ["02-00-00-00-00-10-0200.0000.001F"]}, "02:00:00:00:00:1f", False, "deny"),
+        ({"deny": ["0200.0000.0010-02:00:00:00:00:1f"]}, "02:00:00:00:00:20", False, None),
+        ({"deny": ["02-AB-CD"]}, "02:ab:cd:ff:ff:ff", False, "deny"),
+        ({"deny": ["0200.0000.00AB"]}, "02:00:00:00:00:ab", False, "deny"),
+        ({"deny": ["0200.0000.00AB"]}, "02:00:00:00:00:ac", False, None),
         ({"allow": ["52:54:00"]}, "52:54:00:00:00:01", False, None),
         ({"allow": ["52:54:00"]}, "52:54:01:00:00:01", True, "52:54:00:00:00:00-52:54:00:ff:ff:ff"),
         ({"allow": ["52:54:00"], "deny": ["52:54:00:00"]}, "52:54:00:00:00:01", False, "deny"),
@@ -143,5 +150,6 @@ def test_a_plain_taps_own_address_is_another_unicast_one(guest: str) -> None:
 def test_which_macs_a_policy_permits(
     document: dict[str, Any], address: str, derived: bool, why: str | None
 ) -> None:
+    assert schema.accepts(schema.load("policy")["properties"]["mac"], document)
     found = mac.rules(document).refusal(address, derived=derived)
     assert (why in found) if why and found else found == why

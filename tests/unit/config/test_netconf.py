@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from cni import spec
-from cni.config import netconf
+from cni.config import foreign, netconf, schema
 from cni.errors import CniError
 
 ROOT = Path(__file__).parents[3]
@@ -89,7 +91,7 @@ def test_every_field_arrives() -> None:
         "queues": 4,
         "promisc": True,
         "allmulti": False,
-        "bcqueuelen": 0,
+        "bcqueuelen": 1,
         "owner": 0,
         "group": 4294967294,
         "addressing": "link",
@@ -151,9 +153,12 @@ print(*(name for name in {COSTLY!r} if name in sys.modules))
     ],
     ids=lambda stdin: repr(stdin[:40]),
 )
-@pytest.mark.parametrize("command", ["ADD", "DEL", "GC"])
+@pytest.mark.parametrize("command", ["ADD", "GC"])
 def test_undecodable(stdin: bytes, command: str) -> None:
-    assert refused(stdin, command=command).code == spec.DECODING_FAILURE
+    error = refused(stdin, command=command)
+    assert error.code == spec.DECODING_FAILURE
+    assert not re.search("codec|utf-8-sig|char |recursion|Error", error.msg)
+    assert netconf.parse(stdin, command="DEL").name == ""
 
 
 @pytest.mark.parametrize(
@@ -161,8 +166,11 @@ def test_undecodable(stdin: bytes, command: str) -> None:
 )
 def test_too_large(command: str, most: int) -> None:
     stdin = json.dumps(BASE).encode()
-    error = refused(stdin.ljust((most << 10) + 1), command=command)
-    assert (error.code, f"larger than {most} KiB" in error.msg) == (spec.DECODING_FAILURE, True)
+    if command == "DEL":
+        assert netconf.parse(stdin.ljust((most << 10) + 1), command=command).name == ""
+    else:
+        error = refused(stdin.ljust((most << 10) + 1), command=command)
+        assert (error.code, f"larger than {most} KiB" in error.msg) == (spec.DECODING_FAILURE, True)
     netconf.parse(stdin.ljust(most << 10), command=command)
 
 
@@ -170,7 +178,7 @@ def test_too_large(command: str, most: int) -> None:
 def test_too_many_values(unit: str) -> None:
     """They are counted before they are decoded."""
     text = json.dumps(BASE)[:-1] + ', "args": [' + ",".join([unit] * (1 << 15)) + "]}"
-    error = refused(text.encode(), command="DEL")
+    error = refused(text.encode(), command="GC")
     assert (error.code, "more than 32768 commas" in error.msg) == (spec.DECODING_FAILURE, True)
 
 
@@ -221,12 +229,15 @@ def test_the_version_of_a_document(stdin: bytes, version: str | None) -> None:
     assert netconf.Document(stdin).version == version
 
 
-@pytest.mark.parametrize("command", ["ADD", "CHECK", "DEL", "GC", "STATUS"])
+@pytest.mark.parametrize("command", ["ADD", "CHECK", "GC", "STATUS"])
 @pytest.mark.parametrize("name", ["", None, 1, "a/b", ".a", "-a", "a b", "a\n", "\n", "é", ["a"], "a:b"])
 def test_name_is_refused(name: Any, command: str) -> None:
     error = refused({"name": name}, command=command)
     assert error.code == spec.INVALID_NETWORK_CONFIG
     assert error.msg.startswith("name: ")
+    assert (
+        conf({"name": name, "ipam": {"type": "x"}}, command="DEL").ipam is None
+    )  # it could take it for a path
 
 
 @pytest.mark.parametrize("name", ["a", "A.b_c-1", "0", "a" * 300])
@@ -234,7 +245,7 @@ def test_name_is_accepted(name: str) -> None:
     assert conf({"name": name}).name == name
 
 
-@pytest.mark.parametrize("command", ["ADD", "DEL", "GC"])
+@pytest.mark.parametrize("command", ["ADD", "GC"])
 def test_name_is_missing(command: str) -> None:
     error = refused(b'{"cniVersion": "1.1.0"}', command=command)
     assert error.code == spec.INVALID_NETWORK_CONFIG
@@ -257,8 +268,14 @@ def test_unknown_key_names_the_nearest(key: str, value: Any, nearest: str) -> No
     assert error.msg == f'{key}: unknown key, its value is {json.dumps(value)}; did you mean "{nearest}"?'
 
 
-def test_unknown_key_like_no_other_lists_the_known_ones() -> None:
-    assert "known are: cniVersion, cniVersions, name" in refused({"xyzzy": 1}).msg
+def test_unknown_key_like_no_other_lists_a_few() -> None:
+    assert refused({"xyzzy": 1}).msg.endswith(
+        "known are: cniVersion, cniVersions, name, type, interface, source, device, mode and 26 more"
+    )
+
+
+def test_unknown_key_lists_what_is_near() -> None:
+    assert refused({"checkOff": 1}).msg.endswith("; near it: disableCheck")
 
 
 def test_well_known_keys_are_accepted() -> None:
@@ -287,15 +304,18 @@ def test_well_known_keys_are_accepted() -> None:
     [
         ("device", "macvlan", 'one of "macvtap", "tap"'),
         ("mode", "passthru", 'one of "vepa", "pepa", "private", "bridge"'),
-        ("mode", "", "one of"),
         ("mtu", 67, "an integer from 68 to 65535"),
         ("mtu", 65536, "an integer from 68 to 65535"),
         ("mtu", "1500", "an integer from 68 to 65535"),
         ("mtu", 1500.5, "an integer from 68 to 65535"),
         ("mtu", True, "an integer from 68 to 65535"),
-        ("queues", 0, "an integer from 1 to 256"),
+        ("queues", -1, "an integer from 1 to 256"),
+        ("mtu", "", "an integer from 68 to 65535"),
+        ("promisc", 0, "true or false"),
+        ("allmulti", "", "true or false"),
+        ("ipam", 0, "an object"),
         ("queues", 257, "an integer from 1 to 256"),
-        ("bcqueuelen", -1, "an integer from 0 to 4294967295"),
+        ("bcqueuelen", -1, "an integer from 1 to 4294967295"),
         ("owner", 4294967295, "an integer from 0 to 4294967294"),
         ("group", -1, "an integer from 0 to 4294967294"),
         ("promisc", 1, "true or false"),
@@ -306,12 +326,14 @@ def test_well_known_keys_are_accepted() -> None:
         ("source", "a/b", "device name"),
         ("source", "a b", "device name"),
         ("source", "eth0\n", "device name"),
-        ("source", "", "device name"),
         ("interface", "a/b", "letters, digits"),
         ("interface", "a" * 51, "at most 50"),
         ("mac", "52:54:00:12:34", "unicast MAC"),
         ("mac", "52:54:00:12:34:56\n", "unicast MAC"),
-        ("mac", "52-54-00-12-34-56", "unicast MAC"),
+        ("mac", "52-54-00-12-34:56", "unicast MAC"),
+        ("mac", "52-54-00-12-34-56-78-90", "unicast MAC"),
+        ("mac", "5254.0012.345", "unicast MAC"),
+        ("mac", "525400123456", "unicast MAC"),
         ("mac", 1, "unicast MAC"),
         ("ipam", [], "an object"),
         ("prevResult", "x", "an object"),
@@ -388,6 +410,117 @@ def test_mac_is_unicast(mac: str, reason: str) -> None:
     ):
         assert error.code == code
         assert error.msg.startswith(f'{where}: "{mac}" {reason}')
+
+
+FORMS = ("02-AB-00-00-10-01", "02:AB:00:00:10:01", "02ab.0000.1001", "02AB.0000.1001", "02:ab:00:00:10:01")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("command", ["ADD", "CHECK", "STATUS"])
+def test_the_forms_of_a_mac(form: str, command: str) -> None:
+    """Those of Go's net.ParseMAC, from wherever they come."""
+    for fields, args in (({"mac": form}, ""), ({"runtimeConfig": {"mac": form}}, ""), ({}, f"MAC={form}")):
+        assert conf(fields, args=args, command=command).mac == "02:ab:00:00:10:01"
+
+
+@pytest.mark.parametrize("form", ["03-AB-00-00-10-01", "0000.0000.0000", "FF-FF-FF-FF-FF-FF"])
+def test_a_mac_is_unicast_in_every_form(form: str) -> None:
+    assert refused({"mac": form}).msg.startswith(f'mac: "{form}" is ')
+
+
+NOTHING: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        ("interface", "source", "device", "mode", "mac", "addressing", "vlanProtocol", "deviceID"), (None, "")
+    ),
+    **dict.fromkeys(("mtu", "vlan", "queues", "bcqueuelen"), (None, 0, 0.0)),
+    **dict.fromkeys(("owner", "group", "handover", "promisc", "allmulti", "type", "pciBusID"), (None,)),
+    **dict.fromkeys(("ipam", "dns", "capabilities", "runtimeConfig", "prevResult", "cniVersions"), (None,)),
+    "vlanPriority": (None, 0),
+}
+"""The values that mean "not given": 0 is root as an owner or a group."""
+
+
+@pytest.mark.parametrize("called_as", ["vmtap", "macvtap"])
+@pytest.mark.parametrize("key", NOTHING)
+def test_nothing_is_not_given(key: str, called_as: str) -> None:
+    plain = conf({"type": called_as}, called_as=called_as)
+    for value in NOTHING[key]:
+        fields = {"type": called_as, key: value}
+        if key == "type":
+            assert conf(fields, called_as=called_as).type == called_as
+            continue
+        parsed = conf(fields, called_as=called_as)
+        assert dataclasses.replace(parsed, raw=plain.raw) == plain
+        assert parsed.raw == BASE | fields  # the delegate gets it as it came
+
+
+def test_every_field_may_be_null() -> None:
+    """But the name, which must be given."""
+    keys = schema.load("netconf")["properties"].keys() - {"name"}
+    assert conf(dict.fromkeys(keys)).cni_version == "0.1.0"
+
+
+@pytest.mark.parametrize("where", ["mac", "deviceID"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_nothing_in_runtime_config(where: str, value: str | None) -> None:
+    given_ = {"mac": A, "deviceID": "aMvp1"}
+    parsed = conf(given_ | {"runtimeConfig": {"mac": B, "deviceID": "bMvp2"} | {where: value}})
+    assert (parsed.mac, parsed.device_id) == ((A, "bMvp2") if where == "mac" else (B, "aMvp1"))
+
+
+def test_an_owner_of_0_is_root() -> None:
+    for called_as in ("vmtap", "macvtap"):
+        parsed = conf({"owner": 0, "group": 0, "mtu": 0}, called_as=called_as)
+        assert (parsed.owner, parsed.group, parsed.mtu) == (0, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("mtu", "1500", "an integer from 68 to 65535, without quotes: 1500"),
+        ("vlan", "100", "an integer from 1 to 4094, without quotes: 100"),
+        ("promisc", "true", "true or false, without quotes: true"),
+        ("owner", "0", "an integer from 0 to 4294967294, without quotes: 0"),
+    ],
+)
+def test_a_number_in_quotes(key: str, value: str, hint: str) -> None:
+    assert refused({key: value}).msg == f"{key}: {json.dumps(value)} is not allowed; give {hint}"
+
+
+@pytest.mark.parametrize("value", ["99999", "1e999", "NaN", "x", "[[[", "9" * 5000])
+def test_no_number_in_quotes(value: str) -> None:
+    assert refused({"mtu": value}).msg.endswith("give an integer from 68 to 65535")
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("master", "give source"),
+        ("lowerDevice", "give source"),
+        ("plugins", "NAME.conflist"),
+        ("vlanId", 'did you mean "vlan"?'),
+        ("VLAN_ID", 'did you mean "vlan"?'),
+        ("vlanQoS", '"vlanPriority"'),
+        ("linkInContainer", "leave it out"),
+        ("isGateway", "leave it out"),
+        ("bridge", "give the Linux bridge as source"),
+        ("multiQueue", "queues"),
+        ("min_tx_rate", "policy file has it, as minTxRate"),
+    ],
+)
+def test_a_foreign_word_names_ours(key: str, hint: str) -> None:
+    error = refused({key: "x"})
+    assert error.code == spec.UNSUPPORTED_FIELD
+    assert error.msg.startswith(f'{key}: unknown key, its value is "x"; ')
+    assert hint in error.msg
+
+
+def test_foreign_words_are_none_of_ours() -> None:
+    ours = {key.lower() for key in schema.load("netconf")["properties"]}
+    assert not ours & foreign.NETCONF.keys()
+    entry = schema.load("policy")["properties"]["interfaces"]["items"]["properties"]
+    assert not {key.lower() for key in entry} & foreign.POLICY.keys()
+    assert all(key == key.lower() for key in (*foreign.NETCONF, *foreign.POLICY))
 
 
 def test_mac_of_cni_args_has_the_shape_of_one() -> None:

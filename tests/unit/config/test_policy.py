@@ -564,7 +564,48 @@ def test_the_derivation_of_macs_reaches_every_grant() -> None:
     assert policy.authorize(None, conf(source="eth1")).derivation == mac.PLAIN
 
 
-@pytest.mark.parametrize("prefix", ["01:00:5e", "02:ab", "02:ab:cd:ef", "02-ab-cd", "02:ab:cd\n", ""])
+@pytest.mark.parametrize("prefix", ["02-AB-CD", "02:AB:CD", "02-ab-cd"])
+def test_the_forms_of_a_prefix(prefix: str) -> None:
+    assert policy.of("policy", {"macPrefix": prefix}).derivation.prefix == "02:ab:cd"
+
+
+FIELDS = {
+    key: rule
+    for key, rule in schema.load("policy")["properties"]["interfaces"]["items"]["properties"].items()
+    if key not in ("name", "source")
+}
+
+
+@pytest.mark.parametrize("key", FIELDS)
+def test_nothing_is_not_given(file: Path, key: str) -> None:
+    """Null, and "" in a string. Of a limit, 0 may have been meant as none: it is refused where it is no limit."""
+    entry = {"name": "a", "source": {"dev": "eth1"}} | ({} if key == "type" else {"type": "sr-iov"})
+    more = {"macPrefix": None, "macSeed": None, "allowUnlisted": None, "mac": None}
+    file.write_text(json.dumps({"interfaces": [entry | {key: None}]} | more))
+    assert policy.load(file) == policy.of("", {"interfaces": [entry]})
+    file.write_text(json.dumps({"interfaces": [entry | {key: ""}]}))
+    if FIELDS[key]["type"] == "string":
+        assert policy.load(file) == policy.of("", {"interfaces": [entry]})
+    else:
+        with pytest.raises(CniError, match="is not allowed; give"):
+            policy.load(file)
+
+
+@pytest.mark.parametrize("key", ["capacity", "vfs"])
+def test_no_devices_is_refused(file: Path, key: str) -> None:
+    file.write_text(f"interfaces:\n- {{name: a, source: {{dev: eth1}}, type: sr-iov, {key}: 0}}\n")
+    with pytest.raises(CniError, match=f"{key}: 0 is not allowed; give an integer from 1"):
+        policy.load(file)
+
+
+def test_a_foreign_word_names_ours(file: Path) -> None:
+    file.write_text("interfaces:\n- {name: a, lowerDevice: eth1, mode: bridge}\n")
+    with pytest.raises(CniError, match=r"lowerDevice: unknown key.*give source: {dev: NAME}") as caught:
+        policy.load(file)
+    assert 'did you mean "modes"?' in caught.value.details
+
+
+@pytest.mark.parametrize("prefix", ["01:00:5e", "02:ab", "02:ab:cd:ef", "02-ab:cd", "02:ab:cd\n", ""])
 def test_a_prefix_that_is_none_is_refused(prefix: str) -> None:
     assert not schema.accepts(schema.load("policy"), {"macPrefix": prefix})
 
