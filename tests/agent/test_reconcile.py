@@ -360,11 +360,12 @@ def test_leftovers_of_kills_are_removed_and_nothing_else(node: Node) -> None:
 class TestPending:
     """What the shim leaves while the agent is away."""
 
-    def test_a_del_is_carried_out_at_the_start(self, node: Node) -> None:
+    @pytest.mark.parametrize("stdin", [None, b"{", b" " * (2 << 20)], ids=["", "undecodable", "too large"])
+    def test_a_del_is_carried_out_at_the_start(self, node: Node, stdin: bytes | None) -> None:
         pod, conf = node.lab.pod(), config(**WIRE, ipam=IPAM)
         node.shim()("ADD", conf, netns=pod).ok()
         node.kill()
-        assert node.shim()("DEL", conf, netns=pod).stdout == b""
+        assert node.shim()("DEL", conf if stdin is None else stdin, netns=pod).stdout == b""
         assert "net1" in pod.links()
         node.agent.start()
         node.hears("pending DEL carried out")  # before it is ready, unless the machine is slow
@@ -372,13 +373,14 @@ class TestPending:
         assert "net1" not in pod.links()
         assert "vmtap_reconcile_pending 0" in node.agent.get("/metrics")[2].splitlines()
 
-    def test_an_add_that_follows_is_not_undone(self, node: Node) -> None:
+    @pytest.mark.parametrize("stdin", [None, b"{"], ids=["", "undecodable"])
+    def test_an_add_that_follows_is_not_undone(self, node: Node, stdin: bytes | None) -> None:
         """A container that is restarted has the id that it had."""
         pod, conf = node.lab.pod(), config(**WIRE)
         shim = node.shim()
         shim("ADD", conf, netns=pod).ok()
         node.kill()
-        shim("DEL", conf, netns=pod).ok()
+        shim("DEL", conf if stdin is None else stdin, netns=pod).ok()
         (request,) = (node.agent.run / "pending").iterdir()
         kept = request.read_bytes()
         written = request.stat().st_mtime_ns
