@@ -17,7 +17,7 @@ from cni import plugin
 from cni.attach.call import Node, Request
 from cni.config.netconf import MAX_BYTES, Document
 from cni.config.policy import load as load_policy
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.names import escaped
 from cni.spec import INVALID_ENVIRONMENT, IO_FAILURE, TRY_AGAIN_LATER, VERSIONS
 from cni.state import folder
@@ -104,7 +104,7 @@ def _read() -> bytes:
         try:
             part = os.read(0, 1 << 16)
         except OSError as error:
-            raise CniError(IO_FAILURE, "the network config on stdin cannot be read", str(error)) from None
+            raise CniError(IO_FAILURE, "the network config on stdin cannot be read", reason(error)) from None
         if not part:
             break
         data += part

@@ -40,20 +40,21 @@ def refused(error: OSError, msg: str) -> CniError:
 
 def reason(error: Exception) -> str:
     """What the exception reports, in words for a person: without numbers of errors, codecs and names of classes."""
+    text = str(error)
     match error:
-        case OSError(strerror=str(text)):
-            path = error.filename
-            return f"{text}: {path}" if isinstance(path, str) and path not in text else text
+        case OSError(strerror=str(text)) if isinstance(error.filename, str) and error.filename not in text:
+            text += f": {error.filename}"
         case UnicodeDecodeError():
-            return f"byte {error.start} is not UTF-8"
+            text = f"byte {error.start} is not UTF-8"
         case RecursionError():
-            return "nested too deeply"
+            text = "nested too deeply"
         case KeyError(args=(key,)):
-            return f"{key} is missing"
+            text = f"{key} is missing"
         case ValueError() if line := getattr(error, "lineno", None):  # json.JSONDecodeError
-            return f"{vars(error)['msg']}, line {line}, column {vars(error)['colno']}"
-        case _:
-            return str(error)
+            text = f"{vars(error)['msg']}, line {line}, column {vars(error)['colno']}"
+        case ValueError() if "sys.set_int_max_str_digits" in text:
+            text = "a number has too many digits"
+    return text
 
 
 def cut(text: str, most: int) -> str:

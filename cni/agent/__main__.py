@@ -28,7 +28,7 @@ from cni.agent.reconcile.runner import Reconciler
 from cni.agent.settings import load as load_settings
 from cni.agent.vepa_warning import VepaWarning
 from cni.attach.call import Node, Request
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import packet
 from cni.kernel.netns import libc
 from cni.kernel.rtnl import Host
@@ -176,7 +176,7 @@ def main() -> int:
     try:
         return _run(settings)
     except (CniError, OSError) as error:
-        log(ERROR, "cannot start", error=str(error))
+        log(ERROR, "cannot start", error=reason(error))
         return 1
 
 
@@ -253,7 +253,7 @@ def _drift(
     try:
         return Drift(store, registry, handover=handover, seconds=settings.reconcile_seconds)
     except OSError as error:
-        log(WARNING, "links that others change are not put back", error=str(error))
+        log(WARNING, "links that others change are not put back", error=reason(error))
         return None
 
 
@@ -335,7 +335,7 @@ def _notify(state: str) -> None:
         try:
             notify.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
         except OSError as error:
-            log(WARNING, "systemd cannot be notified", error=str(error))
+            log(WARNING, "systemd cannot be notified", error=reason(error))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from cni.agent import peer, sent_fds, server
 from cni.agent.admission import Admission
 from cni.agent.holders import Holders
 from cni.agent.log import log
-from cni.errors import CniError, refused
+from cni.errors import CniError, reason, refused
 from cni.kernel import netns, tapdev
 from cni.spec import (
     DECODING_FAILURE,
@@ -148,7 +148,7 @@ class Broker:
             except OSError as error:
                 if self._stopping.is_set():
                     return
-                log(ERROR, "the broker cannot accept", error=str(error))  # out of fds or memory: retry
+                log(ERROR, "the broker cannot accept", error=reason(error))  # out of fds or memory: retry
                 self._stopping.wait(_PAUSE_SECONDS)
                 continue
             self._busy_since = time.monotonic()
@@ -282,7 +282,7 @@ def parse(line: bytes) -> LauncherRequest:
     try:
         document: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CniError(DECODING_FAILURE, "the request is not JSON", str(error)) from None
+        raise CniError(DECODING_FAILURE, "the request is not JSON", reason(error)) from None
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
         "ifnames": (_names, "a list of different names"),
         "queues": (lambda value: type(value) is int and value >= 1, "a whole number of at least 1"),

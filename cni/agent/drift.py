@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from logging import ERROR, INFO, WARNING
 
 from cni.agent.log import log
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import bpf, macvtap, netns
 from cni.kernel.rtnl import (
     IFF_UP,
@@ -150,7 +150,7 @@ class Drift:
         try:
             step(*args)
         except (CniError, OSError) as error:
-            log(WARNING, "watching the links failed; it is tried again", error=str(error))
+            log(WARNING, "watching the links failed; it is tried again", error=reason(error))
         except Exception as error:
             log(ERROR, "a fault in vmtapd itself: please report it", error=repr(error))
 

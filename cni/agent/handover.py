@@ -32,7 +32,7 @@ from queue import SimpleQueue
 from cni.agent.guest_link import NEVER, GuestLink
 from cni.agent.log import log
 from cni.agent.wire_sockets import WireSockets
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import macvtap, packet
 from cni.kernel.rtnl import Rtnl, mac_bytes
 from cni.state.lookup import find_link, opened_netns
@@ -189,9 +189,8 @@ class Handover:
                 return  # frames may begin a step thousands of times a second
             self._logged[step.__name__] = now
             if isinstance(error, CniError | OSError):
-                log(
-                    WARNING, "watching guests failed; it is tried again", step=step.__name__, error=str(error)
-                )
+                what = "watching guests failed; it is tried again"
+                log(WARNING, what, step=step.__name__, error=reason(error))
             else:
                 log(
                     ERROR, "a fault in vmtapd itself: please report it", step=step.__name__, error=repr(error)

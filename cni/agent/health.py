@@ -7,7 +7,7 @@ import socket
 from http import HTTPStatus
 
 from cni.agent.http_server import Answer
-from cni.errors import CniError
+from cni.errors import CniError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def served(path: str) -> str | None:
             probe.shutdown(socket.SHUT_WR)  # the server closes a connection without a request
             probe.recv(1)
         except OSError as error:
-            return f"{path}: {error}"
+            return f"{path}: {reason(error)}"
     return None
 
 
@@ -52,7 +52,7 @@ def _reasons(checks: Mapping[str, Check]) -> dict[str, str]:
         try:
             why = check()
         except (CniError, OSError) as error:
-            why = str(error)
+            why = reason(error)
         if why:
             found[name] = why
     return found

@@ -17,7 +17,7 @@ from logging import INFO, WARNING
 
 from cni.agent.log import log
 from cni.agent.peer import Process, ended
-from cni.errors import CniError, refused
+from cni.errors import CniError, reason, refused
 from cni.spec import DEVICE_BUSY
 from cni.state import files, lock
 from cni.state.record import boot_id
@@ -140,7 +140,7 @@ class Holders:
         try:
             self._write(id, [holder for holder in self._read(id) if holder != process])
         except OSError as error:  # harmless: _read() leaves out processes that have ended
-            log(WARNING, "the end of a holder cannot be recorded", attachment=id, error=str(error))
+            log(WARNING, "the end of a holder cannot be recorded", attachment=id, error=reason(error))
 
     def _read(self, id: str) -> list[Process]:
         """The holders in the file that are alive."""
@@ -152,7 +152,10 @@ class Holders:
             return []
         except (ValueError, TypeError) as error:
             log(
-                WARNING, "the file of an attachment's holders cannot be read", attachment=id, error=str(error)
+                WARNING,
+                "the file of an attachment's holders cannot be read",
+                attachment=id,
+                error=reason(error),
             )
             return []
         return [holder for holder in holders if boot == boot_id() and holder.alive()]

@@ -20,7 +20,7 @@ from logging import DEBUG, ERROR
 
 from cni.agent.bucket import Bucket
 from cni.agent.log import log
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.spec import INVALID_NETWORK_CONFIG
 
 TYPE_CHECKING = False
@@ -149,7 +149,7 @@ class HttpServer:
         if self._stopping:
             return
         if self._errors.take():
-            log(ERROR, "an HTTP connection cannot be accepted", error=str(error))
+            log(ERROR, "an HTTP connection cannot be accepted", error=reason(error))
         self._paused_until = time.monotonic() + _PAUSE_SECONDS
         self._poll.modify(self._listener, 0)
 
@@ -267,5 +267,5 @@ def _listen(address: str, setting: str) -> socket.socket:
         raise CniError(
             INVALID_NETWORK_CONFIG,
             f'{setting} {address!r}: cannot listen there; set another, or "" for none',
-            str(error),
+            reason(error),
         ) from error

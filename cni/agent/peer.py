@@ -22,7 +22,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import netns
 from cni.spec import INVALID_NETNS
 
@@ -123,7 +123,7 @@ def identify(connection: socket.socket) -> Peer:
                 INVALID_NETNS,
                 "the agent may not read the process's namespace: the agent needs CAP_SYS_PTRACE",
             ) from error
-        raise CniError(INVALID_NETNS, _GONE, str(error)) from error
+        raise CniError(INVALID_NETNS, _GONE, reason(error)) from error
     peer = Peer(process, uid, pidfd, namespace, netns.identity(namespace))
     if ended(pidfd):
         with peer:
@@ -158,8 +158,8 @@ def _pidfd(connection: socket.socket, pid: int) -> int:
         return connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:  # the process has ended and was reaped
-            raise CniError(INVALID_NETNS, _GONE, str(error)) from error
+            raise CniError(INVALID_NETNS, _GONE, reason(error)) from error
     try:
         return os.pidfd_open(pid)
     except OSError as error:
-        raise CniError(INVALID_NETNS, _GONE, str(error)) from error
+        raise CniError(INVALID_NETNS, _GONE, reason(error)) from error

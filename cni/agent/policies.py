@@ -19,7 +19,7 @@ from cni.config import policy, schema
 from cni.config.mac import PLAIN
 from cni.config.netconf import canonical
 from cni.config.policy import Interface, Policy
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.spec import INVALID_NETWORK_CONFIG
 
 TYPE_CHECKING = False
@@ -140,7 +140,7 @@ def interfaces(conf: str) -> tuple[Interface, ...]:
         if not schema.accepts(rules, document):
             schema.explain(rules, document)
     except (ValueError, RecursionError, CniError) as error:
-        raise CniError(INVALID_NETWORK_CONFIG, f"{VARIABLE}: {error}") from error
+        raise CniError(INVALID_NETWORK_CONFIG, f"{VARIABLE}: {reason(error)}") from error
     entries = [schema.defaults(rules["items"]) | each for each in document]
     twice = [name for name, times in Counter(each["name"] for each in entries).items() if times > 1]
     if twice:

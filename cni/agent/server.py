@@ -19,6 +19,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 from cni.agent import wire
+from cni.errors import reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class Server:
             except OSError as error:
                 if self._stopping:
                     return False
-                self._refused(f"a connection could not be accepted: {error}")
+                self._refused(f"a connection could not be accepted: {reason(error)}")
                 time.sleep(_PAUSE_SECONDS)  # EMFILE, for example: there is no event to wait for
                 continue
             try:
@@ -209,7 +210,7 @@ class Server:
         try:
             request = wire.receive(connection, late)
         except (wire.WireError, OSError) as error:
-            self._refused(f"a request of process {pid} was not read: {error}")
+            self._refused(f"a request of process {pid} was not read: {reason(error)}")
             return
         if request is None:
             return

@@ -12,7 +12,8 @@ from cni import lower
 from cni.attach import plan as plans
 from cni.attach import result
 from cni.config import mac as mac_rules
-from cni.errors import CniError
+from cni.config import schema
+from cni.errors import CniError, reason
 from cni.kernel import bridge_port, macvtap, netns, tapdev
 from cni.kernel.rtnl import IFF_UP, Rtnl
 from cni.spec import CHECK_FAILED, INVALID_NETWORK_CONFIG
@@ -100,7 +101,10 @@ def _check_link(call: Call, plan: Plan, record: Record | None, mac: str) -> Link
         expected.append(("ifindex", link.index, record.ifindex))
     for what, found, made in expected:
         if found != made:
-            raise CniError(CHECK_FAILED, f"{call.ifname}: {what} is {found!r}, and should be {made!r}")
+            raise CniError(
+                CHECK_FAILED,
+                f"{call.ifname}: {what} is {schema.show(found)}, and should be {schema.show(made)}",
+            )
     return link
 
 
@@ -126,7 +130,7 @@ def _check_device(call: Call, record: Record | None) -> None:
     try:
         found = os.lstat(record.node).st_rdev
     except OSError as error:
-        raise CniError(CHECK_FAILED, f"the device node {record.node} is gone", str(error)) from error
+        raise CniError(CHECK_FAILED, f"the device node {record.node} is gone", reason(error)) from error
     if found != os.makedev(major, minor):
         raise CniError(CHECK_FAILED, f"the device node {record.node} is another device than the link's")
 

@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel.execute import execute
 from cni.names import escaped
 from cni.spec import (
@@ -110,7 +110,7 @@ class Delegate:
             done = execute(program, self.config, env, seconds=self.deadline, most=OUTPUT_LIMIT)
         except OSError as error:
             raise CniError(
-                DELEGATE_FAILED, f"ipam.type {self.type!r}: {program} cannot be run", str(error)
+                DELEGATE_FAILED, f"ipam.type {self.type!r}: {program} cannot be run", reason(error)
             ) from error
         if done.err:
             self.stderr(done.err.decode(errors="backslashreplace"))

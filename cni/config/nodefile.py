@@ -10,7 +10,7 @@ import stat
 
 from cni import spec
 from cni.config import foreign, schema
-from cni.errors import CniError
+from cni.errors import CniError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def _owned(path: str, place: str, status: os.stat_result, *, sticky: bool = Fals
         raise _distrusted(path, f"others may write to {place}", f"chmod go-w {place}")
 
 
-def _distrusted(path: str, reason: str, remedy: str) -> CniError:
-    return CniError(spec.INVALID_NETWORK_CONFIG, f"the file {path} is refused: {reason}; {remedy}")
+def _distrusted(path: str, why: str, remedy: str) -> CniError:
+    return CniError(spec.INVALID_NETWORK_CONFIG, f"the file {path} is refused: {why}; {remedy}")
 
 
 def _unreadable(path: str, error: OSError) -> CniError:
@@ -139,13 +139,13 @@ def _decode(path: str, content: bytes) -> Any:
         finally:
             parser.dispose()
     except _FaultError as fault:
-        reason, mark = fault.args
+        why, mark = fault.args
     except yaml.MarkedYAMLError as error:
-        reason, mark = error.problem, error.problem_mark
+        why, mark = error.problem, error.problem_mark
     except (ValueError, yaml.YAMLError) as error:
-        reason, mark = str(error).partition("\n")[0], None
+        why, mark = reason(error).partition("\n")[0], None
     where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    raise CniError(spec.INVALID_NETWORK_CONFIG, f"{path}{where}: {reason}")
+    raise CniError(spec.INVALID_NETWORK_CONFIG, f"{path}{where}: {why}")
 
 
 class _FaultError(Exception):

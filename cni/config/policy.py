@@ -14,7 +14,7 @@ from cni.config import nodefile, schema
 from cni.config.mac import PLAIN, Derivation, Rules, with_colons
 from cni.config.mac import rules as mac_rules
 from cni.config.netconf import Vlan, canonical
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel.vf_settings import VfSettings
 from cni.state import deviceid
 
@@ -316,7 +316,7 @@ def _macs(where: str, fields: dict[str, Any]) -> Rules | None:
     try:
         return mac_rules(fields["mac"]) if "mac" in fields else None
     except ValueError as error:
-        raise _refusal(where, str(error), "the range ends before it begins") from error
+        raise _refusal(where, reason(error), "the range ends before it begins") from error
 
 
 def _functions(path: str, number: int, entry: dict[str, Any], pool: tuple[str, ...]) -> Functions | None:

@@ -15,7 +15,7 @@ import sys
 
 from cni import spec
 from cni.ctl import locations, stream
-from cni.errors import CniError
+from cni.errors import CniError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ def _run(argv: Sequence[str] | None) -> int:
     except CniError as error:
         return _fail(str(error), EXIT.get(error.code, os.EX_SOFTWARE))
     except PermissionError as error:
-        return _fail(f"{error}: run it as root", os.EX_NOPERM)
+        return _fail(f"{reason(error)}: run it as root", os.EX_NOPERM)
     except OSError as error:
-        return _fail(f"system call failed: {error}", os.EX_OSERR)
+        return _fail(f"system call failed: {reason(error)}", os.EX_OSERR)
     return status
 
 

@@ -18,7 +18,7 @@ from cni.agent.policies import VARIABLE
 from cni.config import policy
 from cni.ctl import device_findings, kubelet, reflection, self_test, snapshot
 from cni.ctl.finding import Finding
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.state import lock
 
 TYPE_CHECKING = False
@@ -217,7 +217,7 @@ def _ready(address: str) -> Iterator[Finding]:
         yield Finding(
             "agent",
             "warning",
-            f"its http://{address}/readyz cannot be read ({error})",
+            f"its http://{address}/readyz cannot be read ({reason(error)})",
             "look at its log; or set health in its file to where it can listen",
         )
     else:

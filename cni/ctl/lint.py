@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from cni.config import netconf, nodefile, policy, schema
-from cni.errors import CniError
+from cni.errors import CniError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def check(file: str, rules: Policy | None = None) -> Verdict:
         first = error.msg.removeprefix(f"{file}: ").removeprefix(f"{file}, ")
         return Verdict(file, kind, (first, *filter(None, _NEXT.split(error.details))))
     except (OSError, ValueError, RecursionError) as error:
-        return Verdict(file, kind, (str(error),))
+        return Verdict(file, kind, (reason(error),))
     return Verdict(file, kind)
 
 

@@ -17,6 +17,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
+from cni.errors import reason
 from cni.names import escaped
 
 TYPE_CHECKING = False
@@ -80,7 +81,7 @@ def of_lldpcli(output: bytes) -> dict[str, Neighbour]:
     try:
         return dict(map(_of_interface, json.loads(output)["lldp"][0].get("interface", ())))
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not lldpcli's json0: {error!r}") from None
+        raise ValueError(f"not lldpcli's json0: {reason(error)}") from None
 
 
 def _of_interface(interface: Any) -> tuple[str, Neighbour]:

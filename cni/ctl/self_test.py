@@ -13,7 +13,7 @@ import socket
 import threading
 from contextlib import ExitStack
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import macvtap, netns, tap, tapdev
 from cni.kernel.rtnl import (
     IFF_UP,
@@ -70,7 +70,7 @@ def run(*, opens: bool = True) -> dict[str, str | None]:
                 for step in _steps(stack, opens=opens):
                     done[step] = None
             except (CniError, OSError) as error:
-                done[STEPS[len(done)]] = str(error)
+                done[STEPS[len(done)]] = reason(error)
 
     thread = threading.Thread(target=body, name="trial")
     thread.start()

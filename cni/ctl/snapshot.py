@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from cni.config import policy
 from cni.ctl import open_devices
 from cni.ctl.inventory import Attachment, Node, Source, Traffic
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import sysfs, vf
 from cni.kernel.rtnl import IFF_LOWER_UP, IFF_UP, Rtnl
 from cni.lower import vf_discovery
@@ -69,7 +69,7 @@ def read_records(run: str) -> tuple[list[tuple[Record, datetime]], dict[str, str
     except FileNotFoundError:  # nothing was ever attached
         names = []
     except OSError as error:
-        raise CniError(IO_FAILURE, f"{folder} cannot be read: run vmtapctl as root", str(error)) from error
+        raise CniError(IO_FAILURE, f"{folder} cannot be read: run vmtapctl as root", reason(error)) from error
     for name in names:
         path = f"{folder}/{name}"
         if name.endswith(".bad"):
@@ -84,7 +84,7 @@ def read_records(run: str) -> tuple[list[tuple[Record, datetime]], dict[str, str
         except FileNotFoundError:  # DEL was quicker
             pass
         except (OSError, ValueError) as error:
-            unreadable[path] = str(error)
+            unreadable[path] = reason(error)
     return found, unreadable
 
 

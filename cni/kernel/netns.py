@@ -7,7 +7,7 @@ import errno
 import os
 from fcntl import ioctl
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.spec import INVALID_NETNS, IO_FAILURE
 
 CLONE_NEWNET = 0x40000000
@@ -33,7 +33,7 @@ def open_path(
     try:
         seen = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
+        why = error.strerror if isinstance(error, OSError) else reason(error)
         raise CniError(INVALID_NETNS, f"{name} {path!r} cannot be opened: {why}") from None
     try:
         return reopen(seen, path, name=name, own_allowed=own_allowed, own=own)

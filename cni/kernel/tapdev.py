@@ -22,7 +22,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from fcntl import ioctl
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import mount, netns, sysfs
 from cni.spec import DEVICE_BUSY, IO_FAILURE, NO_ATTACHMENT, WRONG_DEVICE
 
@@ -110,7 +110,7 @@ def make_node(path: str, device: tuple[int, int], owner: int, group: int) -> Non
     except OSError as error:
         with suppress(FileNotFoundError):
             os.unlink(made)
-        raise CniError(IO_FAILURE, f"the device node {path} cannot be made", str(error)) from error
+        raise CniError(IO_FAILURE, f"the device node {path} cannot be made", reason(error)) from error
 
 
 def flags(queues: int) -> int:
@@ -134,7 +134,7 @@ def _open_macvtap(links: Sysfs, _pod_netns: int, record: Record) -> int:
             raise CniError(
                 DEVICE_BUSY, f"{record.ifname}: all 256 queues are open; end the process that holds them"
             ) from None
-        raise _gone(record, str(error)) from error
+        raise _gone(record, reason(error)) from error
     try:
         if os.fstat(fd).st_rdev != os.makedev(*before[1:]) or _number(links, record.ifname) != before:
             raise _gone(record, "it was replaced while it was opened")
@@ -157,7 +157,7 @@ def _open_tap(links: Sysfs, pod_netns: int, record: Record) -> int:
                     f"{record.ifname} is in use: a tap of one queue has one holder; end the other process",
                 ) from None
             raise CniError(
-                WRONG_DEVICE, f"{record.ifname} is not the tap that ADD made", str(error)
+                WRONG_DEVICE, f"{record.ifname} is not the tap that ADD made", reason(error)
             ) from error
         _, attached = struct.unpack("16sH22x", ioctl(fd, TUNGETIFF, bytes(40)))
         if not attached & IFF_PERSIST:  # TUNSETIFF has made a new tap, which ends with the fd
@@ -176,7 +176,7 @@ def _verify(fd: int, record: Record) -> None:
         name = ioctl(fd, TUNGETIFF, bytes(40))[:16].rstrip(b"\0").decode()
         found = ioctl(fd, SIOCGIFHWADDR, bytes(40))[18:24].hex(":")
     except OSError as error:  # ENOLINK: the fd's link is deleted
-        raise _gone(record, str(error)) from error
+        raise _gone(record, reason(error)) from error
     if (name, found) != (record.ifname, record.mac):
         raise CniError(
             WRONG_DEVICE,
@@ -199,4 +199,6 @@ def _number(links: Sysfs, ifname: str) -> tuple[int, int, int]:
         major, minor = links.attribute(f"{ifname}/macvtap/tap{index}/dev").split(":")
         return index, int(major), int(minor)
     except OSError as error:
-        raise CniError(NO_ATTACHMENT, f"there is no macvtap {ifname} in the namespace", str(error)) from error
+        raise CniError(
+            NO_ATTACHMENT, f"there is no macvtap {ifname} in the namespace", reason(error)
+        ) from error

@@ -18,7 +18,7 @@ import sys
 from mmap import ACCESS_READ, mmap
 
 from cni import spec
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import netns, tapdev
 from cni.launcher import NO_VHOST, NOT_PERMITTED, QEMU_NOT_EXECUTABLE, QEMU_NOT_FOUND, privilege, qemu
 from cni.launcher.privilege import User
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CniError as error:
         return _fail(str(error), EXIT.get(error.code, os.EX_SOFTWARE))
     except OSError as error:
-        return _fail(f"a system call failed: {error}", os.EX_OSERR)
+        return _fail(f"a system call failed: {reason(error)}", os.EX_OSERR)
     except Exception as error:  # a user gets one line and an exit code, never a traceback
         place = error.__traceback__
         while place and place.tb_next:
@@ -125,7 +125,7 @@ def launch(argv: Sequence[str], env: Mapping[str, str]) -> int:
         try:
             os.execve(path, command, privilege.environment(env))  # noqa: S606
         except OSError as error:
-            raise CniError(QEMU_NOT_EXECUTABLE, f"{path} cannot be run as {user}", str(error)) from error
+            raise CniError(QEMU_NOT_EXECUTABLE, f"{path} cannot be run as {user}", reason(error)) from error
 
     if options.supervise:
         return _supervise(become_qemu, fds, user, options.deadline)
@@ -195,7 +195,7 @@ def vhost_wanted(choice: str, device: str = VHOST) -> bool:
         raise CniError(
             NO_VHOST,
             f"--vhost on: {device} cannot be opened; load the module vhost_net or use --vhost auto",
-            str(error),
+            reason(error),
         ) from None
     return True
 

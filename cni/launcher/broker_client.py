@@ -11,7 +11,7 @@ import socket
 from dataclasses import dataclass, fields
 
 from cni import spec
-from cni.errors import CniError
+from cni.errors import CniError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def ask(
         raise CniError(
             spec.TRY_AGAIN_LATER,
             f"the node agent does not answer on {path}; is vmtapd running on the node?",
-            str(error),
+            reason(error),
         ) from error
     described = [(_attachment(each), int(each["opened"])) for each in answer["attachments"]]
     if len(fds) != sum(opened for _, opened in described):

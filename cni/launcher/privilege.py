@@ -33,7 +33,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from cni import spec
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel.netns import libc
 from cni.launcher import NOT_PERMITTED, seccomp
 from cni.launcher.qemu import FIRST_FD
@@ -128,7 +128,7 @@ def drop(user: User) -> None:
             NOT_PERMITTED,
             f"cannot become {user}: the launcher needs CAP_SETUID, CAP_SETGID and CAP_SETPCAP to drop privileges, "
             "and a kernel with seccomp filters",
-            str(error),
+            reason(error),
         ) from error
     if kept:
         raise CniError(

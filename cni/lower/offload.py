@@ -12,7 +12,7 @@ import os
 import re
 from contextlib import suppress
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import ethtool, sysfs
 from cni.spec import INVALID_NETWORK_CONFIG, IO_FAILURE
 
@@ -57,7 +57,7 @@ def switch_on(folder: str, source: str) -> None:
             pass  # before it is on
         ethtool.switch(source, FEATURE, True)
     except OSError as error:
-        raise CniError(IO_FAILURE, f"{FEATURE} of {source!r} cannot be switched on", str(error)) from error
+        raise CniError(IO_FAILURE, f"{FEATURE} of {source!r} cannot be switched on", reason(error)) from error
 
 
 def differences(host: Rtnl, record: Record | None, source: Link) -> list[str]:

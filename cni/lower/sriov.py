@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import ipv6, vf
 from cni.kernel.rtnl import (
     IFF_ALLMULTI,
@@ -246,7 +246,9 @@ def release(host: Rtnl, store: Store, record: Record, delete_link: DeleteLink) -
         if (has_mac or marked) and (link := vf_link(host, pci)):
             _restore_link(host, link, function.link)
         if refused:
-            details = "; ".join(f"{name} {restored[name]!r}: {error}" for name, error in refused.items())
+            details = "; ".join(
+                f"{name} {restored[name]!r}: {reason(error)}" for name, error in refused.items()
+            )
             raise CniError(KERNEL_REFUSED, f"VF {number} of {record.source!r} cannot be given back", details)
     store.release_function(pci, record.id)
 
@@ -340,7 +342,7 @@ def _make(pf: str, count: int | None, yield_turn: Callable[[], None]) -> None:
     try:
         _write(path, str(count))
     except OSError as error:
-        raise CniError(KERNEL_REFUSED, f"{pf!r} cannot make {count} VFs", str(error)) from error
+        raise CniError(KERNEL_REFUSED, f"{pf!r} cannot make {count} VFs", reason(error)) from error
     if not int(read(f"/sys/class/net/{pf}/flags") or "0", 16) & IFF_UP:
         return
     yield_turn()

@@ -6,7 +6,7 @@ import errno
 import os
 import struct
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import vf
 from cni.kernel.rtnl import RTM_GETADDR
 from cni.lower.vf_discovery import most, vf_link
@@ -45,7 +45,7 @@ def check_switch(host: Rtnl, store: Store, pf: Link, mode: str) -> None:
         raise CniError(
             INVALID_NETWORK_CONFIG,
             f"mode {mode} is refused: the driver of {pf.name!r} cannot put its embedded switch into it",
-            str(error),
+            reason(error),
         ) from error
 
 

@@ -15,7 +15,7 @@ import struct
 from contextlib import suppress
 from dataclasses import replace
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import ipv6
 from cni.kernel.rtnl import (
     IFF_NOARP,
@@ -191,12 +191,12 @@ def _make(host: Rtnl, store: Store, name: str, source: Link, tag: Vlan) -> Link 
             raise CniError(
                 SOURCE_BUSY,
                 f"{what} has a device in {where}, and the kernel allows one: end what uses it, or give another vlan",
-                str(error),
+                reason(error),
             ) from error
         why = ""
         if error.errno == errno.EOPNOTSUPP:
             why = ": boot a kernel with CONFIG_VLAN_8021Q, or look whether the device can have VLANs"
-        raise CniError(KERNEL_REFUSED, f"{what} cannot be made{why}", str(error)) from error
+        raise CniError(KERNEL_REFUSED, f"{what} cannot be made{why}", reason(error)) from error
     return None
 
 

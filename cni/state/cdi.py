@@ -10,7 +10,7 @@ import json
 import os
 from contextlib import suppress
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.spec import IO_FAILURE
 from cni.state import files
 
@@ -56,7 +56,7 @@ def write(record: Record, device: tuple[int, int], owner: int, group: int) -> No
         files.replace(record.cdi, json.dumps(document).encode(), mode=0o644)
     except OSError as error:
         remove(record.cdi)
-        raise CniError(IO_FAILURE, f"the CDI spec {record.cdi} cannot be written", str(error)) from error
+        raise CniError(IO_FAILURE, f"the CDI spec {record.cdi} cannot be written", reason(error)) from error
 
 
 def remove(path: str) -> None:

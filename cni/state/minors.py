@@ -17,7 +17,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 
 TYPE_CHECKING = False
@@ -68,7 +68,7 @@ class Minors:
             raise self._failed(error) from error
         except (ValueError, TypeError) as error:
             raise CniError(
-                IO_FAILURE, f"{self._folder}/{minor} is no entry of vmtap's", str(error)
+                IO_FAILURE, f"{self._folder}/{minor} is no entry of vmtap's", reason(error)
             ) from error
 
     def give(self, minor: int, given: Given) -> None:

@@ -10,6 +10,7 @@ from _blake2 import blake2s  # hashlib would load OpenSSL: 5 ms of every pod's s
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+from cni.errors import reason
 from cni.kernel.vf_settings import VfSettings
 from cni.names import is_id, is_ifname
 
@@ -174,7 +175,7 @@ def decode(id: str, data: bytes) -> Record:
         if record.id == id:
             return record
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"it is no record: {error!r}") from None
+        raise ValueError(f"it is no record: {reason(error)}") from None
     raise ValueError("its name is another attachment's")
 
 

@@ -24,7 +24,7 @@ import stat
 from _blake2 import blake2s  # hashlib would load OpenSSL: 5 ms of every pod's start
 from contextlib import suppress
 
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 from cni.state import deviceid, files, lock
 from cni.state.minors import Minors
@@ -142,12 +142,12 @@ class Store:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CniError(IO_FAILURE, f"cannot read {path}", str(error)) from None
+            raise CniError(IO_FAILURE, f"cannot read {path}", reason(error)) from None
         except ValueError as error:
             with suppress(OSError):
                 os.rename(path, self._path(id, "bad"))
             if self._note:
-                self._note(f"{path} was set aside as .bad: {error}")
+                self._note(f"{path} was set aside as .bad: {reason(error)}")
             return None
         if record.boot_id != boot_id():  # the folder is not on a tmpfs: a reboot has ended the attachment
             self.forget(record)

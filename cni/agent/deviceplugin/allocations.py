@@ -15,7 +15,7 @@ import grpc
 from cni.agent.deviceplugin import podresources_pb2 as api
 from cni.agent.deviceplugin import podresources_pb2_grpc as services
 from cni.agent.deviceplugin.registration import CHANNEL_OPTIONS
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.spec import INVALID_ENVIRONMENT, INVALID_NETWORK_CONFIG, TRY_AGAIN_LATER
 from cni.state import deviceid
 
@@ -130,7 +130,7 @@ class Allocations:
             time.sleep(_PAUSE_SECONDS)
 
     def _unanswered(self, what: str, error: grpc.RpcError | OSError) -> CniError:
-        why = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)
+        why = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else reason(error)
         return CniError(
             TRY_AGAIN_LATER,
             f"{what}: the kubelet cannot be asked who has it; try again, and if this stays, let the agent have the "

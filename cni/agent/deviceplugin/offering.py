@@ -33,7 +33,7 @@ from cni.agent.deviceplugin.registration import Registration
 from cni.agent.deviceplugin.serving import HEALTHY, UNHEALTHY, Answers, Resource
 from cni.agent.inotify import Folders
 from cni.agent.log import log
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.kernel import mount
 
 TYPE_CHECKING = False
@@ -175,7 +175,11 @@ class DevicePlugin:
                 try:
                     due = self._look()
                 except Exception as error:  # the thread must survive any failure: kubelets come and go
-                    log(ERROR, "device plugin: a step failed; it is tried again", error=repr(error))
+                    log(
+                        ERROR,
+                        "device plugin: a step failed; it is tried again",
+                        error=reason(error) if isinstance(error, OSError | CniError) else repr(error),
+                    )
                     due = time.monotonic() + _LATEST
                 self._wait(poll, due)
             for served in self._served.values():

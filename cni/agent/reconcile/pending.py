@@ -13,6 +13,7 @@ from logging import INFO
 from cni.agent import wire
 from cni.agent.log import log
 from cni.config import netconf
+from cni.errors import reason
 from cni.state.record import identifier
 
 TYPE_CHECKING = False
@@ -119,7 +120,7 @@ def _read(path: str) -> tuple[bytes, os.stat_result]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise wire.WireError(str(error)) from error
+        raise wire.WireError(reason(error)) from error
     with open(fd, "rb") as file:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():

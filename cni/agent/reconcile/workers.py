@@ -8,7 +8,7 @@ import time
 from logging import DEBUG, ERROR, WARNING
 
 from cni.agent.log import log
-from cni.errors import CniError
+from cni.errors import CniError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Workers:
         except BlockingIOError:  # a request has the attachment's lock, and takes care of it
             log(DEBUG, "left to a request", what=what)
         except (CniError, OSError) as error:
-            self.failed(what, str(error))
+            self.failed(what, reason(error))
         except Exception as error:
             self._failures.inc()
             log(ERROR, "internal error in the reconciler: please report it", what=what, error=repr(error))

@@ -220,7 +220,7 @@ allowUnlisted: true
         ("[" * 100_000, "line 1, column 17: nested deeper than 16 levels"),
         ("{}\n---\n{}", ", line 2, column 1: but found another document"),
         ("a: 2024-13-45", ": month must be in 1..12"),
-        ("a: " + "9" * 5000, "4300 digits"),
+        ("a: " + "9" * 5000, "too many digits"),
         ("a: \x00", "control characters are not allowed"),
         ("[]", ": the document: [] is not allowed; give an object"),
         ("false", ": the document: false is not allowed; give an object"),
@@ -255,7 +255,7 @@ def test_mistakes_are_located(file: Path, text: str, message: str) -> None:
 
 def test_not_utf_8(file: Path) -> None:
     file.write_bytes(ENTRY.encode("utf-16"))
-    assert "can't decode byte" in distrusted(file)
+    assert "byte 0 is not UTF-8" in distrusted(file)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
