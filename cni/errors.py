@@ -42,8 +42,9 @@ def reason(error: Exception) -> str:
     """What the exception reports, in words for a person: without numbers of errors, codecs and names of classes."""
     text = str(error)
     match error:
-        case OSError(strerror=str(text)) if isinstance(error.filename, str) and error.filename not in text:
-            text += f": {error.filename}"
+        case OSError(strerror=str(why)):
+            path = error.filename
+            text = f"{why}: {path}" if isinstance(path, str) and path not in why else why
         case UnicodeDecodeError():
             text = f"byte {error.start} is not UTF-8"
         case RecursionError():

@@ -158,11 +158,7 @@ def _carry_out(command: str, call: Call) -> dict[str, Any] | None:
     conf = call.conf
     match command:
         case "ADD":
-            if conf.ipam is None and conf.prev_result is None and result.needs_ip(conf.cni_version):
-                raise CniError(
-                    INCOMPATIBLE_VERSION,
-                    f"cniVersion {conf.cni_version} has no result without an IP address: raise it, or set ipam",
-                )
+            result.require_address(conf)
             return add(call, policies.authorize(call.node.policy(), conf))
         case "DEL":
             delete(call)
@@ -172,7 +168,9 @@ def _carry_out(command: str, call: Call) -> dict[str, Any] | None:
             collect(call)
         case "STATUS":
             try:
-                grant = policies.authorize(call.node.policy(), conf)
+                policy = call.node.policy()
+                # STATUS comes before there is a pod, and so without the device that the kubelet allocates for it.
+                grant = None if policies.left_to_kubelet(conf) else policies.authorize(policy, conf)
             except CniError as error:
                 raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error
             status(call, grant)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from cni.config.netconf import NetConf
+
 FIRST = ("0.1.0", "0.2.0")
 """Versions whose results are ip4 and ip6."""
 RICH = ("1.0.0", "1.1.0")
@@ -80,6 +82,15 @@ class Result:
 def needs_ip(version: str) -> bool:
     """Whether each result of this version must have an address."""
     return version in FIRST
+
+
+def require_address(conf: NetConf) -> None:
+    """Raise CniError 1 if the config's version needs an address in each result, and none can come."""
+    if conf.ipam is None and conf.prev_result is None and needs_ip(conf.cni_version):
+        raise CniError(
+            spec.INCOMPATIBLE_VERSION,
+            f"cniVersion {conf.cni_version} has no result without an IP address: raise it, or set ipam",
+        )
 
 
 def parse(raw: Mapping[str, Any], version: str, *, where: str = "prevResult") -> Result:

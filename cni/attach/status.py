@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from cni.config.policy import Grant
 
 
-def status(call: Call, grant: Grant) -> None:
-    """Raises CniError 50 if an ADD would fail now."""
+def status(call: Call, grant: Grant | None) -> None:
+    """Raises CniError 50 if an ADD would fail now. grant: None if only the kubelet's device will name an interface."""
     delegate = call.delegate()
     try:
         if delegate:
             delegate.find()
-        plan = plans.decide_for(call, grant, call.source(grant))
-        if plan.lower:
-            lower.available(str(grant.source), plan.lower)
+        if grant:
+            plan = plans.decide_for(call, grant, call.source(grant))
+            if plan.lower:
+                lower.available(str(grant.source), plan.lower)
         call.node.store.prepare()
     except CniError as error:
         raise CniError(PLUGIN_NOT_AVAILABLE, error.msg, error.details) from error

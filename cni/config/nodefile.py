@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16
-_MOST_EVENTS = 50_000
+MOST_EVENTS = 50_000
 """Of the parser, about two a value: each costs some 10 µs in all."""
 
 
@@ -111,31 +111,41 @@ def _unreadable(path: str, error: OSError) -> CniError:
 
 
 def _decode(path: str, content: bytes) -> Any:
-    """Decode YAML without aliases, tags, repeated keys and keys that are not strings. Raises CniError 7 for them."""
+    found = documents(path, content)
+    if len(found) > 1:
+        raise CniError(spec.INVALID_NETWORK_CONFIG, f"{path}: it has {len(found)} documents; give one")
+    return found[0] if found else None
+
+
+def documents(path: str, content: bytes, *, depth: int = MAX_DEPTH, events: int = MOST_EVENTS) -> list[Any]:
+    """The documents of YAML without aliases, tags, repeated keys and keys that are not strings.
+
+    path: what errors name. depth, events: the most levels, and events of the parser. Raises CniError 7.
+    """
     import yaml  # noqa: PLC0415 - 30 ms, and a host without such a file does not need it
 
     loader: type[yaml.SafeLoader | yaml.CSafeLoader]
     loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
     try:
         text = content.decode()
-        depth = 0
+        level = 0
         for count, event in enumerate(yaml.parse(text, loader)):
-            if count > _MOST_EVENTS:
+            if count > events:
                 raise _FaultError("the file has too many values; make it smaller", event.start_mark)
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:
-                raise _FaultError(f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
+            level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if level > depth:
+                raise _FaultError(f"nested deeper than {depth} levels", event.start_mark)
             if isinstance(event, yaml.AliasEvent):
                 raise _FaultError(f"the alias *{event.anchor} is not allowed; write it out", event.start_mark)
             if tag := getattr(event, "tag", None):
                 raise _FaultError(f"the tag {tag} is not allowed; leave it out", event.start_mark)
         parser = loader(text)
         try:
-            node = parser.get_single_node()
-            if node is None:
-                return None
-            _inspect(node)
-            return parser.construct_document(node)
+            found = []
+            while parser.check_node() and (node := parser.get_node()):
+                _inspect(node)
+                found.append(parser.construct_document(node))
+            return found
         finally:
             parser.dispose()
     except _FaultError as fault:

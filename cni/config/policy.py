@@ -138,6 +138,11 @@ def authorize(policy: Policy | None, conf: NetConf, *, delegate: bool = True) ->
     return replace(grant, derivation=policy.derivation, macs=macs)
 
 
+def left_to_kubelet(conf: NetConf) -> bool:
+    """Whether the config names no device itself, so that an ADD needs the deviceID that the kubelet allocates."""
+    return not (conf.interface or conf.source or conf.device_id or conf.device == "tap")
+
+
 def _authorize(policy: Policy | None, conf: NetConf) -> Grant:
     entries = policy.interfaces if policy else ()
     name = _selected(conf)

@@ -120,9 +120,12 @@ def make_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="then listen for LLDP so long (EVB TLV); most switches send it every 30 s",
     )
-    made = command("lint", "check network configs, policies and agent's files", places=False)
+    made = command("lint", "check network configs, policies, agent's files and manifests", places=False)
     made.add_argument(
-        "files", metavar="FILE", nargs="+", help="a network config (JSON), a policy or an agent's file (YAML)"
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="a network config (JSON), a policy or an agent's file (YAML), or manifests",
     )
     made.add_argument(
         "--policy", metavar="FILE", help="also check that this policy allows the network configs"

@@ -1,4 +1,4 @@
-"""Checks network configs, policies and agent's files before a node uses them.
+"""Checks network configs, policies, agent's files and the manifests that have them, before a node uses them.
 
 Applies what the plugin applies, but for who owns the file: in a checkout that is its author. Must not look at this
 node.
@@ -10,24 +10,33 @@ import json
 import re
 from dataclasses import dataclass
 
-from cni.config import netconf, nodefile, policy, schema
+from cni.attach import result
+from cni.config import decoding, netconf, nodefile, policy, schema
+from cni.ctl import manifests
 from cni.errors import CniError, reason
+from cni.spec import INVALID_NETWORK_CONFIG
+from cni.state import deviceid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from typing import Any
 
     from cni.config.policy import Policy
 
 TYPES = ("vmtap", "macvtap")
+_NETWORK, _POLICY, _AGENT, _MANIFEST = "network config", "policy", "agent's file", "manifest"
+_SCHEMAS = {_AGENT: "agent", _POLICY: "policy"}
+_OF_A_NETWORK = {"type", "plugins", "cniVersion", "cniVersions"}
+_DEPTH, _EVENTS = 64, 400_000
+"""The most levels and YAML events of a manifest: kubectl prints managedFields, too."""
 _NEXT = re.compile(r"; (?=[^ ;]+: )")
 """Separates the faults in an error's details (schema.explain); each begins with the path of its field."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """faults: one line each, none if the file is good. kind: "network config", "policy", "agent's file"."""
+    """faults: one line each, none if the file is good. kind: "network config", "policy", "agent's file", "manifest"."""
 
     file: str
     kind: str
@@ -39,22 +48,25 @@ class Verdict:
 
 
 def check(file: str, rules: Policy | None = None) -> Verdict:
-    """A file that begins with "{" is a network config. rules: the policy that it is to be allowed by, if given."""
-    kind = "file"
+    """What is wrong with the file, whose content shows its kind. rules: the policy that is to allow the networks."""
     try:
         with open(file, "rb") as opened:
             text = opened.read(nodefile.MAX_BYTES + 1)
-        if text.lstrip()[:1] == b"{":
-            kind = "network config"
-            _network(text, rules)
+    except OSError as error:
+        return Verdict(file, "file", (reason(error).removesuffix(f": {file}"),))
+    kind = "file"
+    faults: list[str] = []
+    try:
+        if len(text) > nodefile.MAX_BYTES:
+            raise _fault(f"it is larger than {nodefile.MAX_BYTES} bytes; make it smaller")
+        kind, documents = _read(file, text)
+        if kind == _MANIFEST:
+            faults = list(_manifest(documents, rules))
         else:
-            kind = _node(file, text)
+            _as(kind, file, text, rules)
     except CniError as error:
-        first = error.msg.removeprefix(f"{file}: ").removeprefix(f"{file}, ")
-        return Verdict(file, kind, (first, *filter(None, _NEXT.split(error.details))))
-    except (OSError, ValueError, RecursionError) as error:
-        return Verdict(file, kind, (reason(error),))
-    return Verdict(file, kind)
+        faults = _faults(file, error)
+    return Verdict(file, kind, tuple(faults))
 
 
 def read_policy(file: str) -> Policy:
@@ -63,32 +75,128 @@ def read_policy(file: str) -> Policy:
         return policy.of(file, nodefile.parse(file, opened.read(), schema.load("policy")))
 
 
-def _network(text: bytes, rules: Policy | None) -> None:
-    document = json.loads(text)
+def _read(name: str, text: bytes) -> tuple[str, list[Any]]:
+    """The kind of the text, and its documents. Raises CniError if it can be decoded as no kind."""
+    if text.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{":
+        documents = nodefile.documents(name, text, depth=_DEPTH, events=_EVENTS)
+        return _kind(documents, default=_POLICY), documents
+    try:
+        documents = [decoding.decode(text, nodefile.MAX_BYTES)]
+    except CniError:
+        # YAML may be in braces, too.
+        try:
+            documents = nodefile.documents(name, text, depth=_DEPTH, events=_EVENTS)
+        except CniError:
+            return _NETWORK, []
+    return _kind(documents, default=_NETWORK), documents
+
+
+def _kind(documents: list[Any], default: str) -> str:
+    first = next((each for each in documents if isinstance(each, dict)), {})
+    if any(map(manifests.is_one, documents)):
+        return _MANIFEST
+    if default == _NETWORK and first.keys() & _OF_A_NETWORK:
+        return _NETWORK
+    return next((kind for kind in _SCHEMAS if first.keys() & _known(kind)), default)
+
+
+def _known(kind: str) -> Collection[str]:
+    keys: Collection[str] = schema.load(_SCHEMAS[kind])["properties"].keys()
+    return keys
+
+
+def _as(kind: str, name: str, text: bytes, rules: Policy | None, part: manifests.Part | None = None) -> None:
+    """Check the text as one of that kind. Raises CniError."""
+    if kind == _NETWORK:
+        _network(text, rules, part)
+        return
+    document = nodefile.parse(name, text, schema.load(_SCHEMAS[kind]))
+    if kind == _POLICY:
+        policy.of(name, document)
+
+
+def _network(text: bytes, rules: Policy | None, part: manifests.Part | None) -> None:
+    document = decoding.decode(text, nodefile.MAX_BYTES)
+    if part and document.get("name", "") == "":  # as Multus does
+        document["name"] = part.network
     ours = list(_ours(document))
     if not ours:
-        raise ValueError(f"no plugin in it is of type {' or '.join(TYPES)}")
-    for plugin in ours:
-        conf = netconf.parse(json.dumps(plugin).encode(), called_as=plugin["type"])
-        if rules:
+        raise _fault(f"no plugin in it is of type {' or '.join(TYPES)}")
+    for first, plugin in ours:
+        whole = plugin is document and not part
+        config = text if whole else json.dumps(plugin, ensure_ascii=False, separators=(",", ":")).encode()
+        conf = netconf.parse(config, called_as=plugin["type"])
+        if first:
+            result.require_address(conf)
+        if part and part.resource and policy.left_to_kubelet(conf):
+            device = deviceid.format(part.resource.rpartition("/")[2], 0)
+            conf = netconf.parse(json.dumps(plugin | {"deviceID": device}).encode(), called_as=plugin["type"])
+        if policy.left_to_kubelet(conf):
+            raise _fault(
+                "interface: is missing; give interface, source or device tap, or have Multus pass on the kubelet's "
+                f"device, by the annotation {manifests.RESOURCE} of a NetworkAttachmentDefinition"
+            )
+        if rules or not (conf.interface or conf.device_id):
             policy.authorize(rules, conf)
 
 
-def _ours(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The configs as a runtime passes them: those of a list get the list's name and version."""
+def _ours(document: dict[str, Any]) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """Each config of a type of ours as a runtime passes it, and whether no other plugin comes before it.
+
+    Those of a list get the list's name and version.
+    """
     if "plugins" not in document:
         plugins = [document]
-    else:
+    elif isinstance(document["plugins"], list):
         shared = {key: document[key] for key in ("name", "cniVersion", "cniVersions") if key in document}
         plugins = [plugin | shared for plugin in document["plugins"] if isinstance(plugin, dict)]
-    yield from (plugin for plugin in plugins if plugin.get("type") in TYPES)
+    else:
+        raise _fault(f"plugins: {schema.show(document['plugins'])} is not allowed; give a list")
+    yield from ((plugin is plugins[0], plugin) for plugin in plugins if plugin.get("type") in TYPES)
 
 
-def _node(file: str, text: bytes) -> str:
-    """The kind of the file, which its keys show. Raises CniError."""
-    document = nodefile.parse(file, text, {"type": ["object", "null"]})
-    if document.keys() & schema.load("agent")["properties"].keys():
-        nodefile.parse(file, text, schema.load("agent"))
-        return "agent's file"
-    policy.of(file, nodefile.parse(file, text, schema.load("policy")))
-    return "policy"
+def _manifest(documents: list[Any], rules: Policy | None) -> Iterator[str]:
+    """The faults of what is vmtap's in the objects; that nothing is, is one."""
+    ours = 0
+    for document in filter(manifests.is_one, documents):
+        for part in manifests.parts(document):
+            try:
+                if not isinstance(part.text, str):
+                    raise _fault(f"{schema.show(part.text)} is not allowed; give a string")
+                text = part.text.encode(errors="surrogatepass")
+                kind = _kind_of(part, text)
+                if kind:
+                    ours += 1
+                    _as(kind, part.where, text, rules, part if part.network is not None else None)
+            except CniError as error:
+                ours += 1
+                for each in _faults(part.where, error):
+                    yield f"{part.where}: {each}"
+    if not ours:
+        yield f"no network in it is of type {' or '.join(TYPES)}, and no ConfigMap has a file of vmtap"
+
+
+def _kind_of(part: manifests.Part, text: bytes) -> str | None:
+    """The kind of a manifest's part; None if it is none of vmtap's. Raises CniError if it cannot be decoded."""
+    about_us = any(each in part.text for each in TYPES)
+    try:
+        kind, documents = _read(part.where, text)
+    except CniError:
+        if about_us:
+            raise
+        return None
+    if part.network is not None or kind == _NETWORK:
+        return _NETWORK if about_us else None
+    ours = kind in _SCHEMAS and any(
+        isinstance(each, dict) and each.keys() & _known(kind) for each in documents
+    )
+    return kind if ours else None
+
+
+def _faults(name: str, error: CniError) -> list[str]:
+    first = error.msg.removeprefix(f"{name}: ").removeprefix(f"{name}, ")
+    return [first, *filter(None, _NEXT.split(error.details))]
+
+
+def _fault(text: str) -> CniError:
+    return CniError(INVALID_NETWORK_CONFIG, text)

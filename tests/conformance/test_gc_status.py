@@ -136,6 +136,15 @@ def test_item_26_reason(plugin: Plugin, fields: dict[str, Any], policy: str, nam
     assert named in plugin("STATUS", config(**fields)).error(50)["msg"]
 
 
+def test_item_26_kubelet(plugin: Plugin) -> None:
+    """A network whose device the kubelet allocates is ready, before there is a pod; but not with a broken policy."""
+    plugin.policy.write_text(f"interfaces:\n- {{name: dataplane, source: {{dev: {NIC}}}}}\n")
+    conf = config(mode="bridge")
+    assert plugin("STATUS", conf).status == 0
+    plugin.policy.write_text("interfaces: {{\n")
+    assert str(plugin.policy) in plugin("STATUS", conf).error(50)["msg"]
+
+
 def test_item_26_state(plugin: Plugin) -> None:
     """50 where no state can be kept."""
     plugin.state.write_text("in the way")

@@ -1,4 +1,4 @@
-"""What needs no attachment: lint, completion, usage, and how things are laid out."""
+"""What needs no attachment: completion, usage, and how things are laid out."""
 
 from __future__ import annotations
 
@@ -19,59 +19,6 @@ from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
     from lab.wire import Netns
-
-GOOD = {"cniVersion": "1.1.0", "name": "n", "type": "vmtap", "source": "eth1"}
-
-
-def lint(*words: str | Path, status: int = 0) -> list[str]:
-    done = subprocess.run(
-        [BIN / "vmtapctl", "lint", *words], capture_output=True, text=True, check=False, timeout=LIMIT
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.mark.parametrize(
-    ("text", "faults"),
-    [
-        (json.dumps(GOOD), []),
-        (json.dumps({"name": "n", "cniVersion": "1.0.0", "plugins": [{"type": "vmtap", "source": "e"}]}), []),
-        ("interfaces: [{name: a, source: {dev: eth1}}]", []),
-        ("logLevel: debug", []),
-        (json.dumps(GOOD | {"mod": "vepa", "mtu": "5"}), ["mod: unknown key", 'mtu: "5" is not allowed']),
-        (json.dumps(GOOD | {"ipam": {"type": "dhcp"}}), ['ipam.type: "dhcp" is refused']),
-        (json.dumps(GOOD | {"ipam": {"type": "dhcp"}, "addressing": "link"}), []),
-        (json.dumps({"name": "n", "type": "bridge"}), ["no plugin in it is of type vmtap or macvtap"]),
-        ("interfaces: [{name: a}]", ["interfaces[0].source: is missing"]),
-        ("logLevel: loud", ['logLevel: "loud" is not allowed']),
-        ("{", ["Expecting property name"]),
-        ("a: b: c", ["line 1, column 5"]),
-    ],
-)
-def test_lint(tmp_path: Path, text: str, faults: list[str]) -> None:
-    file = tmp_path / "file"
-    file.write_text(text)
-    file.chmod(0o666)  # whose it is does not matter here
-    lines = lint(file, status=2 if faults else 0)
-    assert len(lines) == max(1, len(faults)), lines
-    for line, fault in zip(lines, faults, strict=False):
-        assert line.startswith(f"{file}: {fault}") or fault in line
-    if not faults:
-        assert ": valid " in lines[0]
-
-
-def test_lint_by_a_policy(tmp_path: Path) -> None:
-    conf, rules = tmp_path / "a.conf", tmp_path / "policy.yaml"
-    conf.write_text(json.dumps(GOOD | {"mode": "vepa"}))
-    rules.write_text("interfaces: [{name: a, source: {dev: eth1}, modes: [bridge]}]")
-    lint(conf)
-    [line] = lint(conf, "--policy", rules, status=2)
-    assert "on eth1 the policy allows bridge" in line
-
-
-def test_lint_a_file_that_is_not_there() -> None:
-    [line] = lint("/nowhere/at/all", status=2)
-    assert "No such file" in line
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

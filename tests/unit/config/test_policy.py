@@ -218,7 +218,7 @@ allowUnlisted: true
         ("1: x", ", line 1, column 1: a key must be a plain string"),
         ("? [a]\n: x", "line 1, column 3: a key must be a plain string"),
         ("[" * 100_000, "line 1, column 17: nested deeper than 16 levels"),
-        ("{}\n---\n{}", ", line 2, column 1: but found another document"),
+        ("{}\n---\n{}", "it has 2 documents; give one"),
         ("a: 2024-13-45", ": month must be in 1..12"),
         ("a: " + "9" * 5000, "too many digits"),
         ("a: \x00", "control characters are not allowed"),
