@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections import Counter
+from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 
 from cni.agent.log import log
@@ -25,6 +25,7 @@ from cni.spec import INVALID_NETWORK_CONFIG
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
 VARIABLE = "DP_MACVTAP_CONF"
 _AGAIN_SECONDS = 1.0
@@ -43,8 +44,10 @@ class Policies:
         self.error: CniError | None = None
         """Why the file as it is now is not in force; None if it is, or if there need not be one."""
         self._must_exist = required and conf is None
-        self._named = () if conf is None else interfaces(conf)
-        self.discovers = conf is not None and not self._named
+        listed = None if conf is None else interfaces(conf)
+        self._named = listed.interfaces if listed else ()
+        self._restricts = listed is not None and not listed.everything
+        self.discovers = listed is not None and listed.everything
         """Whether DP_MACVTAP_CONF is an empty list, which means: every suitable link."""
         self._found: tuple[str, ...] = ()
         self._lock = threading.Lock()
@@ -53,6 +56,8 @@ class Policies:
         self._file: Policy | None = None
         self._good: Policy | None = None
         self._ever_valid = False
+        for why in listed.left_out if listed else ():
+            log(ERROR, f"an entry of {VARIABLE} is left out", error=why)
 
     def __call__(self) -> Policy | None:
         """The policy in force; None if there is none. Raises CniError 7 if no version of the file has been valid."""
@@ -104,7 +109,7 @@ class Policies:
             self._good = self._merged()
 
     def _merged(self) -> Policy | None:
-        if not self._named and not self._found:
+        if not self._restricts and not self._found:
             return self._file
         listed = self._file.interfaces if self._file else ()
         names, sources = {entry.name for entry in listed}, {dev for entry in listed for dev in entry.sources}
@@ -116,7 +121,7 @@ class Policies:
                 *(entry for entry in self._named if entry.name not in names),
                 *(Interface(link, link, "ethernet", None, None) for link in free),
             ),
-            allow_unlisted=self._file.allow_unlisted if self._file else not self._named,
+            allow_unlisted=self._file.allow_unlisted if self._file else not self._restricts,
             derivation=self._file.derivation if self._file else PLAIN,
             macs=self._file.macs if self._file else None,
             ipam_types=self._file.ipam_types if self._file else None,
@@ -132,20 +137,65 @@ class Policies:
         return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
-def interfaces(conf: str) -> tuple[Interface, ...]:
-    """The interfaces in the value of DP_MACVTAP_CONF. Raises CniError 7 that names the wrong field."""
+@dataclass(frozen=True)
+class Listed:
+    """What DP_MACVTAP_CONF lists."""
+
+    interfaces: tuple[Interface, ...]
+    left_out: tuple[str, ...]
+    """Why an entry is left out, for each that is."""
+
+    @property
+    def everything(self) -> bool:
+        """Whether it lists nothing, which means: every suitable link. Entries that are left out are something."""
+        return not self.interfaces and not self.left_out
+
+
+def interfaces(conf: str) -> Listed:
+    """The interfaces in the value of DP_MACVTAP_CONF, as kubevirt/macvtap-cni reads it (pkg/deviceplugin/lister.go).
+
+    Keys may have any case, unknown keys are ignored, and of entries with one name the last counts. null is an empty
+    list, and in a field, as "" or a capacity below 1, the default. An entry that is invalid all the same is left out,
+    where macvtap-cni would not start, or fail in each Allocate. Raises CniError 7 if it is no JSON list.
+    """
     rules = schema.load("macvtap-cni")
     try:
         document = json.loads(conf)
-        if not schema.accepts(rules, document):
-            schema.explain(rules, document)
-    except (ValueError, RecursionError, CniError) as error:
+    except (ValueError, RecursionError) as error:
         raise CniError(INVALID_NETWORK_CONFIG, f"{VARIABLE}: {reason(error)}") from error
-    entries = [schema.defaults(rules["items"]) | each for each in document]
-    twice = [name for name, times in Counter(each["name"] for each in entries).items() if times > 1]
-    if twice:
-        raise CniError(INVALID_NETWORK_CONFIG, f"{VARIABLE}: it names {schema.listed(twice)} twice")
-    return tuple(
-        Interface(each["name"], each["lowerDevice"], "ethernet", (canonical(each["mode"]),), each["capacity"])
-        for each in entries
-    )
+    if not isinstance(document, list | None):
+        raise CniError(
+            INVALID_NETWORK_CONFIG, f"{VARIABLE}: {schema.show(document)} is not allowed; give a list"
+        )
+    found: dict[str, Interface] = {}
+    left_out = []
+    for number, each in enumerate(document or ()):
+        try:
+            entry = _entry(rules["items"], each)
+        except CniError as error:
+            left_out.append(
+                f"[{number}].{error.msg}" if isinstance(each, dict) else f"[{number}]: {error.msg}"
+            )
+            continue
+        found[entry.name] = entry
+    return Listed(tuple(found.values()), tuple(left_out))
+
+
+def _entry(rules: dict[str, Any], document: Any) -> Interface:
+    known = {key.lower(): key for key in rules["properties"]}
+    foreign = {}
+    if isinstance(document, dict):
+        lower = {key.lower(): value for key, value in document.items()}
+        document = {known[key]: value for key, value in lower.items() if key in known}
+        if type(capacity := document.get("capacity")) is int and capacity < 1:
+            del document["capacity"]
+        document = schema.given(rules, document, zero=True)
+        foreign = lower
+    if "master" in foreign and "lowerDevice" not in document:
+        device = schema.show(foreign["master"])
+        raise CniError(INVALID_NETWORK_CONFIG, f"master: is called lowerDevice; give lowerDevice: {device}")
+    if not schema.accepts(rules, document):
+        schema.explain(rules, document)
+    entry = schema.defaults(rules) | document
+    modes = (canonical(entry["mode"]),)
+    return Interface(entry["name"], entry["lowerDevice"], "ethernet", modes, int(entry["capacity"]))

@@ -557,7 +557,15 @@ def test_the_old_plugins_variable_is_understood(node: Node) -> None:
     shim("ADD", config(source=BRIDGE_UPLINK), netns=pod, ifname="net2").error(7)
 
 
-@pytest.mark.parametrize("conf", ["[", "{}", '[{"name": "a"}]', json.dumps([CONF[1], CONF[1]])])
+def test_a_bad_entry_of_the_variable_is_left_out(node: Node) -> None:
+    node.kubelet.start()
+    node.start(DP_MACVTAP_CONF=json.dumps([{"name": "old", "master": NIC}, CONF[1]]))
+    why = node.agent.said("an entry of DP_MACVTAP_CONF is left out")["error"]
+    assert why == f'[0].master: is called lowerDevice; give lowerDevice: "{NIC}"'
+    node.kubelet.wait_resource(TWO)
+
+
+@pytest.mark.parametrize("conf", ["[", "{}"])
 def test_a_variable_that_is_not_understood_keeps_the_agent_from_starting(node: Node, conf: str) -> None:
     with pytest.raises(AssertionError, match="DP_MACVTAP_CONF"):
         node.start(DP_MACVTAP_CONF=conf)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 
-from cni.agent.policies import Policies, interfaces
+from cni.agent.policies import Listed, Policies, interfaces
 from cni.config.mac import Derivation
 from cni.config.policy import Interface
 from cni.errors import CniError
@@ -28,32 +29,72 @@ def _names(policies: Policies) -> list[str]:
 
 
 def test_what_the_variable_says() -> None:
-    assert interfaces(CONF) == (Interface("a", "eth1", "ethernet", ("pepa",), 5),)
-    assert interfaces('[{"name": "b", "lowerDevice": "eth2"}]') == (
+    assert interfaces(CONF).interfaces == (Interface("a", "eth1", "ethernet", ("pepa",), 5),)
+    assert interfaces('[{"name": "b", "lowerDevice": "eth2"}]').interfaces == (
         Interface("b", "eth2", "ethernet", ("bridge",), 100),
     )
-    assert interfaces("[]") == ()
+    assert interfaces("[]").everything
+    assert interfaces("null").everything
 
 
-@pytest.mark.parametrize(
-    ("conf", "why"),
-    [
-        ("", "Expecting value"),
-        ("null", "not allowed"),
-        ('[{"name": "a", "lowerDevice": "eth1", "mode": "passthru"}]', "mode"),
-        ('[{"name": "a", "lowerDevice": "eth1", "capacity": 0}]', "capacity"),
-        ('[{"name": "a", "lowerDevice": "eth1", "capacity": 4097}]', "4096"),
-        ('[{"name": "a/b", "lowerDevice": "eth1"}]', "name"),
-        ('[{"name": "a", "lowerdevice": "eth1"}]', "lowerDevice"),
-        (json.dumps(2 * json.loads(CONF)), "twice"),
-        ("[" * 100_000, "DP_MACVTAP_CONF"),
-    ],
-)
-def test_what_it_may_not_say(conf: str, why: str) -> None:
-    with pytest.raises(CniError, match=why) as refused:
+@pytest.mark.parametrize("conf", ["", "{", "7", "{}", '"a"', "[" * 100_000])
+def test_what_is_no_list(conf: str) -> None:
+    with pytest.raises(CniError) as refused:
         interfaces(conf)
     assert refused.value.code == 7
     assert refused.value.msg.startswith("DP_MACVTAP_CONF: ")
+
+
+@pytest.mark.parametrize(
+    ("field", "mode", "capacity"),
+    [
+        ('"capacity": 0', "bridge", 100),
+        ('"capacity": -1', "bridge", 100),
+        ('"capacity": null, "mode": null', "bridge", 100),
+        ('"mode": ""', "bridge", 100),
+        ('"Mode": "private", "CAPACITY": 5, "comment": "the third port", "mtu": 9000', "pepa", 5),
+        ('"master": "eth9", "mode": "vepa", "capacity": 5.0', "vepa", 5),
+    ],
+)
+def test_it_is_read_as_macvtap_cni_reads_it(field: str, mode: str, capacity: int) -> None:
+    listed = interfaces(f'[{{"NAME": "a", "lowerdevice": "eth1", {field}}}]')
+    assert listed == Listed((Interface("a", "eth1", "ethernet", (mode,), capacity),), ())
+
+
+def test_of_entries_with_one_name_the_last_counts() -> None:
+    listed = interfaces('[{"name": "a", "lowerDevice": "eth1"}, {"name": "a", "lowerDevice": "eth2"}]')
+    assert [each.dev for each in listed.interfaces] == ["eth2"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ("null", r"\[1\]: .*null"),
+        ("7", r"\[1\]: .*7"),
+        ('{"name": "b", "lowerDevice": "eth1", "mode": "passthru"}', r"\[1\]\.mode: "),
+        ('{"name": "b", "lowerDevice": "eth1", "capacity": 4097}', "4096"),
+        ('{"name": "b", "lowerDevice": "eth1", "capacity": "50"}', r"\[1\]\.capacity: "),
+        ('{"name": "a/b", "lowerDevice": "eth1"}', r"\[1\]\.name: "),
+        ('{"lowerDevice": "eth1"}', r"\[1\]\.name: is missing"),
+        ('{"name": "b"}', r"\[1\]\.lowerDevice: is missing"),
+        ('{"name": "b", "master": "eth1"}', r'master: is called lowerDevice; give lowerDevice: "eth1"'),
+    ],
+)
+def test_a_bad_entry_is_left_out(entry: str, why: str) -> None:
+    listed = interfaces(f'[{{"name": "a", "lowerDevice": "eth1"}}, {entry}]')
+    assert [each.name for each in listed.interfaces] == ["a"]
+    assert len(listed.left_out) == 1
+    assert re.search(why, listed.left_out[0]), listed.left_out
+    assert not listed.everything
+
+
+def test_bad_entries_alone_allow_nothing(tmp_path: Path) -> None:
+    """They are no empty list, which would offer every link."""
+    policies = Policies(str(tmp_path / "none"), '[{"name": "a"}]', required=True)
+    assert not policies.discovers
+    allowed = policies()
+    assert allowed is not None
+    assert (allowed.interfaces, allowed.allow_unlisted) == ((), False)
 
 
 def test_without_it_there_is_the_file_only(tmp_path: Path) -> None:
