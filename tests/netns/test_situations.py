@@ -70,7 +70,7 @@ def test_check_names_the_mode(lab: Lab, plugin: Plugin) -> None:
     result = plugin("ADD", conf, netns=pod).ok()
     plugin.policy.write_text(policy.format(NIC, "vepa"))
     error = plugin("CHECK", conf | {"prevResult": result}, netns=pod).error(spec.CHECK_FAILED)
-    assert error["msg"] == "net1: mode is 'bridge', and should be 'vepa'"
+    assert error["msg"] == 'net1: mode is "bridge", and should be "vepa"'
     plugin("DEL", conf, netns=pod).ok()
 
 
