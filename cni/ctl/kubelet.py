@@ -69,7 +69,11 @@ def _resources(text: str) -> Iterator[tuple[str, str, str]]:
         well, sick = (int(found["devices", resource, health]) for health in ("Healthy", "Unhealthy"))
         if not registered:
             step = "look at the agent's log for \"not registered\", and at the kubelet's"
-            yield "error", f"{resource} is not registered with the kubelet", step
+            yield (
+                "error",
+                f"{resource} is not registered with the kubelet: it watches no list of its devices",
+                step,
+            )
         elif sick:
             step = "correct the findings on its source above; the agent's log has the reason for each device"
             some = f"{sick} of its {well + sick}" if well else f"its {sick}"

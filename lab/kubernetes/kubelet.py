@@ -1,8 +1,18 @@
 """A stand-in for a kubelet's device manager: registration, ListAndWatch, Allocate, and the pod-resources API.
 
 It does what the real one does: at its start it deletes every socket in its folder before it makes its own; it calls a
-plugin back on the socket that the plugin registered; a later registration replaces an earlier one; a resource whose
-stream has ended is unhealthy. It runs no pods: the caller does.
+plugin back on the socket that the plugin registered. It runs no pods: the caller does.
+
+Several plugins of one resource are treated as by Kubernetes 1.34.4 (pkg/kubelet/cm/devicemanager: plugin/v1beta1's
+handler.go and client.go, manager.go, endpoint.go):
+
+- A later registration gets the calls of Allocate. The stream of an earlier one stays open, and the last list counts,
+  whoever sends it (registerClient, PluginConnected, PluginListAndWatchReceiver).
+- When any stream of the resource ends, the client is disconnected that the resource has by its name, which is the one
+  that registered last; all devices become unhealthy, and Allocate is refused (runClient, PluginDisconnected,
+  isStopped) until the next registration.
+
+Kubernetes after the merge of kubernetes/kubernetes#135437 distinguishes plugins by their sockets.
 
 The pod-resources API answers as in k8s.io/kubernetes 1.34 (pkg/kubelet/apis/podresources/server_v1.go): errors of Get
 have the code UNKNOWN, which Go's gRPC makes of a plain error; a pod is known from its admission on, with or without
@@ -56,14 +66,15 @@ class PluginError(Exception):
 
 @dataclass
 class _Plugin:
-    """A registration, and what the plugin has sent."""
+    """A registration."""
 
     endpoint: str
     options: api.DevicePluginOptions
     channel: grpc.Channel
-    devices: dict[str, Device] | None = None
-    """None until the first list arrives."""
-    connected: bool = True
+    listed: bool = False
+    """Whether the plugin has sent a list."""
+    stopped: bool = False
+    """Whether no call is to be made (endpointImpl.stopTime)."""
     stream: grpc.Call | None = None
     thread: threading.Thread | None = None
 
@@ -97,6 +108,8 @@ class Kubelet:
         self.claims: list[Claim] = []
         self.refuse = False
         """Whether every registration is refused."""
+        self.watch = True
+        """Whether plugins are called at all after they have registered."""
         self.refused: list[str] = []
         """Why registrations were refused."""
         self.get = "on"
@@ -107,7 +120,13 @@ class Kubelet:
         """The methods of the pod-resources API that were called, those that the limit rejected included."""
         self.pods: set[tuple[str, str]] = set()
         """Namespace and name of pods that have no device."""
+        self._clients: dict[str, _Plugin] = {}
+        """Resource → the plugin that registered last, until it is disconnected."""
         self._plugins: dict[str, _Plugin] = {}
+        """Resource → the plugin that registered last, also when it is stopped."""
+        self._running: list[_Plugin] = []
+        """All plugins whose streams are read."""
+        self._lists: dict[str, dict[str, Device]] = {}
         self._counts: dict[str, int] = {}
         self._changed = threading.Condition()
         self._servers: list[tuple[grpc.Server, ThreadPoolExecutor]] = []
@@ -142,9 +161,15 @@ class Kubelet:
             threads.shutdown()  # a registration in progress must not reach the next kubelet
         self._servers = []
         with self._changed:
-            plugins, self._plugins, self._counts = self._plugins, {}, {}
-        for plugin in plugins.values():
+            running, self._running = self._running, []
+            self._clients, self._plugins, self._lists, self._counts = {}, {}, {}, {}
+        for plugin in running:
             _hang_up(plugin)
+
+    def end_stream(self, resource: str) -> None:
+        """Ends the stream of the plugin that registered last."""
+        if stream := self._plugin(resource).stream:
+            stream.cancel()
 
     def restart(self) -> None:
         """Starts a new kubelet: it deletes every socket in the folder, and all plugins must register again."""
@@ -158,7 +183,7 @@ class Kubelet:
 
         def listed() -> bool:
             plugin = self._plugins.get(resource)
-            return bool(plugin and plugin.devices is not None and self._counts[resource] >= times)
+            return bool(plugin and plugin.listed and not plugin.stopped and self._counts[resource] >= times)
 
         with self._changed:
             if not self._changed.wait_for(listed, PATIENCE):
@@ -177,7 +202,7 @@ class Kubelet:
             return self._devices(resource)
 
     def devices(self, resource: str) -> dict[str, Device]:
-        """Id → device, from the last list. All are unhealthy if the plugin's stream has ended."""
+        """Id → device, from the last list. All are unhealthy if a stream has ended since."""
         with self._changed:
             return self._devices(resource)
 
@@ -187,11 +212,7 @@ class Kubelet:
             return self._counts.get(resource, 0)
 
     def _devices(self, resource: str) -> dict[str, Device]:
-        plugin = self._plugins.get(resource)
-        known = (plugin and plugin.devices) or {}
-        if plugin and plugin.connected:
-            return dict(known)
-        return {id: Device(False, device.nodes) for id, device in known.items()}
+        return dict(self._lists.get(resource, {}))
 
     # Devices of pods
 
@@ -252,7 +273,10 @@ class Kubelet:
 
     def _plugin(self, resource: str) -> _Plugin:
         with self._changed:
-            return self._plugins[resource]
+            plugin = self._plugins[resource]
+        if plugin.stopped:
+            raise PluginError("UNAVAILABLE", f"the endpoint of {resource} has been stopped")
+        return plugin
 
     # Calls of plugins
 
@@ -275,25 +299,27 @@ class Kubelet:
             target=self._watch, args=(request.resource_name, plugin), daemon=True
         )
         with self._changed:
-            before = self._plugins.get(request.resource_name)
-            self._plugins[request.resource_name] = plugin
+            self._clients[request.resource_name] = self._plugins[request.resource_name] = plugin
+            self._running.append(plugin)
             self._counts[request.resource_name] = self._counts.get(request.resource_name, 0) + 1
             self._changed.notify_all()
-        if before:
-            _hang_up(before)
-        plugin.thread.start()
+        if self.watch:
+            plugin.thread.start()
         return None
 
     def _watch(self, resource: str, plugin: _Plugin) -> None:
-        """Keeps the plugin's devices up to date until its stream ends."""
+        """Keeps the resource's devices up to date until the plugin's stream ends, then disconnects the last client."""
         try:
             with self._changed:
-                if self._plugins.get(resource) is not plugin:
+                if plugin not in self._running:
                     return
                 plugin.stream = stream = plugin.stub.ListAndWatch(api.Empty())
             for message in stream:
                 with self._changed:
-                    plugin.devices = {
+                    if plugin not in self._running:
+                        return
+                    plugin.listed = True
+                    self._lists[resource] = {
                         each.ID: Device(
                             each.health == "Healthy", tuple(node.ID for node in each.topology.nodes)
                         )
@@ -304,8 +330,17 @@ class Kubelet:
             pass
         finally:
             with self._changed:
-                plugin.connected = False
+                last = self._clients.pop(resource, None) if plugin in self._running else None
+                if plugin in self._running:
+                    self._running.remove(plugin)
+                if last:
+                    last.stopped = True
+                    self._lists[resource] = {
+                        id: Device(False, device.nodes) for id, device in self._devices(resource).items()
+                    }
                 self._changed.notify_all()
+            if last:
+                last.channel.close()
 
 
 def _hang_up(plugin: _Plugin) -> None:

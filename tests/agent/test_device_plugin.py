@@ -322,18 +322,78 @@ def test_a_killed_agents_sockets_are_removed(running: Node) -> None:
     assert not set(killed) & set(running.sockets())
 
 
-def test_two_agents_at_once_do_not_take_each_others_place_in_turns(running: Node, tmp_path: Path) -> None:
-    """As in a rolling update that starts the new one first."""
-    next_one = Agent(running.lab.node, tmp_path / "next", running.agent.policy, running.agent.flags)
-    next_one.start()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_when_the_older_of_two_agents_ends_the_newer_registers_again(
+    running: Node, tmp_path: Path, number: int
+) -> None:
+    """As in a rolling update that starts the new one first. The kubelet disconnects the newer one."""
+    flags = (*running.agent.flags, *METRICS)
+    newer = Agent(running.lab.node, tmp_path / "next", running.agent.policy, flags)
+    newer.start()
     try:
         running.kubelet.wait_resource(DATA, times=2)
-        assert running.agent.end() == 0
-        assert f"{next_one.run}/dev/" in running.kubelet.allocate(DATA, ["dataMvp0"]).devices[0].host_path
+        running.kubelet.wait_resource(TWO, times=2)
+        running.agent.end(number)
+        for resource, capacity in ((DATA, 3), (TWO, deviceid.DEFAULT_CAPACITY)):
+            devices = running.kubelet.wait_resource(resource, times=3)
+            assert len(devices) == capacity
+            assert all(device.healthy for device in devices.values())
+            assert _registered(newer, resource) == 1
+        lost = newer.said("not registered; tried again")
+        assert lost["error"] == "the kubelet ended its ListAndWatch stream"
+        assert f"{newer.run}/dev/" in running.kubelet.allocate(DATA, ["dataMvp0"]).devices[0].host_path
+    finally:
+        newer.end()
+
+
+def test_two_agents_at_once_do_not_take_each_others_place_in_turns(running: Node, tmp_path: Path) -> None:
+    newer = Agent(running.lab.node, tmp_path / "next", running.agent.policy, running.agent.flags)
+    newer.start()
+    try:
+        running.kubelet.wait_resource(DATA, times=2)
+        running.policy(entry("data", capacity=4))
+        running.kubelet.wait_devices(DATA, lambda now: len(now) == 4)
         assert running.kubelet.registrations(DATA) == 2
         assert all(device.healthy for device in running.kubelet.devices(DATA).values())
     finally:
-        next_one.end()
+        newer.end()
+
+
+def test_a_stream_that_ends_at_once_again_and_again_is_opened_ever_less(running: Node) -> None:
+    pauses = []
+    for times in (2, 3):
+        running.kubelet.end_stream(DATA)
+        pauses.append(running.agent.wait_for("not registered; tried again")["seconds"])
+        running.kubelet.wait_resource(DATA, times=times)
+        running.agent.wait_for("registered with the kubelet")
+    assert pauses == [1, 2]
+
+
+def test_a_kubelet_that_opens_no_stream_does_not_have_the_resource(node: Node) -> None:
+    """The registration is accepted; the gauge is of the stream."""
+    node.kubelet.start()
+    node.kubelet.watch = False
+    node.policy(entry("data", capacity=3))
+    node.start(*METRICS, PYTHONPATH=_hasty(node.folder))
+    node.registered(DATA)
+    assert _registered(node.agent, DATA) == 0
+    assert "opened no ListAndWatch stream" in node.agent.said("not registered; tried again")["error"]
+    node.kubelet.watch = True
+    node.kubelet.wait_resource(DATA)
+    assert _registered(node.agent, DATA) == 1
+
+
+def _hasty(folder: Path) -> str:
+    """A PYTHONPATH with which an agent waits for the stream a fiftieth of the time."""
+    (folder / "hasty").mkdir()
+    (folder / "hasty" / "sitecustomize.py").write_text(
+        "from cni.agent.deviceplugin import offering\noffering._STREAM_SECONDS /= 50\n"
+    )
+    return str(folder / "hasty")
+
+
+def _registered(agent: Agent, resource: str) -> float:
+    return parse(agent.get("/metrics")[2])["vmtap_device_plugin_registered", (("resource", resource),)]
 
 
 def test_a_new_kubelet_hears_of_everything_again(running: Node) -> None:

@@ -10,11 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lab.kubernetes.cluster import NODE
 from lab.wire import NIC
-from tests.cluster.conftest import CAPACITY
+from tests.agent.conftest import Agent
+from tests.cluster.conftest import CAPACITY, pod
 from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
+    from lab.kubernetes.cluster import Cluster
     from tests.cluster.conftest import Release
 
 HEADER = Path("/usr/include/linux/capability.h")
@@ -85,3 +88,32 @@ def test_a_nic_without_carrier_has_nothing_to_allocate(release: Release) -> None
         release.cluster.lab.switch.ip("link set node up")
     release.cluster.lab.node.wait_until_up(NIC)
     release.wait_resource("dataplane", CAPACITY)
+
+
+def test_when_the_older_of_two_plugins_ends_the_node_keeps_the_devices(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Kubernetes 1.34 disconnects the newer one then. The resource namespace is the agents' own."""
+    policy = tmp_path / "interfaces.yaml"
+    policy.write_text(json.dumps({"interfaces": [{"name": "data", "source": {"dev": NIC}, "capacity": 3}]}))
+    flags = ("--device-plugin", "--resource-namespace", "overlap.example.org")
+    older, newer = (Agent(cluster.machine, tmp_path / name, policy, flags) for name in ("older", "newer"))
+    path = r"{.status.allocatable.overlap\.example\.org/data}"
+    wanting = pod("overlap")
+    wanting["spec"]["containers"][0]["resources"] = {"limits": {"overlap.example.org/data": 1}}
+    try:
+        older.start().said("registered with the kubelet")
+        cluster.wait(f"node/{NODE}", f"jsonpath={path}=3")
+        newer.start().said("registered with the kubelet")
+        older.end()
+        lost = newer.wait_for("not registered; tried again")
+        assert lost["error"] == "the kubelet ended its ListAndWatch stream"
+        newer.wait_for("registered with the kubelet")
+        cluster.wait(f"node/{NODE}", f"jsonpath={path}=3")
+        cluster.apply(wanting)
+        assert newer.wait_for("allocated")["resource"] == "overlap.example.org/data"
+    finally:
+        cluster.kubectl("delete", "pod", "overlap", "--ignore-not-found", f"--timeout={LIMIT}s")
+        for each in (older, newer):
+            if each.process:
+                each.end()

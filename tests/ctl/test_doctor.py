@@ -274,7 +274,11 @@ def test_the_device_plugin(lab: Lab, tmp_path: Path) -> None:
             kubelet.wait_devices("macvtap.network.kubevirt.io/data", lambda now: not now)
             assert "1 of the policy's interfaces" in wrong(ctl, "--config", settings)[check][1]
             put(ctl.plugin.policy, POLICY)
+            kubelet.wait_devices("macvtap.network.kubevirt.io/data", bool)
             kubelet.refuse = True
+            kubelet.end_stream("macvtap.network.kubevirt.io/data")
+            assert "ended its ListAndWatch" in agent.wait_for("not registered; tried again")["error"]
+            assert "is not registered" in wrong(ctl, "--config", settings)[check][1]
             kubelet.restart()
             agent.wait_for("not registered; tried again")
             assert "is not registered" in wrong(ctl, "--config", settings)[check][1]

@@ -6,10 +6,15 @@ kubelet and of the VFs that attachments hold (inotify), and answers to registrat
     policy, links, VFs  → offers → one Resource each, on a socket of its own, kept current
     kubelet.sock        → if it was replaced, or a plugin socket is gone (a new kubelet empties its folder): serve
                           and register again
-    an answer           → registered, or retried after a pause that grows to _LATEST seconds
+    an answer           → accepted, or retried after a pause that grows to _LATEST seconds
+    a stream that ends  → serve and register again, after such a pause
 
-Socket names are unique to the process: an agent that replaces another must not remove the other's socket, nor lose its
-own when the other ends.
+A resource counts as registered while the kubelet has a ListAndWatch stream of it open. When the stream of an earlier
+plugin of the resource ends, kubelets before the merge of kubernetes/kubernetes#135437 disconnect the client that
+registered last, and mark all devices unhealthy (pkg/kubelet/cm/devicemanager/plugin/v1beta1/handler.go, runClient).
+
+Each registration has a socket of its own. An agent that replaces another must not remove the other's socket, nor lose
+its own when the other ends. Newer kubelets refuse a socket that they are connected to.
 """
 
 from __future__ import annotations
@@ -45,7 +50,10 @@ if TYPE_CHECKING:
 
 _SOONEST = 1.0
 _LATEST = 30.0
-"""Seconds between attempts."""
+"""Seconds between attempts. A kubelet ends a client in several steps, by the resource's name: a client that registers
+between two of them would be marked as stopped, and keep its stream."""
+_STREAM_SECONDS = 15.0
+"""How long a kubelet that has accepted a registration may take to open the stream."""
 _STOP_SECONDS = 5.0
 _PREFIX = "vmtap-"
 
@@ -58,13 +66,27 @@ class _Served:
     devices: tuple[Device, ...] = ()
     resource: Resource | None = None
     """None if the kubelet's folder is missing, or the socket cannot be served now."""
-    registered: bool = False
+    accepted: bool = False
+    """Whether the kubelet has accepted a registration of the resource's socket."""
     pending: Registration | None = None
     """The registration that the kubelet has not answered yet."""
     due: float = 0.0
-    """When to try next, by time.monotonic()."""
+    """When to try next, or to give up waiting for the stream, by time.monotonic()."""
     failures: int = 0
     error: str = ""
+
+    @property
+    def watched(self) -> bool:
+        """Whether the kubelet has a stream of the resource open."""
+        return self.resource is not None and self.resource.watched
+
+    def close(self, *, withdraw: bool = False) -> None:
+        """Stop to serve; the next attempt makes another socket. withdraw: as of Resource.close()."""
+        if self.pending:
+            self.pending.close()
+        if self.resource:
+            self.resource.close(withdraw=withdraw)
+        self.pending, self.resource, self.accepted = None, None, False
 
     def later(self) -> float:
         """Schedule the next attempt after a failure; the seconds until then."""
@@ -73,12 +95,11 @@ class _Served:
         self.due = time.monotonic() + pause
         return pause
 
-    def at_once(self) -> None:
-        """Forget registration and failures: serve and register now."""
-        self.registered, self.due, self.failures, self.error = False, 0.0, 0, ""
-        if self.pending:
-            self.pending.close()
-            self.pending = None
+    def renew(self) -> None:
+        """Serve and register on a new socket: now, or after a pause if this ends a stream of the kubelet's."""
+        self.due = time.monotonic() + _SOONEST if self.watched else 0.0
+        self.failures, self.error = 0, ""
+        self.close()
 
 
 class DevicePlugin:
@@ -113,7 +134,7 @@ class DevicePlugin:
         )
         self._failures = registry.counter(
             "vmtap_device_plugin_registration_failures_total",
-            "Registrations that failed; each is tried again.",
+            "Registrations that failed, or whose stream the kubelet ended; each is tried again.",
             "resource",
         )
         registry.computed(
@@ -125,9 +146,9 @@ class DevicePlugin:
         )
         registry.computed(
             "vmtap_device_plugin_registered",
-            "1 if the kubelet that is there has taken the resource's registration.",
+            "1 if the kubelet has a ListAndWatch stream of the resource open.",
             "resource",
-            look=lambda: {(self._name(name),): each.registered for name, each in list(self._served.items())},
+            look=lambda: {(self._name(name),): each.watched for name, each in list(self._served.items())},
         )
         registry.computed(
             "vmtap_device_plugin_not_offered",
@@ -183,9 +204,7 @@ class DevicePlugin:
                     due = time.monotonic() + _LATEST
                 self._wait(poll, due)
             for served in self._served.values():
-                served.at_once()
-                if served.resource:
-                    served.resource.close()
+                served.close()
 
     def _wait(self, poll: select.poll, due: float | None) -> None:
         """Return at an event that may change an offer, or at the time due."""
@@ -214,7 +233,7 @@ class DevicePlugin:
                 log(INFO, "no kubelet socket yet: waiting for it", socket=self._socket)
             self._kubelet = kubelet
             for served in self._served.values():
-                served.at_once()
+                served.renew()
         for name, served in self._served.items():
             self._serve(name, served)
             self._register(name, served)
@@ -262,36 +281,42 @@ class DevicePlugin:
 
     def _withdraw(self, name: str) -> None:
         served = self._served.pop(name)
-        served.at_once()
         log(INFO, "interface is withdrawn", **self._fields(served))
-        if served.resource:
-            served.resource.close(withdraw=True)
+        served.close(withdraw=True)
 
     # The kubelet
 
     def _serve(self, name: str, served: _Served) -> None:
         if served.resource and not os.path.exists(served.resource.path):
             log(INFO, "the plugin's socket was removed: serving a new one", **self._fields(served))
-            served.resource.close()
-            served.resource = None
-            served.at_once()
+            served.renew()
+        elif served.resource and served.resource.lost:
+            if time.monotonic() - served.due > _LATEST:
+                served.failures = 0  # else the streams end one after the other: the pause grows
+            self._failed(served, "the kubelet ended its ListAndWatch stream")
         if served.resource or served.due > time.monotonic() or not os.path.isdir(self._folder):
             return
         self._sockets += 1
         path = f"{self._folder}/{_PREFIX}{self._token}-{self._sockets}.sock"
         try:
-            served.resource = Resource(self._name(name), name, served.devices, self._answers, path)
+            served.resource = Resource(
+                self._name(name), name, served.devices, self._answers, path, watching=self._wake
+            )
         except RuntimeError as error:
             self._failed(served, f"{path} cannot be served: {error}")
 
     def _waits(self, served: _Served) -> bool:
-        """Whether the resource is to be served or registered at the time due."""
-        if served.registered or served.pending:
+        """Whether something is to be done for the resource at the time due."""
+        if served.watched or served.pending:
             return False
         return self._kubelet is not None if served.resource else os.path.isdir(self._folder)
 
     def _register(self, name: str, served: _Served) -> None:
-        if served.resource and self._waits(served) and served.due <= time.monotonic():
+        if not served.resource or not self._waits(served) or served.due > time.monotonic():
+            return
+        if served.accepted:
+            self._failed(served, "the kubelet accepted the registration, and opened no ListAndWatch stream")
+        else:
             served.pending = Registration(self._socket, name, served.resource, self._answer)
 
     def _answer(self, registration: Registration) -> None:
@@ -311,16 +336,17 @@ class DevicePlugin:
             if served is None or served.pending is not registration:
                 continue  # the kubelet was replaced meanwhile, or the offer withdrawn
             served.pending = None
-            if registration.error:
+            if registration.error and not served.watched:
                 self._failed(served, registration.error)
                 continue
-            served.registered, served.failures, served.error = True, 0, ""
+            served.accepted, served.due, served.error = True, time.monotonic() + _STREAM_SECONDS, ""
             self._registrations.inc(self._name(registration.interface))
             log(INFO, "registered with the kubelet", **self._fields(served))
-            if all(each.registered for each in self._served.values()):
+            if all(each.accepted for each in self._served.values()):
                 gc.collect()  # a closed gRPC server leaves reference cycles, which the agent collects rarely
 
     def _failed(self, served: _Served, error: str) -> None:
+        served.close()
         self._failures.inc(self._name(served.offer.name))
         pause = served.later()
         if error != served.error:

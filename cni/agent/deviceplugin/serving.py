@@ -21,7 +21,7 @@ from cni.state import cdi, deviceid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from typing import NoReturn
 
     from cni.agent.metrics import Counter
@@ -79,14 +79,26 @@ class Answers:
 class Resource(services.DevicePluginServicer):
     """Serves the devices of one interface until close(). path: of the socket, which exists once this returns.
 
-    Raises RuntimeError if the socket cannot be made.
+    watching: called in a gRPC thread when a ListAndWatch stream begins or ends. Raises RuntimeError if the socket
+    cannot be made.
     """
 
     def __init__(
-        self, name: str, interface: str, devices: tuple[Device, ...], answers: Answers, path: str
+        self,
+        name: str,
+        interface: str,
+        devices: tuple[Device, ...],
+        answers: Answers,
+        path: str,
+        *,
+        watching: Callable[[], None],
     ) -> None:
         self.name = name
         self.path = path
+        self.lost = False
+        """Whether the kubelet has ended a stream: it has then marked all devices of the resource unhealthy."""
+        self._watching = watching
+        self._streams = 0
         self._answers = answers
         self._changed = threading.Condition()
         self._interface = interface
@@ -98,6 +110,11 @@ class Resource(services.DevicePluginServicer):
         services.add_DevicePluginServicer_to_server(self, self._server)
         self._server.add_insecure_port(f"unix:{path}")
         self._server.start()
+
+    @property
+    def watched(self) -> bool:
+        """Whether the kubelet has a ListAndWatch stream open, and has ended none."""
+        return self._streams > 0 and not self.lost
 
     def show(self, devices: tuple[Device, ...]) -> None:
         """Set the devices, and send them to the kubelets that watch if they have changed."""
@@ -148,11 +165,16 @@ class Resource(services.DevicePluginServicer):
         return OPTIONS
 
     def ListAndWatch(self, request: api.Empty, context: Context) -> Iterator[api.ListAndWatchResponse]:  # noqa: N802
-        def gone() -> None:
+        def count(change: int) -> None:
             with self._changed:
+                self._streams += change
+                self.lost |= change < 0 and not self._ending
                 self._changed.notify_all()
+            self._watching()
 
-        if not context.add_callback(gone):
+        count(+1)
+        if not context.add_callback(lambda: count(-1)):
+            count(-1)
             return
         seen = -1
         while True:
