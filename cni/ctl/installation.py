@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
+from errno import EBUSY, ENOTEMPTY
 from pathlib import Path
 
 import cni
@@ -74,9 +75,33 @@ def uninstall(folder: str, run: str, cdi: str, *, state: bool, force: bool) -> I
             yield f"{each} is removed"
     for source in offload.restore(run):
         yield f"{offload.FEATURE} of {source} is off, as before ADD"
-    if os.path.isdir(run):
-        shutil.rmtree(run)
-        yield f"{run} is removed"
+    if not os.path.isdir(run):
+        return
+    if mounts := _remove(os.path.realpath(run)):
+        yield f"{run} is removed, except for mount points: {', '.join(mounts)}"
+        return
+    if os.path.islink(run):
+        os.unlink(run)
+    yield f"{run} is removed"
+
+
+def _remove(folder: str) -> list[str]:
+    """Remove a folder and its contents. Returns the mount points in it (or itself), which stay. Raises OSError.
+
+    The content of a mount point is removed, too.
+    """
+    mounts: list[str] = []
+
+    def failed(_: object, path: str, raised: tuple[object, BaseException, object]) -> None:
+        error = raised[1]
+        code = error.errno if isinstance(error, OSError) else None
+        if code == EBUSY:  # rmdir(2), unlink(2): of a mount point
+            mounts.append(path)
+        elif code != ENOTEMPTY or not any(each.startswith(f"{path}/") for each in mounts):
+            raise error
+
+    shutil.rmtree(folder, onerror=failed)
+    return mounts
 
 
 def _unused(run: str, *, state: bool) -> None:

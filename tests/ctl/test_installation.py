@@ -149,6 +149,64 @@ def test_state_of_a_running_agent_stays(ctl: Ctl, lab: Lab, tmp_path: Path) -> N
     assert not ctl.plugin.state.exists()
 
 
+@pytest.mark.parametrize(
+    ("mounted", "kind"),
+    [(".", "tmpfs"), (".", "bind"), ("attachments", "tmpfs"), ("agent/held", "bind"), ("file", "bind")],
+)
+def test_mount_points_in_the_state_stay(ctl: Ctl, tmp_path: Path, mounted: str, kind: str) -> None:
+    """The state folder may be a mount, or contain one, of a folder or a file: rmdir and unlink fail with EBUSY."""
+    state = tmp_path / "run"
+    point = (state / mounted).resolve()
+    if mounted == "file":
+        state.mkdir()
+        point.touch()
+        (tmp_path / "other").touch()
+    else:
+        point.mkdir(parents=True)
+        (tmp_path / "other").mkdir()
+    what = ["-t", "tmpfs", "none"] if kind == "tmpfs" else ["--bind", tmp_path / "other"]
+    subprocess.run(["mount", *what, point], check=True)
+    try:
+        if mounted != "file":
+            (point / "sub").mkdir()
+            (point / "sub/record.json").write_text("{}")
+        (state / "beside").touch()
+        for _ in range(2):  # it may be repeated
+            done = ctl("uninstall", "--state", "--run", state, "--bin-dir", tmp_path / "bin")
+            assert done.stdout == f"{state} is removed, except for mount points: {point}\n"
+            assert done.stderr == ""
+            expected = {parent for parent in [point, *point.parents] if parent.is_relative_to(state)}
+            assert {state, *state.rglob("*")} == expected
+            assert os.path.lexists(point)
+    finally:
+        subprocess.run(["umount", point], check=True)
+    ctl("uninstall", "--state", "--run", state, "--bin-dir", tmp_path / "bin")
+    assert not state.exists()
+
+
+def test_a_state_folder_that_is_a_link(ctl: Ctl, tmp_path: Path) -> None:
+    (tmp_path / "there/agent").mkdir(parents=True)
+    state = tmp_path / "run"
+    state.symlink_to(tmp_path / "there")
+    done = ctl("uninstall", "--state", "--run", state, "--bin-dir", tmp_path / "bin")
+    assert done.stdout == f"{state} is removed\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_folder_that_is_read_only(ctl: Ctl, tmp_path: Path) -> None:
+    """Only a mount point is left in place with exit status 0."""
+    state = tmp_path / "run"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", state], check=True)
+    try:
+        (state / "record.json").touch()
+        subprocess.run(["mount", "-o", "remount,ro", state], check=True)
+        done = ctl("uninstall", "--state", "--run", state, "--bin-dir", tmp_path / "bin", status=os.EX_OSERR)
+        assert "Read-only file system" in done.stderr
+    finally:
+        subprocess.run(["umount", state], check=True)
+
+
 def test_cdi_files_go_with_the_state(ctl: Ctl, tmp_path: Path) -> None:
     cdi = tmp_path / "cdi"
     cdi.mkdir()
