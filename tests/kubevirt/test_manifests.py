@@ -105,6 +105,16 @@ def test_each_vm_uses_what_is_defined(name: str) -> None:
     assert list(configs) == [config["name"] for config in configs.values()]
 
 
+def test_the_page_and_the_example_have_one_network() -> None:
+    """docs/kubevirt.md applies both, one after the other."""
+    blocks = (DEPLOY.parent / "docs/kubevirt.md").read_text().split("```yaml\n")[1:]
+    (shown,) = [block.split("```")[0] for block in blocks if "kind: NetworkAttachmentDefinition" in block]
+    page, (example,) = yaml.safe_load(shown), documents("macvtap.yaml", "NetworkAttachmentDefinition")
+    for each in (page, example):
+        each["spec"]["config"] = json.loads(each["spec"]["config"])
+    assert page == example
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_plugin_accepts_each_network(name: str) -> None:
     granted = policy.load(DEPLOY / "examples/interfaces.yaml")
