@@ -9,7 +9,6 @@ import errno
 import os
 from contextlib import suppress
 
-from cni.config import netconf
 from cni.errors import SHORTAGE, CniError
 from cni.kernel import bridge_port, macvtap
 from cni.kernel.rtnl import Rtnl
@@ -80,16 +79,8 @@ def _holder(plan: Plan, record: Record, store: Store) -> str:
             with suppress(OSError):  # the other's namespace has ended
                 link = host.link(index=other.ifindex, nsid=other.nsid)
                 if link and (link.mac, link.lower) == (record.mac, plan.source.index):
-                    return f"{other.ifname} of {_owner(other)} in network {other.network!r}"
+                    return f"{other.ifname} of {other.owner} in network {other.network!r}"
     return "another macvlan or macvtap, not of this plugin"
-
-
-def _owner(record: Record) -> str:
-    """The pod; outside Kubernetes the container."""
-    words = netconf.arguments(record.args, command="DEL")
-    if "K8S_POD_NAME" not in words:
-        return f"container {record.container_id}"
-    return f"pod {words.get('K8S_POD_NAMESPACE', '')}/{words['K8S_POD_NAME']}"
 
 
 def _is_name_taken(record: Record) -> bool:

@@ -6,7 +6,7 @@ import re
 from _blake2 import blake2s  # hashlib would load OpenSSL: 5 ms of every pod's start
 from dataclasses import dataclass
 
-from cni.config.launcher_pod import vm_name
+from cni.state.launcher_pod import vm_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

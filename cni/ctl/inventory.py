@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from cni.config import policy
-from cni.config.launcher_pod import vm_name
 from cni.kernel import macvtap
 from cni.kernel.rtnl import IFF_LOWER_UP, IFF_UP
 from cni.lower import vf_discovery
+from cni.state.launcher_pod import vm_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

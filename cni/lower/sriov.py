@@ -35,7 +35,7 @@ from cni.kernel.rtnl import (
 from cni.kernel.sysfs import read
 from cni.kernel.vf_settings import VfSettings
 from cni.lower import LowerDevice
-from cni.lower.vf_choice import check_pool, check_switch, none_free, why_busy
+from cni.lower.vf_choice import check_pool, check_switch, none_free, of_whom, why_busy
 from cni.lower.vf_discovery import SYSFS, driver, functions, most, pf_link, places, vf_link
 from cni.spec import (
     INVALID_NETWORK_CONFIG,
@@ -100,9 +100,10 @@ def take(
             before = vf.settings(host, pf.index)
             for other, has in before.items():
                 if has.mac == record.mac and other != each.number:
+                    by = f"VF {other}{of_whom(store, pf.name, other)}"
                     raise CniError(
                         MAC_IN_USE,
-                        f"MAC {record.mac} is in use on {pf.name!r} by VF {other}: give this VM another",
+                        f"MAC {record.mac} is in use on {pf.name!r} by {by}: give this VM another",
                     )
             link = vf_link(host, each.pci)
             if each.number not in before or link is None or not store.hold_function(each.pci, record.id):

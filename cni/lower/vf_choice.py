@@ -35,7 +35,7 @@ def check_switch(host: Rtnl, store: Store, pf: Link, mode: str) -> None:
             raise CniError(
                 SOURCE_BUSY,
                 f"mode {mode}: the embedded switch of {pf.name!r} is in mode {other.mode} for {other.ifname} of "
-                f"container {other.container_id} in network {other.network!r}, and has one mode for all",
+                f"{other.owner} in network {other.network!r}, and has one mode for all",
             )
     try:
         vf.set_switch_mode(host, pf.index, wanted)
@@ -106,3 +106,9 @@ def none_free(
     words = list(busy.values())
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     return CniError(TRY_AGAIN_LATER, f"no VF of {names} is free: of {there}, {counts}")
+
+
+def of_whom(store: Store, pf: str, number: int) -> str:
+    """Whose that VF of the PF is, for a message: " of pod NAMESPACE/NAME"; "" if no attachment has it."""
+    held = (each for each in store.records() if each.vf and (each.source, each.vf.number) == (pf, number))
+    return next((f" of {each.owner}" for each in held), "")

@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from cni.errors import reason
 from cni.kernel.vf_settings import VfSettings
 from cni.names import is_id, is_ifname
+from cni.state.launcher_pod import vm_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -118,6 +119,15 @@ class Record:
     def id(self) -> str:
         """The attachment's id, which names its files in the state folder."""
         return identifier(self.network, self.container_id, self.ifname)
+
+    @property
+    def owner(self) -> str:
+        """The pod, and the VM of a KubeVirt launcher's pod, for messages; outside Kubernetes the container."""
+        words = dict(part.partition("=")[::2] for part in self.args.split(";"))
+        if not (pod := words.get("K8S_POD_NAME")):
+            return f"container {self.container_id}"
+        vm = vm_name(pod)
+        return f"pod {words.get('K8S_POD_NAMESPACE', '')}/{pod}" + (f" (VM {vm})" if vm else "")
 
     @property
     def alias(self) -> str:

@@ -223,10 +223,12 @@ class Store:
             if number := deviceid.index_of(device_id):
                 if self._hold(number, id):
                     return number
+                holder = self.reserved_by(number)
+                record = self.load(holder) if holder else None
+                owner = f"{record.owner}, attachment {holder}," if record else f"attachment {holder}"
                 raise CniError(
                     TRY_AGAIN_LATER,
-                    f"deviceID {device_id}: attachment {self.reserved_by(number)} has it still; try again when that "
-                    "has ended",
+                    f"deviceID {device_id}: {owner} has it still; try again when that has ended",
                 )
             for number in _candidates(id):
                 if self._hold(number, id):

@@ -301,11 +301,12 @@ def test_an_agent_that_restarts_gives_the_same_answers(running: Node) -> None:
     running.agent.start()
     running.kubelet.wait_resource(DATA, times=2)
     assert all(each.healthy for each in running.kubelet.devices(DATA).values())
-    with pytest.raises(PluginError, match="is held by attachment c1-"):
+    with pytest.raises(PluginError, match="is held by pod default/pod still, attachment c1-"):
         running.kubelet.allocate(DATA, ["dataMvp2"])
     assert running.kubelet.preferred(DATA, ["dataMvp2", "dataMvp0"], size=1) == ["dataMvp0"]
     assert os.stat(device.host_path) == made
-    shim("ADD", add, netns=running.lab.pod(), container="c2", args=pod_args()).error(11)
+    taken = shim("ADD", add, netns=running.lab.pod(), container="c2", args=pod_args()).error(11)
+    assert "deviceID dataMvp2: pod default/pod, attachment c1-" in taken["msg"]
     shim("DEL", add, netns=pod).ok()
     assert not Path(device.host_path).exists()
     assert running.kubelet.allocate(DATA, ["dataMvp2"]) == before

@@ -213,12 +213,17 @@ def test_item_07_codes(plugin: Plugin, pod: Netns, code: int, fields: dict[str, 
 
 
 def test_item_07_mac_in_use(plugin: Plugin, pods: Callable[[], Netns]) -> None:
-    """103: another attachment on the source has the MAC, and is named."""
+    """103: another attachment on the source has the MAC, and is named: in Kubernetes by its pod."""
     one, other = pods(), pods()
     conf = config(source=NIC, mac="02:00:00:00:0a:01")
     plugin("ADD", conf, netns=one, container="first").ok()
     error = plugin("ADD", conf, netns=other, container="second").error(103)
     assert "net1 of container first" in error["msg"]
+    plugin("DEL", conf, netns=one, container="first").ok()
+    args = "IgnoreUnknown=1;K8S_POD_NAMESPACE=prod;K8S_POD_NAME=virt-launcher-db-x7k2p"
+    plugin("ADD", conf, netns=one, container="first", args=args).ok()
+    error = plugin("ADD", conf, netns=other, container="second").error(103)
+    assert "by net1 of pod prod/virt-launcher-db-x7k2p (VM db) in network" in error["msg"]
     assert list(other.links()) == ["lo"]
     assert list(one.links()) == ["lo", "net1"]
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from cni.agent.metrics import Counter
     from cni.agent.settings import Settings
+    from cni.state.record import Record
     from cni.state.store import Store
 
     Context = grpc.ServicerContext
@@ -62,10 +63,10 @@ class Answers:
             answer.mounts.add(container_path=folder, host_path=folder, read_only=True)
         return answer
 
-    def holder(self, id: str) -> str | None:
-        """The attachment that holds the device of that id and has a record; None without one. Raises CniError 5."""
+    def holder(self, id: str) -> Record | None:
+        """The attachment that holds the device of that id; None without a record of it. Raises CniError 5."""
         holder = self.store.reserved_by(deviceid.index_of(id))
-        return holder if holder and self.store.load(holder) else None
+        return self.store.load(holder) if holder else None
 
     def held(self) -> Held:
         """What attachments hold now. Raises CniError 5."""
@@ -212,7 +213,8 @@ class Resource(services.DevicePluginServicer):
             # A kubelet calls Allocate when it admits a pod, before the pod is attached, and not when a container
             # restarts (k8s.io/kubernetes, pkg/kubelet/cm/devicemanager/manager.go, devicesToAllocate).
             if holder := self._answers.holder(id):
-                why = f"{id} of {self.name} is held by attachment {holder} still: wait until that pod is detached"
+                held = f"is held by {holder.owner} still, attachment {holder.id}"
+                why = f"{id} of {self.name} {held}: wait until it is detached"
                 self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, why)
         for ids in wanted:
             self._answers.allocated.inc(self.name, by=len(ids))

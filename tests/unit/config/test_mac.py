@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cni.config import mac, schema
-from cni.config.launcher_pod import vm_name
+from cni.state.launcher_pod import vm_name
 
 
 def _of(

@@ -99,3 +99,9 @@ def test_a_switch_without_modes_is_a_bridge(store: Store, monkeypatch: pytest.Mo
     with pytest.raises(CniError, match="cannot put its embedded switch into it") as refused:
         _check(store, "vepa")
     assert refused.value.code == 7
+
+
+def test_a_vf_that_has_the_mac_is_named_by_its_pod(store: Store) -> None:
+    store.save(replace(RECORD, args="K8S_POD_NAMESPACE=prod;K8S_POD_NAME=virt-launcher-db-x7k2p"))
+    assert vf_choice.of_whom(store, "pf0", 0) == " of pod prod/virt-launcher-db-x7k2p (VM db)"
+    assert vf_choice.of_whom(store, "pf0", 1) == vf_choice.of_whom(store, "pf1", 0) == ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cni.config.launcher_pod import vm_name
+from cni.state.launcher_pod import vm_name
 
 
 @pytest.mark.parametrize(
