@@ -388,7 +388,7 @@ def _hasty(folder: Path) -> str:
     """A PYTHONPATH with which an agent waits for the stream a fiftieth of the time."""
     (folder / "hasty").mkdir()
     (folder / "hasty" / "sitecustomize.py").write_text(
-        "from cni.agent.deviceplugin import offering\noffering._STREAM_SECONDS /= 50\n"
+        "from cni.agent.deviceplugin import served\nserved.STREAM_SECONDS /= 50\n"
     )
     return str(folder / "hasty")
 

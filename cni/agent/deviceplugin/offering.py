@@ -6,7 +6,7 @@ kubelet and of the VFs that attachments hold (inotify), and answers to registrat
     policy, links, VFs  → offers → one Resource each, on a socket of its own, kept current
     kubelet.sock        → if it was replaced, or a plugin socket is gone (a new kubelet empties its folder): serve
                           and register again
-    an answer           → accepted, or retried after a pause that grows to _LATEST seconds
+    an answer           → accepted, or retried after a pause that grows to served.LATEST seconds
     a stream that ends  → serve and register again, after such a pause
 
 A resource counts as registered while the kubelet has a ListAndWatch stream of it open. When the stream of an earlier
@@ -27,14 +27,14 @@ import stat
 import threading
 import time
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 from queue import Empty, SimpleQueue
 
-from cni.agent.deviceplugin.devices import Device, Held, Offer, devices, offers, suitable
+from cni.agent.deviceplugin.devices import Device, Held, devices, offers, suitable
 from cni.agent.deviceplugin.links import Links
 from cni.agent.deviceplugin.pci import PciEvents
 from cni.agent.deviceplugin.registration import Registration
+from cni.agent.deviceplugin.served import LATEST, Served
 from cni.agent.deviceplugin.serving import HEALTHY, UNHEALTHY, Answers, Resource
 from cni.agent.inotify import Folders
 from cni.agent.log import log
@@ -48,58 +48,8 @@ if TYPE_CHECKING:
     from cni.agent.settings import Settings
     from cni.state.store import Store
 
-_SOONEST = 1.0
-_LATEST = 30.0
-"""Seconds between attempts. A kubelet ends a client in several steps, by the resource's name: a client that registers
-between two of them would be marked as stopped, and keep its stream."""
-_STREAM_SECONDS = 15.0
-"""How long a kubelet that has accepted a registration may take to open the stream."""
 _STOP_SECONDS = 5.0
 _PREFIX = "vmtap-"
-
-
-@dataclass
-class _Served:
-    """One resource and the state of its registration."""
-
-    offer: Offer
-    devices: tuple[Device, ...] = ()
-    resource: Resource | None = None
-    """None if the kubelet's folder is missing, or the socket cannot be served now."""
-    accepted: bool = False
-    """Whether the kubelet has accepted a registration of the resource's socket."""
-    pending: Registration | None = None
-    """The registration that the kubelet has not answered yet."""
-    due: float = 0.0
-    """When to try next, or to give up waiting for the stream, by time.monotonic()."""
-    failures: int = 0
-    error: str = ""
-
-    @property
-    def watched(self) -> bool:
-        """Whether the kubelet has a stream of the resource open."""
-        return self.resource is not None and self.resource.watched
-
-    def close(self, *, withdraw: bool = False) -> None:
-        """Stop to serve; the next attempt makes another socket. withdraw: as of Resource.close()."""
-        if self.pending:
-            self.pending.close()
-        if self.resource:
-            self.resource.close(withdraw=withdraw)
-        self.pending, self.resource, self.accepted = None, None, False
-
-    def later(self) -> float:
-        """Schedule the next attempt after a failure; the seconds until then."""
-        self.failures += 1
-        pause = min(_LATEST, _SOONEST * 2.0 ** (self.failures - 1))
-        self.due = time.monotonic() + pause
-        return pause
-
-    def renew(self) -> None:
-        """Serve and register on a new socket: now, or after a pause if this ends a stream of the kubelet's."""
-        self.due = time.monotonic() + _SOONEST if self.watched else 0.0
-        self.failures, self.error = 0, ""
-        self.close()
 
 
 class DevicePlugin:
@@ -115,7 +65,7 @@ class DevicePlugin:
         self._socket = f"{settings.kubelet}/kubelet.sock"
         self._token = os.urandom(4).hex()
         self._sockets = 0
-        self._served: dict[str, _Served] = {}
+        self._served: dict[str, Served] = {}
         self._not_offered: dict[str, tuple[str, str]] = {}
         self._kubelet: tuple[int, ...] | None = ()  # not looked up yet
         self._answered: SimpleQueue[Registration] = SimpleQueue()
@@ -201,7 +151,7 @@ class DevicePlugin:
                         "device plugin: a step failed; it is tried again",
                         error=reason(error) if isinstance(error, OSError | CniError) else repr(error),
                     )
-                    due = time.monotonic() + _LATEST
+                    due = time.monotonic() + LATEST
                 self._wait(poll, due)
             for served in self._served.values():
                 served.close()
@@ -270,10 +220,10 @@ class DevicePlugin:
             now = devices(offer, links, self._sysfs, held)
             served = self._served.get(offer.name)
             if served is None:
-                served = self._served[offer.name] = _Served(offer)
-                log(INFO, "interface is offered", **self._fields(_Served(offer, now)))
+                served = self._served[offer.name] = Served(offer)
+                log(INFO, "interface is offered", **self._fields(Served(offer, now)))
             elif served.offer != offer or len(served.devices) != len(now):
-                log(INFO, "offer of an interface changed", **self._fields(_Served(offer, now)))
+                log(INFO, "offer of an interface changed", **self._fields(Served(offer, now)))
             before, served.offer, served.devices = served.devices, offer, now
             _log_health(before, now, self._fields(served))
             if served.resource:
@@ -286,13 +236,12 @@ class DevicePlugin:
 
     # The kubelet
 
-    def _serve(self, name: str, served: _Served) -> None:
+    def _serve(self, name: str, served: Served) -> None:
         if served.resource and not os.path.exists(served.resource.path):
             log(INFO, "the plugin's socket was removed: serving a new one", **self._fields(served))
             served.renew()
         elif served.resource and served.resource.lost:
-            if time.monotonic() - served.due > _LATEST:
-                served.failures = 0  # else the streams end one after the other: the pause grows
+            served.forgive()
             self._failed(served, "the kubelet ended its ListAndWatch stream")
         if served.resource or served.due > time.monotonic() or not os.path.isdir(self._folder):
             return
@@ -305,13 +254,13 @@ class DevicePlugin:
         except RuntimeError as error:
             self._failed(served, f"{path} cannot be served: {error}")
 
-    def _waits(self, served: _Served) -> bool:
+    def _waits(self, served: Served) -> bool:
         """Whether something is to be done for the resource at the time due."""
         if served.watched or served.pending:
             return False
         return self._kubelet is not None if served.resource else os.path.isdir(self._folder)
 
-    def _register(self, name: str, served: _Served) -> None:
+    def _register(self, name: str, served: Served) -> None:
         if not served.resource or not self._waits(served) or served.due > time.monotonic():
             return
         if served.accepted:
@@ -339,13 +288,13 @@ class DevicePlugin:
             if registration.error and not served.watched:
                 self._failed(served, registration.error)
                 continue
-            served.accepted, served.due, served.error = True, time.monotonic() + _STREAM_SECONDS, ""
+            served.accept()
             self._registrations.inc(self._name(registration.interface))
             log(INFO, "registered with the kubelet", **self._fields(served))
             if all(each.accepted for each in self._served.values()):
                 gc.collect()  # a closed gRPC server leaves reference cycles, which the agent collects rarely
 
-    def _failed(self, served: _Served, error: str) -> None:
+    def _failed(self, served: Served, error: str) -> None:
         served.close()
         self._failures.inc(self._name(served.offer.name))
         pause = served.later()
@@ -366,7 +315,7 @@ class DevicePlugin:
     def _name(self, interface: str) -> str:
         return f"{self._settings.resource_namespace}/{interface}"
 
-    def _fields(self, served: _Served) -> dict[str, object]:
+    def _fields(self, served: Served) -> dict[str, object]:
         source = ", ".join(served.offer.sources)
         return {
             "resource": self._name(served.offer.name),
