@@ -36,6 +36,7 @@ NETLINK_EXT_ACK = 11
 
 NLM_F_REQUEST = 0x1
 NLM_F_ACK = 0x4
+NLM_F_ECHO = 0x8
 NLM_F_DUMP_INTR = 0x10
 NLM_F_ACK_TLVS = 0x200
 NLM_F_EXCL = 0x200
@@ -69,6 +70,7 @@ IFLA_LINK = 5
 IFLA_MASTER = 10
 IFLA_LINKINFO = 18
 IFLA_IFALIAS = 20
+IFLA_STATS64 = 23
 IFLA_GROUP = 27
 IFLA_NET_NS_FD = 28
 IFLA_EXT_MASK = 29
@@ -260,16 +262,26 @@ class Rtnl:
         kind, _, body = link_message(RTM_GETLINK, u32(IFLA_EXT_MASK, mask), where, index=index, nlm=0)
         return attributes(self.ask(kind, body)[16:])
 
-    def ask(self, kind: int, body: bytes) -> bytes:
-        """The body of the one message that answers a request. Raises OSError."""
+    def ask(self, kind: int, body: bytes, *, surely: bool = True) -> bytes:
+        """The body of the one message that answers a request. Raises OSError.
+
+        surely: whether the kernel always answers, to the sender alone; if not, OSError EPROTO: it has not.
+        """
         self._sequence += 1
-        self._send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST, self._sequence, 0) + body)
+        flags = NLM_F_REQUEST | (0 if surely else NLM_F_ACK | NLM_F_ECHO)
+        self._send(_HEADER.pack(16 + len(body), kind, flags, self._sequence, 0) + body)
+        found = None
         while True:
             for answer, flags, sequence, payload in _messages(self._socket.recv(_DUMP_BYTES)):
                 if sequence == self._sequence and answer == NLMSG_ERROR:
-                    raise _error(flags, payload) or OSError(errno.EPROTO, "an ACK and no answer")
+                    error = _error(flags, payload)
+                    if error or found is None:
+                        raise error or OSError(errno.EPROTO, "an ACK and no answer")
+                    return found
                 if sequence == self._sequence:
-                    return payload
+                    if surely:
+                        return payload
+                    found = payload
 
     def links(self, *, nsid: int | None = None) -> list[Link]:
         """Every link of this namespace, or of the one of id nsid. Slow: no request that succeeds calls it.

@@ -1,10 +1,10 @@
-"""The kernel's netlink answers: rtnl's events, attributes and exchanges, and last_frame's answer of nftables."""
+"""The kernel's netlink answers: rtnl's events, attributes and exchanges, and nft's of nf_tables."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from cni.kernel import gateways, last_frame, rtnl
+from cni.kernel import gateways, last_frame, nft, rtnl
 from lab.fuzz import claims
 from lab.fuzz.targets import Target
 
@@ -37,7 +37,7 @@ def run(data: bytes) -> None:
         except OSError:
             pass
     assert all(len(value) <= len(data) for value in rtnl.attributes(data).values())
-    seconds = last_frame.parse(data)
+    seconds = last_frame.seconds([nft.rule_of(fields) for fields in nft.parse(data)[0]])
     assert seconds is None or seconds >= 0
     questions: list[Callable[[rtnl.Rtnl], Any]] = [
         lambda host: host.link(name="eth1"),
