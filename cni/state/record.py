@@ -14,6 +14,7 @@ from cni.errors import reason
 from cni.kernel.vf_settings import VfSettings
 from cni.names import is_id, is_ifname
 from cni.state.launcher_pod import vm_name
+from cni.state.port_profile import Port
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ class Record:
     """Whether the macvtap is in vepa mode while it waits for its guest (agent/handover.py); mode is bridge then."""
     vlan: VlanDevice | None = None
     vf: VirtualFunction | None = None
+    port: Port | None = None
+    """What is in force at the link; None: nothing."""
 
     @property
     def id(self) -> str:
@@ -123,11 +126,18 @@ class Record:
     @property
     def owner(self) -> str:
         """The pod, and the VM of a KubeVirt launcher's pod, for messages; outside Kubernetes the container."""
-        words = dict(part.partition("=")[::2] for part in self.args.split(";"))
-        if not (pod := words.get("K8S_POD_NAME")):
+        if not self.pod:
             return f"container {self.container_id}"
-        vm = vm_name(pod)
-        return f"pod {words.get('K8S_POD_NAMESPACE', '')}/{pod}" + (f" (VM {vm})" if vm else "")
+        namespace, name = self.pod
+        vm = vm_name(name)
+        return f"pod {namespace}/{name}" + (f" (VM {vm})" if vm else "")
+
+    @property
+    def pod(self) -> tuple[str, str] | None:
+        """The pod's namespace and name; None outside Kubernetes."""
+        words = dict(part.partition("=")[::2] for part in self.args.split(";"))
+        name = words.get("K8S_POD_NAME")
+        return (words.get("K8S_POD_NAMESPACE", ""), name) if name else None
 
     @property
     def alias(self) -> str:
@@ -177,6 +187,8 @@ def decode(id: str, data: bytes) -> Record:
         document = json.loads(data)
         if document.get("vlan"):
             document["vlan"] = _known(VlanDevice, document["vlan"])
+        if document.get("port"):
+            document["port"] = _known(Port, _tuples(document["port"]))
         if document.get("vf"):
             document["vf"] = _function(document["vf"])
         for name in {"netns_id", "ips", "routes"} & document.keys():  # JSON has no tuples
@@ -191,12 +203,13 @@ def decode(id: str, data: bytes) -> Record:
 
 def _function(document: dict[str, Any]) -> VirtualFunction:
     for name in ("before", "made"):
-        settings = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in document[name].items()
-        }
-        document[name] = _known(VfSettings, settings)
+        document[name] = _known(VfSettings, _tuples(document[name]))
     document["link"] = _known(VfLink, document["link"])
     return _known(VirtualFunction, document)
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
 
 
 def _known(kind: type[T], document: dict[str, Any]) -> T:
@@ -214,12 +227,16 @@ def _known(kind: type[T], document: dict[str, Any]) -> T:
 _KINDS = {
     "None": type(None),
     "dict[str, Any]": dict,
-    **{kind.__name__: kind for kind in (str, int, bool, VlanDevice, VirtualFunction, VfLink, VfSettings)},
+    **{
+        kind.__name__: kind
+        for kind in (str, int, bool, VlanDevice, VirtualFunction, VfLink, VfSettings, Port)
+    },
 }
 _TUPLES = {
     "tuple[int, int]": (int, 2),
     "tuple[int, int, int]": (int, 3),
     "tuple[dict[str, Any], ...]": (dict, None),
+    "tuple[str, ...]": (str, None),
 }
 """The types of the fields, as they are written: what would resolve them is in typing, whose import takes 10 ms."""
 
