@@ -98,6 +98,10 @@ class NetConf:
     device_id: str | None
     valid_attachments: frozenset[tuple[str, str]] | None
     """(container id, ifname) of each. None (key absent or null) is not the same as none being valid."""
+    port: Mapping[str, Any] | None
+    """What config/port.py reads; None also on DEL and GC."""
+    bandwidth: Mapping[str, Any] | None
+    """runtimeConfig.bandwidth; None also on DEL and GC."""
     raw: Mapping[str, Any]
     """The decoded document as it came. An IPAM delegate gets it."""
 
@@ -242,8 +246,9 @@ def _read(document: Document, called_as: str) -> NetConf:
     }
     runtime = _declared(fields)
     attachments = fields.get(VALID_ATTACHMENTS)
-    mac = None
+    mac = port = bandwidth = None
     if command not in _CLEANING:
+        port, bandwidth = fields.get("port"), runtime.get("bandwidth")
         mac = _mac("runtimeConfig.mac", runtime) or _mac("mac", fields)
     plain: dict[str, Any] = {name: fields.get(name) for name in _PLAIN}
     return NetConf(
@@ -261,6 +266,8 @@ def _read(document: Document, called_as: str) -> NetConf:
         valid_attachments=attachments
         if attachments is None
         else frozenset((each["containerID"], each["ifname"]) for each in attachments),
+        port=port,
+        bandwidth=bandwidth,
         raw=raw,
         **plain,
     )

@@ -7,10 +7,11 @@ everything here fails closed. Must not look at the network: the caller finds out
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cni import spec
 from cni.config import nodefile, schema
+from cni.config import port as ports
 from cni.config.mac import PLAIN, Derivation, Rules, with_colons
 from cni.config.mac import rules as mac_rules
 from cni.config.netconf import Vlan, canonical
@@ -20,9 +21,11 @@ from cni.state import deviceid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from cni.config.netconf import NetConf
+    from cni.state.port_profile import Port
 
 MODES = ("bridge", "vepa", "pepa")
 """The modes that an entry without modes allows. The first is the default: it works with any switch."""
@@ -69,6 +72,8 @@ class Interface:
     """Which MACs guests may have; None: as the policy has it."""
     bcqueuelen: int | None = 1000
     """The largest queue of broadcast frames that may be requested; None: no restriction."""
+    port: Mapping[str, Any] | None = field(default_factory=dict)
+    """What every port is to have, as config/port.py reads it; None: what the network config says."""
 
     @property
     def devices(self) -> int:
@@ -116,6 +121,8 @@ class Grant:
     derivation: Derivation = PLAIN
     listed: frozenset[str] = frozenset()
     """The devices that entries of the policy name, of which the source must be none, under whatever name."""
+    port: Port | None = None
+    """What may pass; None: everything."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -161,13 +168,15 @@ def _authorize(policy: Policy | None, conf: NetConf) -> Grant:
         if policy and not policy.allow_unlisted:
             raise _refusal("source", conf.source, f"the policy does not list it; {_choices(policy)}")
         unlisted = Interface("", conf.source, "ethernet", None, None)
-        grant = _grant(unlisted if policy else replace(unlisted, bcqueuelen=None), conf)
+        grant = _grant(unlisted if policy else replace(unlisted, bcqueuelen=None, port=None), conf)
         return replace(grant, listed=frozenset(dev for entry in entries for dev in entry.sources))
     if conf.device == "tap":
         if conf.mode is not None:
             raise _refusal(
                 "mode", conf.mode, "a plain tap has no wire; give an interface or a source as well"
             )
+        if conf.port:
+            raise _refusal("port", "", "a plain tap has no wire; give an interface or a source as well")
         # A plain tap reaches no wire, so the policy does not concern it.
         return Grant(None, None, "tap", None, "ethernet")
     wanted = "give interface, source, a deviceID of the form NAMEMvpN, or device tap for a plain tap"
@@ -239,7 +248,16 @@ def _grant(entry: Interface, conf: NetConf) -> Grant:
     made = conf.device or ("macvtap" if device else None)
     handover = entry.handover and conf.handover
     vlan = _vlan(entry, conf)
-    return Grant(entry.name or None, dev, made, mode, entry.type, functions, vlan, handover, entry.macs)
+    port = ports.decide(
+        entry.port or {},
+        conf.port or {},
+        conf.bandwidth or {},
+        free=entry.port is None,
+        on_vlan=bool(vlan and vlan.id),
+    )
+    return Grant(
+        entry.name or None, dev, made, mode, entry.type, functions, vlan, handover, entry.macs, port=port
+    )
 
 
 def _vlan(entry: Interface, conf: NetConf) -> Vlan | None:
@@ -303,6 +321,7 @@ def of(path: str, document: dict[str, Any]) -> Policy:
                 handover=entry["handover"],
                 macs=_macs(f"{path}: interfaces[{number}].mac", entry),
                 bcqueuelen=int(entry["bcqueuelen"]),
+                port=_port(f"{path}: interfaces[{number}]", entry),
             )
         )
     derivation = Derivation(document.get("macSeed", ""), with_colons(document.get("macPrefix", "")))
@@ -324,6 +343,15 @@ def _macs(where: str, fields: dict[str, Any]) -> Rules | None:
         raise _refusal(where, reason(error), "the range ends before it begins") from error
 
 
+def _port(where: str, entry: dict[str, Any]) -> dict[str, Any]:
+    port: dict[str, Any] = entry.get("port") or {}
+    try:
+        ports.decide(port, {}, {}, free=False)
+    except CniError as error:
+        raise CniError(error.code, f"{where}.{error.msg}") from error
+    return port
+
+
 def _functions(path: str, number: int, entry: dict[str, Any], pool: tuple[str, ...]) -> Functions | None:
     """The entry's fields for VFs; None for other types. Raises CniError 7 if another type has such a field."""
     where = f"{path}: interfaces[{number}]"
@@ -337,6 +365,9 @@ def _functions(path: str, number: int, entry: dict[str, Any], pool: tuple[str, .
             raise _refusal(f"{where}.source.dev", ", ".join(pool), f"type {entry['type']} has one device")
         return None
     settings: dict[str, Any] = {key: int(entry[key]) for key in ("spoofchk", "trust") if key in entry}
+    port = entry.get("port") or {}
+    if port.get("macSpoofCheck") and not port.get("macs"):  # the NIC knows one MAC for each function
+        settings.setdefault("spoofchk", 1)
     if "minTxRate" in entry or "maxTxRate" in entry:
         settings["rate"] = (int(entry.get("minTxRate", 0)), int(entry.get("maxTxRate", 0)))
     if "linkState" in entry:

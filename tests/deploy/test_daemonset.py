@@ -125,6 +125,9 @@ def test_the_values_schema_knows_the_policys_words() -> None:
         capacity["minimum"],
         capacity["maximum"],
     )
+    port = SCHEMA["definitions"]["port"]["properties"]
+    assert port.keys() == ours["port"]["properties"].keys()
+    assert port["rate"]["properties"].keys() == ours["port"]["properties"]["rate"]["properties"].keys()
     assert set(policy.MODES) <= set(charts["modes"]["items"]["enum"])
 
 

@@ -94,6 +94,7 @@ CHECKS: dict[str, Callable[[Any, Any, dict[str, Any]], bool]] = {
     "additionalProperties": _additional,
     "required": lambda keys, value, _: type(value) is not dict or all(key in value for key in keys),
     "items": lambda rule, value, _: type(value) is not list or all(accepts(rule, item) for item in value),
+    "maxItems": lambda most, value, _: type(value) is not list or len(value) <= most,
     "minimum": lambda least, value, _: not _number(value) or value >= least,
     "maximum": lambda most, value, _: not _number(value) or value <= most,
     "maxLength": lambda most, value, _: type(value) is not str or len(value) <= most,

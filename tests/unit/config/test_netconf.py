@@ -77,6 +77,8 @@ def test_minimal() -> None:
         prev_result=None,
         device_id=None,
         valid_attachments=None,
+        port=None,
+        bandwidth=None,
         raw={"name": "net", "type": "vmtap"},
     )
 
@@ -270,7 +272,7 @@ def test_unknown_key_names_the_nearest(key: str, value: Any, nearest: str) -> No
 
 def test_unknown_key_like_no_other_lists_a_few() -> None:
     assert refused({"xyzzy": 1}).msg.endswith(
-        "known are: cniVersion, cniVersions, name, type, interface, source, device, mode and 26 more"
+        "known are: cniVersion, cniVersions, name, type, interface, source, device, mode and 27 more"
     )
 
 
