@@ -170,6 +170,7 @@ def _record(call: Call, grant: Grant, plan: Plan, nsid: int) -> Record:
         cni_path=call.request.env.get("CNI_PATH", "") if conf.ipam else "",
         device_id=device_id,
         cdi=cdi.path(call.node.cdi, device_id) if call.node.cdi and device_id else None,
+        port=plan.port,
     )
 
 

@@ -57,6 +57,8 @@ def check(call: Call, grant: Grant) -> None:
         _check_device(call, record)
     elif plan.source:
         _check_port(call, plan, link.index)
+    if record and record.port:
+        _check_filters(call, record)
     if conf.addressing == "link":
         from cni.kernel import iproute  # noqa: PLC0415 - pyroute2 takes 160 ms to import
 
@@ -133,6 +135,23 @@ def _check_device(call: Call, record: Record | None) -> None:
         raise CniError(CHECK_FAILED, f"the device node {record.node} is gone", reason(error)) from error
     if found != os.makedev(major, minor):
         raise CniError(CHECK_FAILED, f"the device node {record.node} is another device than the link's")
+
+
+def _check_filters(call: Call, record: Record) -> None:
+    """Check that the filters are those of the record's profile."""
+    from cni.port import guard  # noqa: PLC0415 - few attachments have any
+
+    assert call.netns is not None  # noqa: S101 - as in check
+    if record.device == "tap":
+        intact = guard.is_intact(record, call.host)
+    else:
+        with netns.entered(call.netns, call.host.fd), Rtnl() as pod:
+            intact = guard.is_intact(record, pod)
+    if not intact:
+        raise CniError(
+            CHECK_FAILED,
+            f"{call.ifname}: its filters or limits (port) are not as ADD made them: give the pod a new sandbox",
+        )
 
 
 def _check_port(call: Call, plan: Plan, ifindex: int) -> None:

@@ -13,9 +13,10 @@ from dataclasses import replace
 from cni import lower
 from cni.attach.ipam import Delegate
 from cni.errors import CniError, refused
-from cni.kernel import bridge_port
+from cni.kernel import bridge_port, netns
 from cni.state import cdi
 from cni.state.lock import keep_turn
+from cni.state.lookup import opened_netns
 from cni.state.record import alias, parse_alias
 
 TYPE_CHECKING = False
@@ -104,6 +105,7 @@ def end(
     link_last = record.config is not None and record.config.get("addressing") == "link"
     released = _release(delegate, second, tolerant=tolerant) if link_last else []
     failed = attempt(_remove_links, host, record, delete_link)
+    failed += attempt(_remove_filters, record)
     if not failed:
         failed += attempt(lower.release, host, store, record, delete_link)
     if record.cdi:
@@ -207,6 +209,25 @@ def _remove_links(host: Rtnl, record: Record, delete_link: DeleteLink) -> None:
         bridge_port.remove(host, record.ifindex, record.alias, delete_link)
 
 
+def _remove_filters(record: Record) -> None:
+    """Remove the filters of the record's link, which must not pass frames without them: after it. Raises OSError.
+
+    A later link of that name would have them (nf_tables_api.c, nf_tables_netdev_event, since Linux 6.16).
+    """
+    if record.port is None:
+        return
+    from cni.port import guard  # noqa: PLC0415 - few attachments have any
+
+    if record.device == "tap":
+        guard.remove(record)
+        return
+    # Those of a namespace that no path of the record's leads to end with it.
+    with opened_netns(record, search=False) as pod:
+        if pod is not None:
+            with netns.entered(pod):
+                guard.remove(record)
+
+
 def _remove_unrecorded(call: Call) -> None:
     """Delete the attachment's link, which no record speaks of, if its alias proves it. Raises CniError, OSError."""
     if call.netns is None:
@@ -216,10 +237,14 @@ def _remove_unrecorded(call: Call) -> None:
     link = host.link(name=call.ifname, nsid=nsid)
     if link is None or link.alias != alias(call.conf.name, call.container_id, call.ifname):
         return
+    from cni.lower import unrecorded  # noqa: PLC0415 - a DEL without a record is rare
+    from cni.port import guard  # noqa: PLC0415
+
     call.delete_link(host, link.index, nsid)
     if link.kind == "tun":
         bridge_port.remove(host, link.index, link.alias, call.delete_link)
+        guard.remove_of(bridge_port.veth_names(link.index)[0])
     else:
-        from cni.lower import unrecorded  # noqa: PLC0415 - a DEL without a record is rare
-
         unrecorded.release(host, link)
+        with netns.entered(call.netns, host.fd):
+            guard.remove_of(link.name)

@@ -5,6 +5,7 @@ A failure leaves what was made so far: add.py undoes it, by the record.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -67,10 +68,12 @@ def make(call: Call, plan: Plan, record: Record) -> None:
                 owner=conf.owner,
                 group=conf.group,
             )
-        with netns.entered(call.netns, call.host.fd):
-            ipv6.keep_out(record.ifname, speaks=speaks)
-            pod = Rtnl()
-        with pod:
+        with ExitStack() as stack:
+            with netns.entered(call.netns, call.host.fd):
+                ipv6.keep_out(record.ifname, speaks=speaks)
+                pod = stack.enter_context(Rtnl())
+                if plan.device == "macvtap":
+                    _guard(record, pod)
             if plan.device == "tap":
                 _connect(pod, call, plan, record)
             macvtap.bring_up(
@@ -91,10 +94,30 @@ def put_addresses(call: Call, plan: Plan, record: Record) -> None:
     gateways = {6 if ":" in ip["gateway"] else 4: ip["gateway"] for ip in record.ips if ip.get("gateway")}
     addresses = [ip["address"] for ip in record.ips]
     try:
+        if record.port and record.port.ip_spoof_check:
+            _guard_again(call, record)
         _allow_ipv6(call, record)
         iproute.put_addresses(call.netns, record.ifindex, addresses, list(record.routes), gateways)
     except OSError as error:
         raise kernel_errors.explain(error, plan, record, call.node.store) from error
+
+
+def _guard(record: Record, rtnl: Rtnl) -> None:
+    """Put the record's profile in force, if it has one. rtnl: of the link's namespace. Raises CniError 100."""
+    if record.port:
+        from cni.port import guard  # noqa: PLC0415 - few attachments have any
+
+        guard.put(record, rtnl)
+
+
+def _guard_again(call: Call, record: Record) -> None:
+    """Put the record's profile in force again: it has addresses now. Raises CniError 100, OSError."""
+    assert call.netns is not None  # noqa: S101 - as in make
+    if record.device == "tap":
+        _guard(record, call.host)
+        return
+    with netns.entered(call.netns, call.host.fd), Rtnl() as pod:
+        _guard(record, pod)
 
 
 def _connect(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
@@ -121,6 +144,8 @@ def _connect(pod: Rtnl, call: Call, plan: Plan, record: Record) -> None:
             bridge=plan.source.index,
             isolated=plan.mode == "pepa",
             alias=record.alias,
+            sums=not (record.port and record.port.protocols),  # a sum may be anywhere in a frame
+            before_up=lambda: _guard(record, call.host),
         )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cni.config.netconf import NetConf
     from cni.config.policy import Grant
     from cni.kernel.rtnl import Link
+    from cni.state.port_profile import Port
 
 PLAIN_TAP_MTU = 1500
 
@@ -39,6 +40,8 @@ class Plan:
     """Whether the link may wait for its guest in vepa mode."""
     lower: Wanted | None = None
     """What the macvtap is to sit on, if not on the plain source. For a virtual function, source is one of the PFs."""
+    port: Port | None = None
+    """What may pass; None: everything."""
 
 
 def decide_for(call: Call, grant: Grant, source: Link | None) -> Plan:
@@ -117,7 +120,18 @@ def decide(
             and not _is_below_elsewhere(source)
         ),
         lower=_lower(grant, conf),
+        port=_port(grant, conf),
     )
+
+
+def _port(grant: Grant, conf: NetConf) -> Port | None:
+    if grant.port and grant.port.ip_spoof_check and not (conf.ipam or grant.port.addresses):
+        raise CniError(
+            INVALID_NETWORK_CONFIG,
+            "port.ipSpoofCheck is refused without addresses: give ipam, or port.addresses in the policy, "
+            "or leave it out",
+        )
+    return grant.port
 
 
 def _is_below_elsewhere(source: Link | None) -> bool:

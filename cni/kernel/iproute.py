@@ -16,12 +16,12 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from cni.errors import SHORTAGE, CniError
-from cni.kernel import bridge_port, ipv6, netns
+from cni.kernel import bridge_port, ethtool, ipv6, netns
 from cni.spec import KERNEL_REFUSED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 _INGRESS = 0xFFFF0000
@@ -29,8 +29,22 @@ _ETH_P_ALL = 3
 _IFA_F_NODAD = 0x02
 
 
-def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bool, alias: str) -> None:
-    """Make a tap a port of a bridge on the host. tap, bridge: interface indexes; alias: the pair's. Raises OSError."""
+def join_bridge(
+    pod_netns: int,
+    *,
+    tap: int,
+    mtu: int,
+    bridge: int,
+    isolated: bool,
+    alias: str,
+    sums: bool,
+    before_up: Callable[[], None],
+) -> None:
+    """Make a tap a port of a bridge on the host. tap, bridge: interface indexes; alias: the pair's. Raises OSError.
+
+    sums: whether checksums that the guest leaves to its host may be left to the NIC; else they are in the frame when it
+    reaches the port. before_up is called while the port is down.
+    """
     host_end, pod_end = bridge_port.veth_names(tap)
     with _sockets(pod_netns) as (host, pod):
         host.link(
@@ -45,6 +59,8 @@ def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bo
         ipv6.keep_out(host_end, speaks=False)
         with netns.entered(pod_netns):
             ipv6.keep_out(pod_end, speaks=False)
+            if not sums:
+                ethtool.switch(pod_end, "tx-checksum-ip-generic", False)
         host.link("set", index=port, ifalias=alias, address=bridge_port.host_mac(tap))
         pod.link("set", index=inner, ifalias=alias)
         host.link("set", index=port, master=bridge)
@@ -64,6 +80,7 @@ def join_bridge(pod_netns: int, *, tap: int, mtu: int, bridge: int, isolated: bo
                 action={"kind": "mirred", "direction": "egress", "action": "redirect", "ifindex": target},
             )
         pod.link("set", index=inner, state="up")
+        before_up()
         host.link("set", index=port, state="up")
 
 

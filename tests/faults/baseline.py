@@ -1,7 +1,8 @@
 """A baseline: everything that an attachment may leave, which must be as before when it has ended.
 
-Links of node and pods, the state folder's files, the delegate's leases, the lower device's promiscuity, device
-nodes of the attachments' ifindexes in the kernel's /dev, and processes of ours (and with them fds and locks).
+Links of node and pods, their tables of nf_tables, the state folder's files, the delegate's leases, the lower device's
+promiscuity, device nodes of the attachments' ifindexes in the kernel's /dev, and processes of ours (and with them fds
+and locks).
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class Baseline:
         state = self.plugin.state
         return {
             "node": links(self.plugin.node),
+            "filters": [
+                each.run(["nft", "list", "tables"]).stdout
+                for each in (self.plugin.node, *self.pods)
+                if each.path.exists()
+            ],
             "pods": {str(pod.path): links(pod) for pod in self.pods if pod.path.exists()},
             "state": sorted(
                 str(path) for path in state.rglob("*") if not path.is_dir() and path.name != "lock"

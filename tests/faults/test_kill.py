@@ -37,9 +37,17 @@ if TYPE_CHECKING:
     from tests.runner import Answer, Plugin
 
 IPAM = FakeIpam.config
+PORT = {"macSpoofCheck": True, "ipSpoofCheck": True, "rate": {"in": "1Gbit", "out": "1Gbit"}}
 CASES: dict[str, dict[str, Any]] = {
-    "macvtap": {"source": NIC, "owner": 107, "ipam": IPAM},
-    "tap on a bridge": {"source": BRIDGE, "device": "tap", "mode": "pepa", "ipam": IPAM, "queues": 2},
+    "macvtap": {"source": NIC, "owner": 107, "ipam": IPAM, "port": PORT},
+    "tap on a bridge": {
+        "source": BRIDGE,
+        "device": "tap",
+        "mode": "pepa",
+        "ipam": IPAM,
+        "queues": 2,
+        "port": PORT,
+    },
 }
 
 

@@ -162,7 +162,7 @@ class Node:
     def attach(self, mac: str = VM, **fields: Any) -> Attached:
         """ADD of a pod of its own, and the fd of its queue."""
         container = f"c{next(self.numbers)}"
-        fields = {"source": NIC, "mode": "bridge", "mac": mac, **fields}
+        fields = {"source": NIC, "mode": "bridge", "mac": mac, **self.bed.fields, **fields}
         fields = {key: value for key, value in fields.items() if value is not None}
         pod = self.bed.stack.enter_context(Netns("pod"))
         self.agent.shim()("ADD", config(**fields), netns=pod, container=container).ok()
@@ -229,6 +229,8 @@ class Bed:
     stack: ExitStack
     folder: Path
     macs: list[str] = field(default_factory=list)
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Of each network config."""
 
     def __post_init__(self) -> None:
         self.a = self._node("a", self.lab.node)

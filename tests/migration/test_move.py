@@ -14,17 +14,35 @@ from tests.migration.conftest import VM, around, arp, copied_to, none_lost, rarp
 from tests.waiting import until
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from tests.migration.conftest import Bed
 
 OTHER_VM = "02:00:00:00:00:78"
 
 
-def test_a_migration(bed: Bed) -> None:
+PORT = {
+    "macSpoofCheck": True,
+    "ipSpoofCheck": True,
+    "addresses": ["10.77.0.7"],
+    "dhcpServer": False,
+    "routerAdvertisements": False,
+    "broadcast": 1000,
+    "rate": {"out": "1Gbit", "in": "1Gbit"},
+}
+
+
+@pytest.mark.parametrize("port", [None, PORT], ids=["open", "guarded"])
+def test_a_migration(bed: Bed, port: dict[str, Any] | None) -> None:
+    """A port's filters let the announcement of the VM pass, and are there while the target waits for it."""
+    bed.fields = {"port": port} if port else {}
     everybody = around(bed)
     source, running = runs_on(bed.a)
     none_lost(everybody)
     before, began = bed.a.silences()["left"], time.monotonic()
     target = copied_to(bed.b, running)
+    tables = target.pod.run(["nft", "list", "tables"]).stdout
+    assert ("vmtap-port-net1" in tables) is bool(port)
     none_lost(everybody, frames=20)
     arrived = switched_over(source, running, target)
     none_lost(everybody, frames=20)

@@ -38,9 +38,18 @@ def test_a_tap_becomes_a_port(lab: Lab, pod: tuple[Netns, int], isolated: bool) 
     node = netns.open_path(str(lab.node.path))
     try:
         with netns.entered(node):
+            seen: list[bool] = []
             iproute.join_bridge(
-                fd, tap=TAP, mtu=1400, bridge=bridge["ifindex"], isolated=isolated, alias="vmtap/x"
+                fd,
+                tap=TAP,
+                mtu=1400,
+                bridge=bridge["ifindex"],
+                isolated=isolated,
+                alias="vmtap/x",
+                sums=True,
+                before_up=lambda: seen.append("UP" in lab.node.links()["vth10000007"]["flags"]),
             )
+            assert seen == [False]
             with Rtnl() as host:
                 assert bridge_port.state(host, TAP) == (bridge["ifindex"], isolated)
                 assert bridge_port.state(host, TAP + 1) == (None, False)
