@@ -1,14 +1,15 @@
-"""Puts back what somebody has changed of an attachment's link: its MAC, its mode, its alias, its state (up).
+"""Puts back what somebody has changed of an attachment's link: its MAC, mode, alias, state (up) and filters.
 
 Whoever has a macvtap's fd may change its MAC (SIOCSIFHWADDR needs no capability, macvtap.c), for example to the
 gateway's, and then receives what its neighbours send there. NET_ADMIN in the pod may change everything. The kernel
 reports each change of a link that is up (RTM_NEWLINK), also in a pod's network namespace, because ADD has given it an
-id in the host's. A guest that uses another MAC than its link's changes nothing of the link.
+id in the host's. A guest that uses another MAC than its link's changes nothing of the link. Filters are the part of
+port_drift.py.
 
 A link is put back _MOST times in _WINDOW seconds. The next change takes it down, for _DOWN_SECONDS, and twice as long
-each time. The work is bounded: events are read every _QUIET seconds, a link is changed once in _PAUSE seconds, and
-events that are lost (ENOBUFS) have all links looked at, at most once in _LOST_SECONDS. Must not be on the way of a
-request.
+each time, unless only the filters of a tap were changed, which are the host's. The work is bounded: events are read
+every _QUIET seconds, a link is changed once in _PAUSE seconds, and events that are lost (ENOBUFS) have all links looked
+at, at most once in _LOST_SECONDS. Must not be on the way of a request.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import ERROR, INFO, WARNING
 
+from cni.agent import port_drift
 from cni.agent.log import log
 from cni.errors import CniError, reason
 from cni.kernel import bpf, macvtap, netns
@@ -95,6 +97,7 @@ class Drift:
     ) -> None:
         """seconds: from one look at all records to the next. Raises OSError without the capabilities for it."""
         self._events = _events()
+        self._tables = port_drift.events()
         self._store = store
         self._handover = handover
         self._seconds = seconds
@@ -105,7 +108,7 @@ class Drift:
         self._found = registry.counter(
             "vmtap_drift_total", "Changes of links by others than vmtap, which were put back.", "what"
         )
-        for what in ("mac", "mode", "alias", "state"):
+        for what in ("mac", "mode", "alias", "state", "port"):
             self._found.inc(what, by=0)  # an alert sees the first change only of a counter that is there
         registry.computed(
             "vmtap_drift_down",
@@ -124,10 +127,11 @@ class Drift:
         if not self._thread.is_alive():
             self._stopped.close()
             self._events.close()
+            self._tables.close()
 
     def _run(self) -> None:
         poll, stopped = select.poll(), select.poll()
-        for each in (self._events, self._stopped):
+        for each in (self._events, self._tables, self._stopped):
             poll.register(each, select.POLLIN)
         stopped.register(self._stopped, select.POLLIN)
         due = looked = 0.0
@@ -138,7 +142,7 @@ class Drift:
             wait = min([due, *self._later.values()]) - time.monotonic()
             poll.poll(max(0.0, wait) * 1000)
             ids, lost = self._gather()
-            if lost:
+            if port_drift.is_removed(self._tables) or lost:
                 due = min(due, looked + _LOST_SECONDS)
             now = time.monotonic()
             ids |= {id for id, at in self._later.items() if at <= now}
@@ -215,7 +219,8 @@ class Drift:
         elif not held:
             for what in found:
                 self._found.inc(what)
-            if len(past.done) == _MOST and past.done[0] > now - _WINDOW:
+            of_the_host = record.device == "tap" and found.keys() == {"port"}  # no pod can change that
+            if len(past.done) == _MOST and past.done[0] > now - _WINDOW and not of_the_host:
                 past.down, held = now + _DOWN_SECONDS * 2**past.times, True
                 past.times += 1
             self._report(record, found, past.down)
@@ -235,6 +240,8 @@ class Drift:
             with self._mode(record) as mode:
                 if mode:
                     wanted["mode"] = (_MODES.get(link.mode or 0), mode)
+        if record.port:
+            wanted["port"] = port_drift.found(record, link), port_drift.INTACT
         return {what: pair for what, pair in wanted.items() if pair[0] != pair[1]}
 
     @contextmanager
@@ -268,7 +275,12 @@ class Drift:
                 link = there.link(index=record.ifindex)
                 if link is None or link.kind != _KINDS[record.device]:
                     return
-                failed = list(self._set(there, record, held=held))
+                failed: list[OSError | CniError] = []
+                try:
+                    port_drift.put_back(record, there, link)
+                except (OSError, CniError) as error:
+                    failed.append(error)
+                failed += self._set(there, record, held=held or bool(failed))
         if failed:
             raise failed[0]
 

@@ -15,7 +15,9 @@ import pytest
 from cni.agent import link_deletion
 from cni.kernel import tapdev
 from cni.kernel.rtnl import IFF_UP, Link, Rtnl, delete_link
+from cni.port import filter as filter_
 from cni.state.store import Store
+from lab.frames import packet_socket
 from lab.wire import BRIDGE, NIC
 from tests.agent.conftest import Agent
 from tests.runner import config
@@ -208,3 +210,95 @@ def test_a_deletion_in_another_namespace_is_not_the_links(lab: Lab, monkeypatch:
     assert done.wait(20)
     thread.join()
     assert "d0" not in pod.links()
+
+
+PORTS = """
+interfaces:
+- {name: nic, source: {dev: %s}, port: {macSpoofCheck: true}}
+- {name: bridged, source: {dev: %s}, port: {macSpoofCheck: true}}
+"""
+
+
+@pytest.mark.parametrize("interface", ["nic", "bridged"])
+@pytest.mark.parametrize("command", ["delete table netdev {}", "flush ruleset", "flush table netdev {}"])
+def test_filters_that_others_remove_are_put_back(
+    agent: Agent, lab: Lab, interface: str, command: str
+) -> None:
+    """A pod with NET_ADMIN, or a firewall of the node that is loaded again."""
+    agent.policy.write_text(PORTS % (NIC, BRIDGE))
+    pod = lab.pod()
+    record = attach(agent, pod, interface=interface)
+    link, place = ("net1", pod) if interface == "nic" else (f"vth{record.ifindex:08x}", lab.node)
+    table = filter_.table(link)
+
+    def rules() -> str:
+        """Without counters; "" without the table."""
+        listed = ["nft", "--stateless", "list", "table", "netdev", table]
+        return place.run(listed, check=False).stdout
+
+    made = rules()
+    assert "drop" in made
+    place.run(["nft", *command.format(table).split()])
+    changed = agent.wait_for("the link was changed, and is put back")["changed"]
+    assert changed == {"port": "other filters, wanted filters"}
+    until(rules, "they are not put back", lambda now: now == made)
+    agent.shim()("DEL", config(), netns=pod).ok()
+    assert rules() == ""
+
+
+@pytest.mark.parametrize("impostor", [False, True])
+def test_a_link_with_filters_that_is_renamed(agent: Agent, lab: Lab, *, impostor: bool) -> None:
+    """Its filters go by its name. While another link has the name, it is down."""
+    agent.policy.write_text(PORTS % (NIC, BRIDGE))
+    pod = lab.pod()
+    record = attach(agent, pod, interface="nic")
+    other = ["link add net1 type veth peer name p1"] if impostor else []
+    pod.ip("link set net1 name x1", *other)
+    changed = agent.wait_for("the link was changed, and is put back")["changed"]
+    assert changed == {"port": "renamed to x1, wanted filters"}
+    if impostor:
+        until(lambda: not link_of(pod, record).flags & IFF_UP, "it is down")
+        pod.ip("link del net1")
+    until(lambda: link_of(pod, record).name == "net1" and as_made(pod, record, None), "it is put back")
+    spoofed = bytes.fromhex("0200000000090200000000ff88b5") + bytes(50)
+    with packet_socket(pod, "net1") as raw, suppress(OSError):  # ENOBUFS: it is refused
+        raw.send(spoofed)
+    rules = pod.run(["nft", "list", "chain", "netdev", filter_.table("net1"), "check-source-mac"]).stdout
+    assert "counter packets 1 " in rules
+
+
+def test_a_limit_that_is_taken_away(agent: Agent, lab: Lab) -> None:
+    """The kernel does not report it: it is found when the link is looked at."""
+    agent.policy.write_text(
+        f"interfaces: [{{name: nic, source: {{dev: {NIC}}}, port: {{rate: {{out: 10Mbit}}}}}}]"
+    )
+    pod = lab.pod()
+    record = attach(agent, pod, interface="nic")
+
+    def shaped() -> bool:
+        return "tbf" in pod.run(["tc", "qdisc", "show", "dev", "net1"]).stdout
+
+    for command in ("del dev net1 root", "change dev net1 root tbf rate 1gbit burst 1mb limit 2mb"):
+        assert shaped()
+        pod.run(["tc", "qdisc", *command.split()])
+        pod.ip("link set net1 alias x")
+        changed = agent.wait_for("the link was changed, and is put back")["changed"]
+        assert changed["port"] == "other filters, wanted filters"
+        until(lambda: as_made(pod, record, None) and shaped(), "it is put back")
+        assert "rate 10Mbit" in pod.run(["tc", "qdisc", "show", "dev", "net1"]).stdout
+
+
+def test_a_firewall_of_the_node_that_is_loaded_again_and_again(agent: Agent, lab: Lab) -> None:
+    """It costs a tap no more than its filters, each time until they are back."""
+    agent.policy.write_text(PORTS % (NIC, BRIDGE))
+    pod = lab.pod()
+    record = attach(agent, pod, interface="bridged")
+    port = f"vth{record.ifindex:08x}"
+    for _ in range(5):
+        lab.node.run(["nft", "flush", "ruleset"])
+        until(
+            lambda: filter_.table(port) in lab.node.run(["nft", "list", "tables"]).stdout,
+            "the filters are put back",
+        )
+    assert lab.node.links()[port]["operstate"] == "UP"
+    assert link_of(pod, record).flags & IFF_UP

@@ -17,6 +17,7 @@ import pytest
 
 from cni.kernel import netns
 from cni.kernel.rtnl import Rtnl
+from cni.port import filter as filters
 from cni.state.record import Record, identifier
 from cni.state.store import IFINDEX_BASE, Store
 from lab.wire import BRIDGE, NIC
@@ -28,7 +29,7 @@ from tests.waiting import LIMIT, until
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from lab.wire import Lab
+    from lab.wire import Lab, Netns
     from tests.agent.conftest import Shim
 
 WIRE: dict[str, Any] = {"source": NIC, "mode": "bridge"}
@@ -355,6 +356,58 @@ def test_leftovers_of_kills_are_removed_and_nothing_else(node: Node) -> None:
     assert sorted(node.left()) == sorted([*used, "vth0000000a"])
     assert {"net1", "net2"} <= pod.links().keys()
     assert f"vtp{orphan:08x}" not in pod.links()
+
+
+PORTS = f"""
+interfaces:
+- {{name: nic, source: {{dev: {NIC}}}, port: {{macSpoofCheck: true}}}}
+- {{name: bridged, source: {{dev: {BRIDGE}}}, port: {{macSpoofCheck: true}}}}
+"""
+
+
+def tables(place: Netns) -> str:
+    return place.run(["nft", "list", "tables"]).stdout
+
+
+@pytest.mark.parametrize("interface", ["nic", "bridged"])
+def test_filters_without_state(node: Node, interface: str) -> None:
+    """They stay in force when the state folder is lost, and end with the link."""
+    node.agent.policy.write_text(PORTS)
+    pod, conf = node.lab.pod(), config(interface=interface)
+    node.shim()("ADD", conf, netns=pod).ok()
+    (record,) = node.records()
+    place = node.lab.node if interface == "bridged" else pod
+    table = filters.table("net1" if interface == "nic" else f"vth{record.ifindex:08x}")
+    rules = place.run(["nft", "list", "table", "netdev", table]).stdout
+    node.kill()
+    shutil.rmtree(node.agent.run / "attachments")
+    node.agent.start()
+    node.reconciled()
+    assert place.run(["nft", "list", "table", "netdev", table]).stdout == rules
+    node.shim()("DEL", conf, netns=pod).ok()
+    assert table not in tables(place)
+    assert "net1" not in pod.links()
+    assert record.port
+
+
+def test_filters_of_ports_that_are_gone(node: Node) -> None:
+    """A pod that ended while its state was lost took its port along, and not the port's filters in the host."""
+    node.agent.policy.write_text(PORTS)
+    kept, pod, conf = node.lab.pod(), node.lab.pod(), config(interface="bridged")
+    node.shim()("ADD", conf, netns=kept, container="c1").ok()
+    node.shim()("ADD", conf, netns=pod, container="c2").ok()
+    (one,) = (each for each in node.records() if each.container_id == "c1")
+    node.kill()
+    (two,) = (each for each in node.records() if each.container_id == "c2")
+    (node.agent.run / "attachments" / f"{two.id}.json").unlink()
+    node.lab.node.run(["nft", "add", "table", "netdev", "foreign"])
+    pod.close()
+    until(lambda: f"vth{two.ifindex:08x}" not in node.lab.node.links(), "the port is gone")
+    assert f"vth{two.ifindex:08x}" in tables(node.lab.node)
+    node.agent.start()
+    until(lambda: f"vth{two.ifindex:08x}" not in tables(node.lab.node), "its filters are removed")
+    assert f"vth{one.ifindex:08x}" in tables(node.lab.node)
+    assert "foreign" in tables(node.lab.node)
 
 
 class TestPending:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from logging import WARNING
@@ -14,8 +15,10 @@ from cni.errors import CniError
 from cni.kernel import macvtap, netns
 from cni.kernel.rtnl import Rtnl
 from cni.lower import unrecorded
+from cni.port import guard
 from cni.state import cdi, deviceid
-from cni.state.lookup import namespace_paths
+from cni.state.lookup import namespace_paths, opened_netns
+from cni.state.port_profile import Port
 from cni.state.record import HANDOVER_GROUP, Record, boot_id, identifier, parse_alias
 from cni.state.store import IFINDEX_BASE
 
@@ -86,6 +89,8 @@ class Links:
             if link is None or link.alias != seen.alias or self._store.load(id):
                 return
             record = self._record_of(host, nsid, link)
+            if record and _has_filters(record):
+                record = replace(record, port=Port())
             if record and link.index >= deviceid.BASE and self._allocated:
                 record = self._of_device(record, self._allocated().get(link.index))
             adopted = record is not None and self._store.adopt(record)
@@ -162,6 +167,15 @@ def id_of(alias: str) -> str | None:
         return identifier(*names)
     digest = _DIGEST.fullmatch(alias)
     return digest[1] if digest else None
+
+
+def _has_filters(record: Record) -> bool:
+    """Whether the link has filters. Which profile made them is not known: they stay as they are until DEL."""
+    with suppress(OSError), opened_netns(record) as pod:
+        if pod is not None:
+            with netns.entered(pod):
+                return guard.is_there(record)
+    return False
 
 
 def _own_nsid(host: Rtnl) -> int | None:

@@ -1,4 +1,6 @@
-"""Removes leftovers without a record: indexes, half-written records, device nodes, bridge ports, VLAN devices."""
+"""Removes leftovers without a record: indexes, half-written records, device nodes, bridge ports and their filters, VLAN
+devices.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,10 @@ from logging import INFO
 
 from cni.agent.log import log
 from cni.agent.reconcile.adoption import id_of
-from cni.kernel import bridge_port
+from cni.kernel import bridge_port, nft
 from cni.kernel.rtnl import Rtnl
 from cni.lower import unrecorded as lower
+from cni.port import filter as filters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ class Leftovers:
 
         unrecorded: attachment id → index of links that may be adopted, whose belongings stay. Raises CniError, OSError.
         """
+        tables = _tables()  # before the links: a table is made after its link
         with Rtnl() as host:
             links = host.links()
             numbers: dict[str, list[int]] = {id: [] for id in self._store.unfinished()}
@@ -50,6 +54,10 @@ class Leftovers:
                     self._workers.submit(id, partial(self._remove_port, id, tap, link))
             for name in lower.leftovers(links, self._store.records()):
                 self._workers.submit(name, partial(self._remove_device, name))
+        names = {link.name for link in links}
+        for name, handle in tables.items():
+            if bridge_port.tap_of(name) is not None and name not in names:
+                self._workers.submit(name, partial(self._remove_table, name, handle))
         for number in self._store.sweep_nodes(keep=unrecorded.values()):
             self._removed.inc("node")
             log(INFO, "leftover removed", kind="node", ifindex=number)
@@ -76,6 +84,13 @@ class Leftovers:
         self._removed.inc("port")
         log(INFO, "leftover removed", kind="port", link=seen.name, alias=seen.alias)
 
+    def _remove_table(self, name: str, handle: bytes) -> None:
+        """Remove the filters of a bridge port that is gone, but not those of a later port of that name."""
+        with nft.opened() as netlink, suppress(FileNotFoundError):
+            nft.change(netlink, [nft.delete_this_table(handle)])
+            self._removed.inc("filters")
+            log(INFO, "leftover removed", kind="filters", link=name)
+
     def _remove_device(self, name: str) -> None:
         """Remove a VLAN device if no macvtap is on it."""
         with Rtnl() as host:
@@ -83,3 +98,10 @@ class Leftovers:
         if removed:
             self._removed.inc("vlan")
             log(INFO, "leftover removed", kind="vlan", link=name)
+
+
+def _tables() -> dict[str, bytes]:
+    """The links that have or had filters, with the handle of each table; {} without nf_tables."""
+    with suppress(OSError), nft.opened() as netlink:
+        return filters.tables(netlink)
+    return {}
