@@ -14,7 +14,7 @@ from http import HTTPStatus
 from logging import ERROR, INFO, WARNING
 
 from cni import plugin
-from cni.agent import health, metrics, node_metrics, server
+from cni.agent import attachment_metrics, health, metrics, node_metrics, server
 from cni.agent import log as logs
 from cni.agent.broker import Broker
 from cni.agent.cgroups import Cgroups
@@ -194,6 +194,8 @@ def _run(settings: Settings) -> int:
     handover = _handover(settings, store, registry)
     agent = Agent(settings, store, registry, handover)
     node_metrics.declare(registry, store, agent.policies, lambda: agent.policy_error() is None)
+    if settings.attachment_metrics:
+        attachment_metrics.declare(registry, store)
     agent.policy_error()  # logs it; every ADD reports it, too
     reconciler = Reconciler(
         agent.node, agent.answer, agent.groups, registry, seconds=settings.reconcile_seconds

@@ -80,7 +80,10 @@ class Gauge(Counter):
 
 
 class Computed(_Metric):
-    """A gauge or counter whose values are computed at each scrape. look: returns label values → value."""
+    """A gauge or counter whose values are computed at each scrape.
+
+    look: returns label values → value; or the mapping of the scrape before, unchanged, whose lines are then kept.
+    """
 
     def __init__(
         self, name: str, text: str, labels: Labels, kind: str, look: Callable[[], Mapping[Labels, float]]
@@ -88,9 +91,17 @@ class Computed(_Metric):
         super().__init__(name, text, labels)
         self.kind = kind
         self._look = look
+        self._seen: Mapping[Labels, float] | None = None
+        self._lines: list[str] = []
+
+    def lines(self) -> Iterator[str]:
+        if (now := self._look()) is not self._seen:
+            self._seen = now
+            self._lines = list(super().lines())
+        yield from self._lines
 
     def samples(self) -> Iterator[tuple[str, Mapping[str, str], float]]:
-        for values, value in sorted(self._look().items()):
+        for values, value in sorted((self._seen or {}).items()):
             yield "", dict(zip(self.labels, values, strict=True)), value
 
 

@@ -28,6 +28,7 @@ class Settings:
     drain_seconds: int
     reconcile_seconds: int
     metrics: str
+    attachment_metrics: bool
     health: str
     device_plugin: bool
     resource_namespace: str

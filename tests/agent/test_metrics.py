@@ -92,6 +92,17 @@ def test_one_that_cannot_be_looked_up_hides_no_other() -> None:
     assert failed == ["s"]
 
 
+def test_a_mapping_that_is_the_same_is_not_rendered_again() -> None:
+    registry = Registry()
+    values: dict[tuple[str, ...], float] = {("x",): 1}
+    registry.computed("s", "Some.", "a", look=lambda: values)
+    before = _render(registry)
+    values["y",] = 2
+    assert _render(registry) == before
+    values = {**values}
+    assert parse(_render(registry)) == {("s", (("a", "x"),)): 1, ("s", (("a", "y"),)): 2}
+
+
 def test_a_name_is_declared_once() -> None:
     registry = Registry()
     registry.counter("c_total", "Some.")
