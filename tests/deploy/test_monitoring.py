@@ -121,7 +121,18 @@ def prometheus(wired: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     lab, folder = wired, tmp_path_factory.mktemp("prometheus")
     agent = Agent(lab.node, folder / "run", folder / "interfaces.yaml")
     agent.policy.write_text(
-        json.dumps({"interfaces": [{"name": "data", "source": {"dev": NIC}, "capacity": 4}]})
+        json.dumps(
+            {
+                "interfaces": [
+                    {
+                        "name": "data",
+                        "source": {"dev": NIC},
+                        "capacity": 4,
+                        "port": {"macSpoofCheck": True},
+                    }
+                ]
+            }
+        )
     )
     with tempfile.TemporaryDirectory() as short, Kubelet(f"{short}/device-plugins") as kubelet:
         agent.flags = ("--device-plugin", "--kubelet", str(kubelet.folder), "--metrics", "127.0.0.1:0")

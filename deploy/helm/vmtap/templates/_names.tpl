@@ -33,6 +33,7 @@ podResources: {{ include "vmtap.podResources" . }}
 deviceRoute: {{ .Values.devicePlugin.route }}
 cdi: {{ .Values.devicePlugin.cdiDir }}
 brokerMount: {{ .Values.broker.enabled }}
+attachmentMetrics: {{ .Values.metrics.attachments }}
 health: 127.0.0.1:{{ .Values.health.port }}
 cgroup: /sys/fs/cgroup
 logLevel: {{ .Values.agent.logLevel }}
