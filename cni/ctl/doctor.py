@@ -16,7 +16,7 @@ import struct
 
 from cni.agent.policies import VARIABLE
 from cni.config import policy
-from cni.ctl import device_findings, kubelet, reflection, self_test, snapshot
+from cni.ctl import device_findings, kubelet, port_findings, reflection, self_test, snapshot
 from cni.ctl.finding import Finding
 from cni.errors import CniError, reason
 from cni.state import lock
@@ -58,7 +58,7 @@ def examine(settings: Settings) -> list[Finding]:
     rules = None
     try:
         rules = policy.load(settings.policy)
-        found.append(_policy(settings, rules))
+        found += [_policy(settings, rules), *port_findings.kernel(rules)]
     except CniError as error:
         found.append(
             Finding("policy", "error", str(error), "correct it; until then every ADD is refused (code 7)")
@@ -77,6 +77,7 @@ def examine(settings: Settings) -> list[Finding]:
     found += [Finding(*each) for each in reflection.examine(settings.run, node)]
     found += [Finding("device plugin", *each) for each in kubelet.examine(settings)]
     found += device_findings.attachments(node)
+    found += port_findings.wider(rules, node)
     return found
 
 

@@ -5,6 +5,7 @@ snapshot.py takes one. `Node.document()` is the JSON that docs/vmtapctl.md descr
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -83,10 +84,15 @@ class Attachment:
 
     @property
     def names(self) -> set[str]:
-        """The names by which `vmtapctl show` finds the attachment."""
+        """The names by which show and trace find the attachment."""
         record = self.record
         found = {record.id, record.ifname, record.mac, record.container_id, record.network, self.sandbox}
+        found |= {_normal(address.partition("/")[0]) for address in self.addresses}
         return found | ({self.pod.name} if self.pod else set()) | ({self.vm} if self.vm else set())
+
+    def begins(self, what: str) -> bool:
+        """Whether its id, or its container's, begins so."""
+        return any(text.startswith(what) for text in (self.record.id, self.record.container_id))
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -142,6 +148,7 @@ class Attachment:
                 {"number": record.vf.number, "address": record.vf.pci} if record.vf else None
             ),
             "vlan": self.vlan,
+            "port": record.port.fields() if record.port else None,
             "mac": record.mac,
             "mtu": record.mtu,
             "queues": record.queues,
@@ -232,6 +239,18 @@ class Node:
         """The attachments on that source; None: the plain taps."""
         return [each for each in self.attachments if each.record.source == source]
 
+    def find(self, what: str) -> list[Attachment]:
+        """The attachments that have the name, as NAME/IFNAME also one of several, or whose id begins so."""
+        wanted = {what, what.lower(), _normal(what)}
+        if found := [each for each in self.attachments if wanted & each.names]:
+            return found
+        name, _, ifname = what.rpartition("/")
+        if found := [
+            each for each in self.attachments if each.record.ifname == ifname and name in each.names
+        ]:
+            return found
+        return [each for each in self.attachments if len(what) >= 4 and each.begins(what)]
+
     def count(self, entry: policy.Interface) -> int:
         """How many attachments that entry of the policy has granted."""
         return sum(each.record.interface == entry.name for each in self.attachments)
@@ -245,3 +264,11 @@ class Node:
             "attachments": [each.document() for each in self.attachments],
             "unreadable": dict(self.unreadable),
         }
+
+
+def _normal(what: str) -> str:
+    """An IP address as Python writes it; any other text as it is."""
+    try:
+        return str(ipaddress.ip_address(what))
+    except ValueError:
+        return what

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cni.ctl.inventory import Attachment, Node, Source, Traffic
     from cni.ctl.lldp import Evb
     from cni.ctl.probe import Probe
+    from cni.state.port_profile import Port
 
 STATUS = {
     "in use": "green",
@@ -145,6 +146,7 @@ def details(each: Attachment) -> RenderableType:
     row("source", _named(record.source, record.interface))
     row("virtual function", f"{each.function}, {record.vf.pci}" if record.vf else None)
     row("VLAN", each.vlan)
+    row("port", profile(record.port))
     row("MAC", record.mac)
     row("addresses", " ".join(each.addresses))
     row("MTU", record.mtu)
@@ -164,6 +166,28 @@ def details(each: Attachment) -> RenderableType:
     row("id", record.id)
     title = Text.assemble((record.ifname, "bold"), " of ", (each.sandbox, "bold"))
     return Group(title, Padding(grid, (0, 0, 0, 2)))
+
+
+def profile(port: Port | None) -> str:
+    """The profile as "macSpoofCheck, trunk 100 200-210, rate.out 1 Gbit/s"."""
+    words = []
+    for name, value in (port.fields() if port else {}).items():
+        if name == "rate":
+            words += [f"rate.{way} {_bits(value[way])}" for way in ("out", "in") if way in value]
+        elif isinstance(value, bool):
+            words.append(name if value else f"{name} off")
+        elif isinstance(value, list):
+            words.append(f"{name} {' '.join(value) or 'none'}")
+        else:
+            words.append(f"{name} {value}/s")
+    return ", ".join(words)
+
+
+def _bits(rate: int) -> str:
+    for unit, size in (("Gbit/s", 10**9), ("Mbit/s", 10**6), ("kbit/s", 10**3)):
+        if rate >= size:
+            return f"{rate / size:g} {unit}"
+    return f"{rate} bit/s"
 
 
 def tree(node: Node) -> RenderableType:

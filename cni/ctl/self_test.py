@@ -41,7 +41,7 @@ STEPS = (
 )
 
 _LOWER = 2
-_RECORD = Record(
+RECORD = Record(
     network="trial",
     container_id="trial",
     ifname="trial1",
@@ -89,7 +89,7 @@ def _steps(stack: ExitStack, *, opens: bool) -> Iterator[str]:
     lower = host.link(index=_LOWER)
     assert lower is not None  # noqa: S101 - it was made above
     yield next(names)
-    record = _RECORD
+    record = RECORD
     pod = leave(stack)
     there = stack.enter_context(Rtnl())
     macvtap.create(

@@ -178,6 +178,31 @@ def test_more_than_the_capacity(good: Ctl, lab: Lab) -> None:
     assert "3 attachments, and a capacity of 2" in wrong(good)["source eth1"][1]
 
 
+def test_ports(good: Ctl, pod: Netns) -> None:
+    """Whether the kernel can filter is tried, and attachments that a change of the policy has missed are named."""
+    good.add(pod, interface="data")
+    port = "{macSpoofCheck: true, trunk: [100], broadcast: 100, rate: {out: 1Gbit, in: 1Gbit}}"
+    good.plugin.policy.write_text(POLICY.replace("}]", f", port: {port}}}]"))
+    assert wrong(good) == {
+        "c1 net1": (
+            "warning",
+            "its port is wider than that of interface data now: macSpoofCheck, trunk, broadcast, rate.out, rate.in",
+            "give the VM a new pod: a changed port is in force for new attachments",
+        )
+    }
+    findings = good.json("doctor", status=None)["findings"]
+    (found,) = (each for each in findings if each["check"] == "port")
+    assert found["message"] == "the kernel can do what the ports of data need (tested)"
+    good.delete(pod)
+    good.add(pod, interface="data")
+    assert wrong(good) == {}
+    port = good.json("show", "c1")["attachments"][0]["port"]
+    assert port["rate"] == {"out": 10**9, "in": 10**9}
+    assert "macSpoofCheck, trunk 100, broadcast 100/s, rate.out 1 Gbit/s" in " ".join(
+        good("show", "c1").stdout.split()
+    )
+
+
 def test_no_policy_and_a_bad_one(ctl: Ctl) -> None:
     assert wrong(ctl)["policy"][0] == "warning"
     settings = ctl.plugin.policy.with_name("agent.yaml")
