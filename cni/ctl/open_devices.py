@@ -70,6 +70,13 @@ def find(macvtaps: Mapping[Device, str], taps: Mapping[Tap, str]) -> dict[str, l
     return found
 
 
+def sees_others() -> bool:
+    """Whether this process may look at the fds of other users' processes (CAP_SYS_PTRACE, linux/capability.h)."""
+    with open("/proc/thread-self/status", encoding="ascii", errors="replace") as file:
+        (held,) = (int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    return bool(held >> 19 & 1)
+
+
 def may_hold(pid: int) -> bool:
     """Whether the process has the device of any tap or macvtap open."""
     macvtap = _macvtap_major()

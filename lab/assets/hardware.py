@@ -14,7 +14,9 @@ BACKPORTS = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabi
 MODULES = {
     "boot": (
         *("9pnet_virtio", "9p", "virtio_net", "igb", "igbvf", "8021q", "bridge", "bonding", "dummy", "veth"),
-        *("macvtap", "tun", "ipvlan"),
+        *("macvtap", "tun", "ipvlan", "sch_ingress", "cls_u32", "act_mirred"),
+        # nf_tables needs the first, and does not say so.
+        *("crc32c_generic", "nf_tables", "nft_limit", "sch_tbf"),
     )
 }
 """What hw.init loads."""

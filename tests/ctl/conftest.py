@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.agent.conftest import agent  # noqa: F401 - a fixture
+from tests.netns.conftest import attach  # noqa: F401 - a fixture
 from tests.runner import BIN, Plugin, config
 from tests.waiting import LIMIT
 
