@@ -47,6 +47,10 @@ ENTRYPOINT ["vmtap-launch"]
 # The last target is the default of a build without --target.
 FROM ${BASE} AS agent
 LABEL org.opencontainers.image.title="vmtap" org.opencontainers.image.licenses="Apache-2.0"
+# It compiles the filters of `vmtapctl capture`.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libpcap0.8 \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/apt /var/log/dpkg.log
 COPY --from=build /opt/vmtap /opt/vmtap
 ENV PATH=/opt/vmtap/bin:$PATH
 ENTRYPOINT ["vmtapd"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from cni.errors import CniError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
 
@@ -70,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
         description="Shows the attachments of this node, their devices, pods and VMs, and checks the node. "
-        "Only install and uninstall change the node; probe sends frames.",
+        "Only install and uninstall change the node; probe sends frames, capture records them.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
@@ -109,6 +110,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="listen for LLDP so long; without it, only lldpd is queried, if it runs",
     )
     command("watch", "print changes of attachments until Ctrl-C")
+    made = command("capture", "capture the frames that a guest sends and receives")
+    _capture_options(made)
     command("doctor", "check the node, and print the next step for each fault")
     made = command("probe", "test whether the switch has reflective relay, which mode vepa needs")
     argument = made.add_argument("source", metavar="SOURCE", help="a NIC, bond, VLAN or bridge of this node")
@@ -120,6 +123,15 @@ def make_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="then listen for LLDP so long (EVB TLV); most switches send it every 30 s",
     )
+    made = command("trace", "show whether two VMs can reach each other, and why not")
+    argument = made.add_argument(
+        "ends",
+        metavar="VM",
+        nargs=2,
+        help="a VM, pod, IFNAME, POD/IFNAME, id, MAC or address; one of the two may be the MAC or address of a machine "
+        "that is not on this node",
+    )
+    argument.completer = _names
     made = command("lint", "check network configs, policies, agent's files and manifests", places=False)
     made.add_argument(
         "files",
@@ -152,6 +164,42 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _capture_options(made: argparse.ArgumentParser) -> None:
+    argument: Any = made.add_argument(
+        "what", metavar="VM", help="or a pod, a MAC, an attachment's id or its container's"
+    )
+    argument.completer = _names
+    made.add_argument(
+        "filter",
+        metavar="FILTER",
+        nargs="*",
+        help="as in pcap-filter(7), such as: arp or port 67; needs libpcap",
+    )
+    made.add_argument(
+        "--write", metavar="FILE", help="write pcapng to a new file; - is stdout, for wireshark -k -i -"
+    )
+    made.add_argument(
+        "--direction", choices=("in", "out"), help="only what the guest receives, or what it sends"
+    )
+    made.add_argument("--count", metavar="N", type=_number(1), help="end after that many frames")
+    made.add_argument(
+        "--seconds", metavar="N", type=_number(1), default=3600, help="end after that time; default: 3600"
+    )
+    made.add_argument(
+        "--size",
+        metavar="BYTES",
+        type=_number(10_000),
+        help="end before more is written; also as 20k, 20M, 20G; default for a file: 100M",
+    )
+    made.add_argument(
+        "--snap",
+        metavar="BYTES",
+        type=_number(14, 1 << 18),
+        default=1 << 18,
+        help="keep only the beginning of each frame; default: 262144",
+    )
+
+
 def _names(prefix: str, **_: Any) -> list[str]:
     """The names of attachments that begin with prefix, for completion. A state folder that cannot be read has none."""
     from cni.ctl import snapshot  # noqa: PLC0415 - for completion only
@@ -177,12 +225,32 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _number(least: int, most: int = 10**15) -> Callable[[str], int]:
+    """A converter of options: a number from least to most, which may end with k, M or G."""
+
+    def convert(text: str) -> int:
+        match = re.fullmatch(r"([0-9]{1,15})([kMG]?)", text)
+        value = int(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[match[2]] if match else -1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be a number from {least} to {most}")
+        return value
+
+    return convert
+
+
 def _fail(message: str, status: int) -> int:
     print(f"{PROGRAM}: {message}", file=sys.stderr)
     return status
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As the base class. Takes a FILTER behind an option, too, which argparse does from Python 3.13."""
+        found, rest = super().parse_known_args(args, namespace)
+        if hasattr(found, "filter") and not found.filter and not any(word.startswith("-") for word in rest):
+            found.filter, rest = rest, []
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(os.EX_USAGE, f"{PROGRAM}: {message}\n")

@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 
 from argcomplete.shell_integration import shellcode
 
 from cni import spec
-from cni.ctl import doctor, installation, lint, lldp, locations, picture, probe, render, snapshot, watch
+from cni.ctl import (
+    capture,
+    doctor,
+    installation,
+    lint,
+    lldp,
+    locations,
+    picture,
+    probe,
+    render,
+    snapshot,
+    watch,
+)
+from cni.ctl.trace import gather, text
 from cni.errors import CniError
 
 TYPE_CHECKING = False
@@ -27,6 +41,8 @@ PROGRAM = "vmtapctl"
 WARNINGS = 1
 ERRORS = 2
 REFLECTS = {True: 0, False: 1, None: 2}
+TALK = {"can": 0, "may": 2, "cannot": 1}
+"""The verdict of several pairs is the first of these that one of them has."""
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -43,14 +59,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    node = snapshot.take(_settings(options))
-    found = [each for each in node.attachments if options.what in each.names]
-    if not found:
-        found = [each for each in node.attachments if _begins(each, options.what)]
-    if not found:
-        known = sorted({each.sandbox for each in node.attachments})
-        there = f"attached are {', '.join(known)}" if known else "nothing is attached on this node"
-        raise CniError(spec.NO_ATTACHMENT, f"no attachment is named or belongs to {options.what!r}; {there}")
+    found = _named(options)
     if options.json:
         return _json({"attachments": [each.document() for each in found]})
     for number, each in enumerate(found):
@@ -85,6 +94,36 @@ def _watch(options: argparse.Namespace) -> int:
     return watch.run(_settings(options), as_json=options.json)
 
 
+def _capture(options: argparse.Namespace) -> int:
+    if options.size and not options.write:
+        raise CniError(
+            spec.INVALID_ENVIRONMENT, "--size limits what --write writes: give --write, or --count"
+        )
+    found = [each for each in _named(options) if each.link]
+    if not found:
+        raise CniError(spec.NO_ATTACHMENT, f"{options.what!r}: its link is gone")
+    if len(found) > 1:
+        several = ", ".join(f"{each.record.mac} ({each.record.ifname} of {each.sandbox})" for each in found)
+        raise CniError(
+            spec.INVALID_ENVIRONMENT,
+            f"{options.what!r} has {len(found)} attachments: name one by its MAC: {several}",
+        )
+    wanted = capture.Wanted(
+        filter=" ".join(options.filter),
+        write=options.write,
+        snap=options.snap,
+        count=options.count,
+        seconds=options.seconds,
+        size=options.size,
+        direction=options.direction,
+    )
+    summary = capture.run(found[0], wanted, as_json=options.json)
+    with suppress(BrokenPipeError):
+        for line in [json.dumps(summary.document())] if options.json else summary.lines():
+            print(line, file=sys.stderr, flush=True)
+    return summary.status
+
+
 def _doctor(options: argparse.Namespace) -> int:
     found = doctor.examine(_settings(options, complain=False))
     count = {severity: sum(each.severity == severity for each in found) for severity in render.SEVERITY}
@@ -106,6 +145,16 @@ def _probe(options: argparse.Namespace) -> int:
     else:
         render.say(render.probe(found))
     return REFLECTS[found.found.reflects]
+
+
+def _trace(options: argparse.Namespace) -> int:
+    found = gather.trace(_settings(options), *options.ends)
+    best = min((each.verdict for each in found), key=list(TALK).index)
+    if options.json:
+        _json({"verdict": best, "pairs": [each.document() for each in found]})
+    else:
+        render.say(text.shown(found))
+    return TALK[best]
 
 
 def _lint(options: argparse.Namespace) -> int:
@@ -149,11 +198,15 @@ def _completion(options: argparse.Namespace) -> int:
     return 0
 
 
-def _begins(each: Attachment, what: str) -> bool:
-    """Whether the attachment's id, or its container's, begins with what, of at least four characters."""
-    return len(what) >= 4 and any(
-        text.startswith(what) for text in (each.record.id, each.record.container_id)
-    )
+def _named(options: argparse.Namespace) -> list[Attachment]:
+    """The attachments that options.what names. Raises CniError NO_ATTACHMENT if there is none."""
+    node = snapshot.take(_settings(options))
+    found = node.find(options.what)
+    if not found:
+        known = sorted({each.sandbox for each in node.attachments})
+        there = f"attached are {', '.join(known)}" if known else "nothing is attached on this node"
+        raise CniError(spec.NO_ATTACHMENT, f"no attachment is named or belongs to {options.what!r}; {there}")
+    return found
 
 
 def _settings(options: argparse.Namespace, *, complain: bool = True) -> Settings:
@@ -173,8 +226,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "tree": _tree,
     "watch": _watch,
+    "capture": _capture,
     "doctor": _doctor,
     "probe": _probe,
+    "trace": _trace,
     "lint": _lint,
     "install": _install,
     "uninstall": _uninstall,

@@ -78,7 +78,8 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("list",), ("list", "--wide"), ("show", NAME), ("show", f"x{EVIL}"), ("tree",), ("watch",), ("doctor",),
-    ("probe", "x"), ("lint", f"/{EVIL}"), (EVIL,), ("list", EVIL),
+    ("capture", NAME), ("probe", "x"), ("lint", f"/{EVIL}"), (EVIL,), ("list", EVIL),
+    ("trace", NAME, "::1"), ("trace", NAME, EVIL), ("trace", EVIL, EVIL),
 )  # fmt: skip
 
 

@@ -38,6 +38,8 @@ def test_the_shell_understands_its_completion(shell: str, tmp_path: Path) -> Non
     [
         ("vmtapctl do", {"doctor"}),
         ("vmtapctl show we", {"web"}),
+        ("vmtapctl trace 10.77.0.9 we", {"web"}),
+        ("vmtapctl capture we", {"web"}),
         ("vmtapctl completion f", {"fish"}),
         ("vmtapctl probe et", {"eth1", "eth2"}),
     ],
@@ -53,7 +55,7 @@ def test_bash_completes(ctl: Ctl, pod: Netns, tmp_path: Path, line: str, offers:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["lost"], ["show"], ["tree", "--lldp", "0"], ["probe"], ["list", "--jso"]]
+    "words", [[], ["lost"], ["show"], ["tree", "--lldp", "0"], ["probe"], ["trace", "a"], ["list", "--jso"]]
 )
 def test_usage(words: list[str]) -> None:
     done = subprocess.run([BIN / "vmtapctl", *words], capture_output=True, text=True, check=False)
