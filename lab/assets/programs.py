@@ -52,7 +52,7 @@ _STAMP = f"-X=k8s.io/component-base/version.gitVersion={_KUBERNETES}"
 """A release build of Kubernetes has its version written in, and helm queries a cluster for it."""
 
 _SHIM = CHECKOUT / "cni/shim/vmtap.c"
-_MEASURING = (CHECKOUT / "lab/bench/spawn.c", CHECKOUT / "lab/bench/moment.c")
+_MEASURING = tuple(CHECKOUT / f"lab/bench/{name}.c" for name in ("spawn", "moment", "frames"))
 
 
 def _plugins(names: Sequence[str], folder: Path) -> None:
@@ -106,7 +106,7 @@ BENCH = Asset(
     (PLUGINS_VERSION, _BENCH_PLUGINS),
     lambda: (_SHIM, *_MEASURING, CHECKOUT / "hatch_build.py"),
 )
-"""A folder with the benchmark's programs: vmtap (the shim), macvlan, tap, spawn, moment."""
+"""A folder with the benchmark's programs: vmtap (the shim), macvlan, tap, spawn, moment, frames."""
 KUBEVIRT = {
     version: Asset(f"kubevirt-{version}", partial(_make_kubevirt, version), "test")
     for version in ("v1.5.0", "v1.9.0")

@@ -20,12 +20,10 @@ from rich.table import Table
 from lab.assets import guest
 from lab.assets.cache import CHECKOUT
 from lab.assets.programs import BENCH
-from lab.bench import chart, guests, node, report
+from lab.bench import chart, frames, guests, node, report
 from lab.bench.contenders import (
     AGENT,
-    AGENT_TAP,
     KERNEL,
-    ONE_SHOT,
     TMPFS,
     Agent,
     Floor,
@@ -92,13 +90,17 @@ def measure(extent: Extent, show: Show, peer: Path | None, *, quick: bool) -> re
             crowds = node.crowded(spawner, every, floor, pods[0], pods, extent=extent, progress=now)
         with show.step("the launcher's start"):
             launches = node.launches(spawner, every[AGENT], agent, pods[0], extent.launches)
+        with show.step(f"frames through a port, {extent.frame_rounds} rounds"):
+            passed = frames.frames(
+                spawner, every[AGENT], agent, lab, pods[0], rounds=extent.frame_rounds, count=extent.frames
+            )
         with show.step(f"{extent.pairs} pairs by an agent of its own") as now, Agent(lab.node) as fresh:
             tired = contenders(fresh, folder / "unused", floor, None)[AGENT]
             soak = node.soak(spawner, tired, pods[:_SOAK_PODS], extent.pairs, now)
         with show.step(f"guests, {extent.guest_rounds} rounds") as now:
             rates = guests.throughput(spawner, every[AGENT], agent, lab, extent=extent, progress=now)
         return report.Measured(
-            quick, extent, single, many, crowds, soak, launches, rates, empty=empty, handled=handled
+            quick, extent, single, many, crowds, soak, launches, passed, rates, empty=empty, handled=handled
         )
 
 
@@ -126,7 +128,9 @@ def panels(measured: report.Measured) -> list[chart.Panel]:
 
 
 def _kind(name: str) -> str:
-    return "ours" if name in (AGENT, AGENT_TAP, ONE_SHOT) else "floor" if name == KERNEL else "bar"
+    if name == KERNEL:
+        return "floor"
+    return "ours" if name.startswith("vmtap") else "bar"
 
 
 def _print(rows: Sequence[Row]) -> None:

@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 BIN = Path(sys.executable).parent
 TMPFS = "/dev/shm"  # noqa: S108 - a TemporaryDirectory is made in it
 """The folder for state: /run is a tmpfs on a host, but often not in a container."""
+_PORT = {
+    "macSpoofCheck": True,
+    "dhcpServer": False,
+    "routerAdvertisements": False,
+    "trunk": [],
+    "broadcast": 1000,
+    "rate": {"out": "1Gbit", "in": "1Gbit"},
+}
+"""All that a port can have without IPAM."""
 _SETTLE_SECONDS = 10.0
 _LOOK_SECONDS = 0.002
 _START_SECONDS = 20.0
@@ -66,6 +75,8 @@ class Agent(Program):
         entries = [
             {"name": "wire", "source": {"dev": NIC}, "type": "ethernet"},
             {"name": "bridge", "source": {"dev": BRIDGE}, "type": "ethernet"},
+            {"name": "checked", "source": {"dev": NIC}, "port": {"macSpoofCheck": True}},
+            {"name": "guarded", "source": {"dev": NIC}, "port": _PORT},
         ]
         policy.write_text(json.dumps({"interfaces": entries}))  # JSON is YAML
         unserved = ["--metrics", "", "--health", ""]
@@ -261,6 +272,8 @@ def _new(name: str, lower: bytes, *, up: bool) -> tuple[int, int, bytes]:
 
 
 AGENT = "vmtap: agent and shim"
+AGENT_CHECKED = "vmtap: agent and shim, macSpoofCheck"
+AGENT_GUARDED = "vmtap: agent and shim, whole port"
 AGENT_TAP = "vmtap: agent and shim, plain tap"
 ONE_SHOT = "vmtap: one-shot"
 GO_MACVLAN = "macvlan (reference, Go)"
@@ -279,6 +292,8 @@ def contenders(agent: Agent, state: Path, floor: Floor, peer: Path | None) -> di
     macvlan = {"type": "macvlan", "master": NIC, "mode": "bridge"}
     every = [
         Contender(AGENT, made / "vmtap", bridge, shim, agent),
+        Contender(AGENT_CHECKED, made / "vmtap", {**bridge, "interface": "checked"}, shim, agent),
+        Contender(AGENT_GUARDED, made / "vmtap", {**bridge, "interface": "guarded"}, shim, agent),
         Contender(AGENT_TAP, made / "vmtap", {"device": "tap", "type": "vmtap"}, shim, agent),
         Contender(ONE_SHOT, BIN / "vmtap", source, one_shot),
         Contender(GO_MACVLAN, made / "macvlan", macvlan),

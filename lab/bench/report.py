@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.assets.programs import PLUGINS_VERSION
-from lab.bench.contenders import AGENT, GO_MACVLAN, KERNEL, ONE_SHOT, PEER
+from lab.bench.contenders import AGENT, AGENT_CHECKED, AGENT_GUARDED, GO_MACVLAN, KERNEL, ONE_SHOT, PEER
 from lab.bench.figures import Budget, Row, Spread, number, ratios, spread
+from lab.bench.frames import NONE, WAYS
 from lab.bench.guests import DIRECTIONS, MACVTAP, TAP, USER
 from lab.bench.node import COMMANDS
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lab.bench.contenders import Sample
+    from lab.bench.frames import Frames
     from lab.bench.guests import Rates
     from lab.bench.node import Extent, Samples, Soak
 
@@ -31,6 +33,8 @@ NO_PEER = "PEER_MACVTAP_CNI=PATH is not set, and no registry has macvtap-cni"
 ADD = Budget("agent ADD ÷ Go macvlan without IPAM", 0.35, 0.20)
 DEL = Budget("agent DEL ÷ Go macvlan", 0.15, 0.05)
 TO_PEER = Budget("agent ADD ÷ kubevirt/macvtap-cni", 0.05, 0.025)
+CHECKED = Budget("agent ADD with macSpoofCheck ÷ without", 1.2, 1.1)
+GUARDED = Budget("agent ADD with a whole port ÷ without", 1.5, 1.3)
 MANY_WALL = Budget("{count} ADDs at once ÷ Go macvlan, wall", 0.35, 0.20)
 MANY_CPU = Budget("{count} ADDs at once ÷ Go macvlan, CPU", 0.35, 0.20)
 CROWD = Budget("agent ADD with {count} attachments ÷ with none", 2.5, 2.0)
@@ -52,6 +56,7 @@ class Measured:
     crowds: dict[int, Samples]
     soak: Soak
     launches: list[float]
+    frames: Frames
     guests: Rates
     empty: list[float]
     """Durations of a static program that does nothing, in milliseconds."""
@@ -84,6 +89,8 @@ def rows(measured: Measured) -> list[Row]:
         Row(TO_PEER, spread(ratios(one(AGENT, "ADD"), one(PEER, "ADD"))))
         if PEER in measured.single
         else Row(TO_PEER, None, NO_PEER),
+        Row(CHECKED, spread(ratios(one(AGENT_CHECKED, "ADD"), one(AGENT, "ADD")))),
+        Row(GUARDED, spread(ratios(one(AGENT_GUARDED, "ADD"), one(AGENT, "ADD")))),
         Row(_counted(MANY_WALL, extent.at_once), at_once(lambda sample: sample.wall)),
         Row(_counted(MANY_CPU, extent.at_once), at_once(lambda sample: sample.cpu)),
         Row(_counted(CROWD, crowd), spread(ratios(crowded, alone))),
@@ -159,6 +166,10 @@ def document(measured: Measured, about: dict[str, str]) -> dict[str, Any]:
         "crowded": {str(size): cells(samples) for size, samples in measured.crowds.items()},
         "resident": measured.soak.resident,
         "launches": asdict(spread(measured.launches)),
+        "nanosecondsAFrame": {
+            part: {way: asdict(spread(taken)) for way, taken in ways.items()}
+            for part, ways in measured.frames.items()
+        },
         "guests": {
             medium: {way: asdict(spread(taken)) for way, taken in ways.items()}
             for medium, ways in measured.guests.items()
@@ -190,6 +201,8 @@ def page(measured: Measured, about: dict[str, str]) -> str:
         first=f"{measured.soak.resident[0][1] / 1024:.1f}",
         middle=f"{next(kib for pairs, kib in measured.soak.resident if pairs >= extent.pairs / 2) / 1024:.1f}",
         last=f"{measured.soak.resident[-1][1] / 1024:.1f}",
+        frame_rounds=extent.frame_rounds,
+        frames=_frames(measured),
         guest_rounds=extent.guest_rounds,
         guests=_guests(measured),
     )
@@ -271,6 +284,21 @@ def _crowds(measured: Measured) -> str:
     return _table(heads, lines)
 
 
+def _frames(measured: Measured) -> str:
+    heads = ["", *(f"{head}{way}" for way in WAYS for head in ("frames/s ", "÷ no port, "))]
+    lines = []
+    for part, ways in measured.frames.items():
+        cells = [part]
+        for way in WAYS:
+            beside = ratios(measured.frames[NONE][way], ways[way])
+            cells += [
+                f"{1e9 / spread(ways[way]).median:,.0f}".replace(",", " "),
+                number(spread(beside).median),
+            ]
+        lines.append(cells)
+    return _table(heads, lines)
+
+
 def _guests(measured: Measured) -> str:
     heads = ("MB/s", "TX", "RX", "TX + RX", "÷ user networking", "p10 to p90")
     lines = []
@@ -344,6 +372,13 @@ Each call is for another pod. Wall is from the first start to the last end, CPU 
 ## The agent's memory over {pairs} pairs of ADD and DEL
 
 {first} MB at the start, {middle} MB after half of the pairs, {last} MB at the end.
+
+## Frames through a port, {frame_rounds} rounds
+
+Frames of 98 bytes, one system call each, on one processor: out, written to the fd of a macvtap, as far as the wire's
+other end; in, written to the wire's other end, as far as the queue of the fd. The rate is higher than what passes.
+
+{frames}
 
 ## Guests, {guest_rounds} rounds
 

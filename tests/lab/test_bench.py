@@ -7,8 +7,18 @@ from xml.etree import ElementTree
 import pytest
 
 from lab.bench import chart, figures, node, report
-from lab.bench.contenders import AGENT, GO_MACVLAN, KERNEL, ONE_SHOT, PEER, Sample
+from lab.bench.contenders import (
+    AGENT,
+    AGENT_CHECKED,
+    AGENT_GUARDED,
+    GO_MACVLAN,
+    KERNEL,
+    ONE_SHOT,
+    PEER,
+    Sample,
+)
 from lab.bench.figures import Budget, Row, Spread
+from lab.bench.frames import NONE
 from lab.bench.guests import DIRECTIONS, MACVTAP, TAP, USER
 
 
@@ -66,7 +76,14 @@ def test_everybody_begins_as_often() -> None:
 
 def _measured() -> report.Measured:
     def samples(*names: str, scale: float = 1.0) -> node.Samples:
-        times = {AGENT: 1.0, ONE_SHOT: 50.0, GO_MACVLAN: 5.0, KERNEL: 0.2}
+        times = {
+            AGENT: 1.0,
+            AGENT_CHECKED: 1.25,
+            AGENT_GUARDED: 1.3,
+            ONE_SHOT: 50.0,
+            GO_MACVLAN: 5.0,
+            KERNEL: 0.2,
+        }
         return {
             name: {
                 command: [Sample(times[name] * scale * slow, times[name], 1024) for slow in (1.0, 3.0)]
@@ -75,15 +92,19 @@ def _measured() -> report.Measured:
             for name in names
         }
 
-    everybody = samples(AGENT, ONE_SHOT, GO_MACVLAN, KERNEL)
+    everybody = samples(AGENT, AGENT_CHECKED, AGENT_GUARDED, ONE_SHOT, GO_MACVLAN, KERNEL)
     return report.Measured(
         quick=True,
         extent=node.QUICK,
         single=everybody,
         many=samples(AGENT, GO_MACVLAN),
-        crowds={0: everybody, 100: samples(AGENT, ONE_SHOT, GO_MACVLAN, KERNEL, scale=2.0)},
+        crowds={
+            0: samples(AGENT, ONE_SHOT, GO_MACVLAN, KERNEL),
+            100: samples(AGENT, ONE_SHOT, GO_MACVLAN, KERNEL, scale=2.0),
+        },
         soak=node.Soak([(0, 10240), (250, 20480), (500, 20480)]),
         launches=[40.0, 60.0],
+        frames={part: {"out": [100.0 * slow], "in": [200.0]} for slow, part in ((1, NONE), (2, "rate"))},
         empty=[0.3],
         handled=[0.5],
         guests={
@@ -98,6 +119,8 @@ def test_the_budget_is_judged_by_ratios() -> None:
     value = rows["agent ADD ÷ Go macvlan without IPAM"].value
     assert value
     assert (value.median, value.low, value.high) == (0.2, 0.2, 0.2)
+    assert rows["agent ADD with macSpoofCheck ÷ without"].verdict == "missed"
+    assert rows["agent ADD with a whole port ÷ without"].verdict == "aim"
     assert rows["agent ADD with 100 attachments ÷ with none"].verdict == "aim"
     assert rows["launcher, start to exec of QEMU"].verdict == "aim"
     assert rows["its growth over the second half of them"].verdict == "aim"
@@ -112,6 +135,7 @@ def test_the_page_has_every_row_and_says_what_is_left_out() -> None:
         assert f"| {row.budget.figure} |" in page
     assert report.NO_PEER in page
     assert "| the agent's work, RTM_NEWLINK included | 0.500 | 25 % |" in page
+    assert "| rate | 5 000 000 | 0.500 | 5 000 000 | 1.00 |" in page
     assert "benchmark.svg" in page
 
 
