@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cni.kernel import tapdev
+from cni.port import guard
 from cni.state.record import Record
 from cni.state.store import Store
 from lab.frames import BROADCAST, Frame, collect, packet_socket, write_tap
@@ -152,6 +153,34 @@ def test_what_the_policy_and_the_config_say_is_set_and_taken_back(
     plugin("ADD", _config(), netns=pods(), container="c2").ok()
     assert two.settings()[1]["vlan_list"] == [{"vlan": 100}]
     plugin("ADD", _config(vlan=300), netns=pods(), container="c3").error(7)
+
+
+def test_a_port_is_in_force_in_the_nic_and_at_the_macvtap(
+    node: Root, two: Nic, plugin: Plugin, pods: Callable[[], Netns]
+) -> None:
+    """The NIC refuses other MACs by its own spoofchk, and the filters at the macvtap do before that."""
+    run(["ip", "link", "set", two.pf, "vf", "0", "spoofchk", "off"])
+    _policy(plugin, port="{macSpoofCheck: true, trunk: [], rate: {out: 100Mbit, in: 1Gbit}}")
+    pod = pods()
+    answer = plugin("ADD", _config(), netns=pod).ok()
+    mac = answer["interfaces"][0]["mac"]
+    assert two.settings()[0]["spoofchk"] is True
+    assert "rate 100Mbit" in pod.run(["tc", "qdisc", "show", "dev", "net1"]).stdout
+    pod.wait_until_up("net1")
+    with pod.path.open() as namespace:
+        (fd,) = tapdev.open_queues(namespace.fileno(), _record(plugin), 1)
+    try:
+        with packet_socket(node, two.wire) as wire:
+            write_tap(fd, Frame(BROADCAST, "02:00:00:00:00:99", "spoofed"))
+            write_tap(fd, Frame(BROADCAST, mac, "end"))
+            assert collect({"wire": wire}, until="end") == {"wire": []}
+    finally:
+        os.close(fd)
+    assert pod.call(lambda: guard.refused(_record(plugin)))["source-mac"] == 1
+    plugin("CHECK", _config(prevResult=answer), netns=pod).ok()
+    plugin("DEL", _config(), netns=pod).ok()
+    assert two.settings()[0]["spoofchk"] is False
+    run(["ip", "link", "set", two.pf, "vf", "0", "spoofchk", "on"])
 
 
 @dataclass(frozen=True)
