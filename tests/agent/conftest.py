@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -106,6 +106,17 @@ class Agent:
                 return answer.status, answer.headers["Content-Type"], answer.read().decode()
 
         return self.node.call(ask)
+
+    @contextmanager
+    def stopped(self) -> Iterator[subprocess.Popen[str]]:
+        """None of its threads runs in the block. A signal alone would let one that is waking up go on for a moment."""
+        assert self.process
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+            yield self.process
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Signal it and wait for its end; its exit status."""

@@ -356,13 +356,9 @@ def test_refused_what_was_said_before_the_greeting(agent: Agent, lab: Lab) -> No
     """It may be from before the peer was looked at, so it proves nothing."""
     pod = lab.pod()
     attach(agent, pod)
-    assert agent.process
     with Client(agent, pod, SAY) as client:
-        agent.process.send_signal(signal.SIGSTOP)
-        try:
+        with agent.stopped():
             assert client.ask(early=True) is True
-        finally:
-            agent.process.send_signal(signal.SIGCONT)
         error = client.answer()["error"]
         refused(error, spec.DECODING_FAILURE, "sent data before the greeting")
 

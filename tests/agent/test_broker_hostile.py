@@ -99,13 +99,8 @@ def test_fds_whose_close_sleeps_stop_nobody(agent: Agent, lab: Lab, greeted: boo
         if greeted:
             hostile.ask(number=3, greeted=True, say="{}\n")
         else:
-            agent.process.send_signal(
-                signal.SIGSTOP
-            )  # so that the fds arrive before the connection is accepted
-            try:
+            with agent.stopped():  # so that the fds arrive before the connection is accepted
                 hostile.ask(number=PER_POD + BURST)
-            finally:
-                agent.process.send_signal(signal.SIGCONT)
         assert client.ask()[0]["fds"] == 1
         assert agent.get("/healthz")[0] == 200
         until(lambda: len(list(tasks.iterdir())) <= before, "threads sleep")
@@ -114,15 +109,11 @@ def test_fds_whose_close_sleeps_stop_nobody(agent: Agent, lab: Lab, greeted: boo
 
 def test_fds_that_wait_in_the_backlog_do_not_stop_the_end(agent: Agent, lab: Lab) -> None:
     pod = lab.pod()
-    assert agent.process
     with Client(agent, pod, LINGER) as hostile:
         hostile.ask(number=1)
-        agent.process.send_signal(signal.SIGSTOP)
-        try:
+        with agent.stopped() as process:
             hostile.ask(number=40)
-            agent.process.send_signal(signal.SIGTERM)
-        finally:
-            agent.process.send_signal(signal.SIGCONT)
+            process.send_signal(signal.SIGTERM)
         ends_at_once(agent)
 
 

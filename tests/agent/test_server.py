@@ -143,14 +143,10 @@ def test_a_request_whose_peer_has_ended_is_dropped(agent: Agent, lab: Lab, slow:
     variables = shim.environment("ADD", pod) | {"CNI_PATH": str(slow.folder)}
     env = b"".join(f"{name}={value}\0".encode() for name, value in variables.items())
     stdin = json.dumps(config(**WIRE, ipam=slow.config)).encode()
-    assert agent.process
-    agent.process.send_signal(signal.SIGSTOP)  # so that the request waits for its turn
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-            peer.connect(str(agent.run / "agent/cni.sock"))
-            peer.sendall(struct.pack("=IIII", 0x31746D76, 0, len(env), len(stdin)) + env + stdin)
-    finally:
-        agent.process.send_signal(signal.SIGCONT)
+    # The request waits for its turn.
+    with agent.stopped(), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.connect(str(agent.run / "agent/cni.sock"))
+        peer.sendall(struct.pack("=IIII", 0x31746D76, 0, len(env), len(stdin)) + env + stdin)
     assert "has ended before its request" in agent.wait_for("refused")["why"]
     assert slow.log() == []
     shim("ADD", json.loads(stdin), netns=pod, env={"CNI_PATH": str(slow.folder)}).ok()

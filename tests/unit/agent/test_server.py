@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -61,6 +62,7 @@ def test_who_has_connected_when_it_stops_is_served(tmp_path: Path, waits: bool) 
         with pytest.raises(ConnectionRefusedError):
             while True:  # until it has heard that it is to stop
                 _connected(path).close()
+                time.sleep(0.05)  # those that wait must not fill the backlog
         go.set()
         assert stopped.result()
         assert [len(peer.recv(TAIL)) for peer in peers] == [TAIL] * 5
