@@ -112,7 +112,8 @@ def make_parser() -> argparse.ArgumentParser:
     command("watch", "print changes of attachments until Ctrl-C")
     made = command("capture", "capture the frames that a guest sends and receives")
     _capture_options(made)
-    command("doctor", "check the node, and print the next step for each fault")
+    made = command("doctor", "check the node, and print the next step for each fault")
+    made.add_argument("--strict", action="store_true", help="exit with 1 for warnings, too")
     made = command("probe", "test whether the switch has reflective relay, which mode vepa needs")
     argument = made.add_argument("source", metavar="SOURCE", help="a NIC, bond, VLAN or bridge of this node")
     argument.completer = _devices

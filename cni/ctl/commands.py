@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from cni.ctl.locations import Settings
 
 PROGRAM = "vmtapctl"
-WARNINGS = 1
-ERRORS = 2
+INVALID = 2
+"""A file that lint checked is invalid."""
 REFLECTS = {True: 0, False: 1, None: 2}
 TALK = {"can": 0, "may": 2, "cannot": 1}
 """The verdict of several pairs is the first of these that one of them has."""
@@ -127,7 +127,7 @@ def _capture(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     found = doctor.examine(_settings(options, complain=False))
     count = {severity: sum(each.severity == severity for each in found) for severity in render.SEVERITY}
-    status = ERRORS if count["error"] else WARNINGS if count["warning"] else 0
+    status = int(bool(count["error"] or (options.strict and count["warning"])))
     if options.json:
         _json({"findings": [each.document() for each in found], **count})
         return status
@@ -168,7 +168,7 @@ def _lint(options: argparse.Namespace) -> int:
                 print(f"{each.file}: {fault}")
             if not each.faults:
                 print(f"{each.file}: valid {each.kind}")
-    return ERRORS if any(each.faults for each in found) else 0
+    return INVALID if any(each.faults for each in found) else 0
 
 
 def _install(options: argparse.Namespace) -> int:

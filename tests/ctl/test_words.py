@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from cni.ctl import lldp
+from cni.ctl import __main__ as vmtapctl
+from cni.ctl import doctor, lldp
+from cni.ctl.finding import Finding
 from tests.ctl.conftest import Ctl
 from tests.ctl.test_inventory import KEYS
 from tests.runner import BIN
@@ -61,6 +64,26 @@ def test_usage(words: list[str]) -> None:
     done = subprocess.run([BIN / "vmtapctl", *words], capture_output=True, text=True, check=False)
     assert done.returncode == os.EX_USAGE
     assert done.stderr.startswith("usage: vmtapctl")
+
+
+@pytest.mark.parametrize(
+    ("severities", "status", "strict"),
+    [
+        (("ok",), 0, 0),
+        (("ok", "warning"), 0, 1),
+        (("error",), 1, 1),
+        (("warning", "error"), 1, 1),
+    ],
+    ids=str,
+)
+def test_the_exit_status_of_doctor(
+    severities: tuple[str, ...], status: int, strict: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda _: [Finding("x", each, "x", "") for each in severities])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of the process that runs the tests
+    for json_too in ((), ("--json",)):
+        assert vmtapctl.main(["doctor", *json_too]) == status
+        assert vmtapctl.main(["doctor", "--strict", *json_too]) == strict
 
 
 def test_colour_only_where_it_is_wanted(ctl: Ctl, pod: Netns) -> None:

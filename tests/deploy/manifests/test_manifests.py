@@ -320,6 +320,7 @@ def test_a_digest_goes_before_a_tag() -> None:
     [
         ({}, "No interface is named"),
         ({"interfaces": [DATA]}, "on eth0"),
+        ({}, "vmtapctl doctor || status=1"),
         ({}, "Derived MACs have no seed"),  # helm template has no cluster whose UID it could look up
     ],
 )
