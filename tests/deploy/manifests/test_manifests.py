@@ -22,7 +22,8 @@ from lab.process import LabError
 DEPLOY = Path(__file__).parents[3] / "deploy"
 CHART = DEPLOY / "helm/vmtap"
 KUSTOMIZE = DEPLOY / "kustomize"
-KUSTOMIZATIONS = ["base", "overlays/kind", "overlays/k3s", "overlays/openshift", "uninstall", "monitoring"]
+OVERLAYS = ("kind", "kind-broker", "k3s", "openshift")
+KUSTOMIZATIONS = ["base", *(f"overlays/{name}" for name in OVERLAYS), "uninstall", "monitoring"]
 
 DATA = {"name": "dataplane", "source": {"dev": "eth0"}, "modes": ["bridge"], "capacity": 16}
 K3S = {"cni": {"binDir": "/var/lib/rancher/k3s/data/cni"}}
@@ -154,6 +155,7 @@ def test_the_schemas_are_strict() -> None:
     [
         ("base", {}),
         ("overlays/kind", {"interfaces": [DATA]}),
+        ("overlays/kind-broker", {"interfaces": [DATA], "broker": {"enabled": True}}),
         ("overlays/k3s", K3S),
         ("overlays/openshift", OPENSHIFT),
     ],
