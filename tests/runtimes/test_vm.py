@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 from contextlib import suppress
 from dataclasses import replace
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.vm
 
-EXAMPLE = Path(__file__).parents[2] / "deploy/examples/vm-pod.yaml"
+EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
 ADDRESS, PEER = "10.77.0.5", "10.77.0.254"
 VOLUMES = "/run/lab/volumes"
 """On the node: emptyDirs, whose place a kubelet chooses."""
@@ -80,12 +79,16 @@ class Spec:
 
     def __init__(self, node: Node, document: dict[str, Any]) -> None:
         spec = document["spec"]
-        assert spec.keys() <= {"automountServiceAccountToken", "securityContext", "containers", "volumes"}
+        assert spec.keys() == {
+            *("automountServiceAccountToken", "securityContext", "containers", "volumes"),
+            "affinity",  # the scheduler's
+        }
         self.name: str = document["metadata"]["name"]
         [self._container] = spec["containers"]
         self._pod = spec["securityContext"]
         self._volumes = {each["name"]: self._volume(node, each) for each in spec["volumes"]}
         self.image: str = self._container["image"]
+        self.limits: dict[str, int] = self._container["resources"].get("limits", {})
 
     def host_path(self, volume: str) -> str:
         return self._volumes[volume]
@@ -96,7 +99,8 @@ class Spec:
         assert given.keys() == {
             "name", "image", "command", "args", "resources", "securityContext", "volumeMounts",
         }  # fmt: skip
-        assert given["resources"].keys() == {"requests"}  # a request is a matter of scheduling and of shares
+        # A request is a matter of scheduling and of shares, a limit that of the device manager.
+        assert given["resources"].keys() - {"requests"} <= {"limits"}
         assert self._pod.keys() == {"runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "seccompProfile"}
         assert own.keys() == {"allowPrivilegeEscalation", "readOnlyRootFilesystem", "capabilities"}
         assert self._pod["runAsNonRoot"] is (self._pod["runAsUser"] != 0)
@@ -135,10 +139,10 @@ class Spec:
         return path
 
 
-@pytest.fixture
-def spec(node: Node) -> Spec:
-    """The example's."""
-    return Spec(node, yaml.safe_load(EXAMPLE.read_text()))
+@pytest.fixture(params=["vm-pod.yaml"])
+def spec(request: pytest.FixtureRequest, node: Node) -> Spec:
+    """That of an example."""
+    return Spec(node, yaml.safe_load((EXAMPLES / request.param).read_text()))
 
 
 @pytest.fixture
@@ -218,16 +222,19 @@ def _works(node: Node, spec: Spec, containerd: Containerd, container: str) -> No
     assert containerd.cri.status(container).exit_code == 0
 
 
+@pytest.mark.parametrize("spec", ["vm-pod-device.yaml"], indirect=True)
 def test_from_allocate_to_a_guest_that_talks(
     node: Node, kubelet: Kubelet, spec: Spec, containerd: Containerd
 ) -> None:
     """What a kubelet does with a pod that has the resource in its limits, up to QEMU on the device of its answer."""
+    assert spec.limits == {RESOURCE: 1}
     before = node.traces()
     kubelet.wait_resource(RESOURCE)
     claim = kubelet.admit(RESOURCE, pod=("lab", spec.name))
     assert node.attached() == []
     [device] = claim.response.devices
-    [broker] = claim.response.mounts
+    [broker] = claim.response.mounts  # brokerMount of the agent's file; this pod does not use it
+    assert (broker.host_path, broker.read_only) == (str(RUN / "launcher"), True)
 
     pod = containerd.cri.run_pod(spec.name)
     [record] = node.records()
@@ -236,18 +243,8 @@ def test_from_allocate_to_a_guest_that_talks(
     assert record["ifindex"] == deviceid.ifindex(*number)
     assert device.container_path == f"/dev/tap{record['ifindex']}"
 
-    usual = spec.container()
-    qemu = shlex.join(["qemu-system-x86_64", *usual.args])
-    net = "-netdev tap,id=net0,fd=3 -device virtio-net-pci,netdev=net0,mac=$mac"
-    script = f"""
-        exec 3<>{device.container_path}
-        read -r mac </sys/class/net/net1/address
-        exec {qemu} {net}
-    """
     made = replace(
-        usual,
-        command=["/bin/busybox", "sh", "-euc", script],
-        args=[],
+        spec.container(),
         devices=[
             api.Device(
                 container_path=device.container_path,
@@ -256,10 +253,6 @@ def test_from_allocate_to_a_guest_that_talks(
             )
         ],
     )
-    assert (broker.host_path, broker.read_only) == (
-        spec.host_path("vmtap"),
-        True,
-    )  # the spec's own mount is it
     container = containerd.cri.run(pod, made)
     _works(node, spec, containerd, container)
     containerd.cri.remove_pod(pod.id)
