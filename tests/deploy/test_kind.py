@@ -1,12 +1,14 @@
-"""deploy/kind and the workflows, which take registries to run: what of them can be held against the rest is.
+"""deploy/kind and the workflows without a registry: deploy/kind/up runs with programs that only log their commands.
 
 tests/test_project.py has shellcheck for the scripts.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,222 @@ STEPS: list[tuple[str, str]] = [
 ]
 
 
+FAKE = r"""#!/bin/bash
+# Logs its command line. Fails if FAKE_FAIL matches it, and once if FAKE_FAIL_ONCE does; else answers as in a cluster in
+# which everything works.
+line="${0##*/} $*"
+echo "$line" >>"$FAKE/log"
+if [[ $line =~ ${FAKE_FAIL:-^$} ]]; then
+    echo "fake: no route to host" >&2
+    exit 1
+fi
+if [[ $line =~ ${FAKE_FAIL_ONCE:-^$} && ! -e $FAKE/failed ]]; then
+    touch "$FAKE/failed"
+    exit 1
+fi
+case $line in
+"kind get clusters") [[ ! -e $FAKE/cluster ]] || echo vmtap ;;
+"kind create cluster"*) touch "$FAKE/cluster" ;;
+*" get pods -l app.kubernetes.io/name=vmtap -o name") echo pod/agent ;;
+*" get pods --no-headers") echo "stuck 0/1 ImagePullBackOff 0 1m" ;;
+*" logs "*) echo "guest: 10.1.0.14 answers: 64 bytes" ;;
+*" vmtapctl doctor") echo "0 errors, 1 warning, 9 ok" ;;
+"docker run"*) echo "$FAKE_CONSOLE" ;;
+*" -f -") cat >/dev/null ;;
+esac
+"""
+OPERATOR = "apply -f https://github.com/kubevirt/.*/kubevirt-operator.yaml"
+CRD = "wait crd/kubevirts.kubevirt.io --for condition=Established"
+CR = "apply -f https://github.com/kubevirt/.*/kubevirt-cr.yaml"
+MULTUS = "apply -f https://raw.githubusercontent.com/.*/multus-daemonset-thick.yml"
+
+
+class Up:
+    """deploy/kind/up with fake programs in a folder of its own. `commands` are those of the last run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.commands: list[str] = []
+        for name in ("docker", "kind", "kubectl"):
+            program = folder / name
+            program.write_text(FAKE)
+            program.chmod(0o755)
+
+    def __call__(self, *words: str, status: int = 0, fail: str = "^$", **env: str) -> str:
+        """Runs it and returns its output. fail: a regular expression of the command lines that fail."""
+        log = self._folder / "log"
+        log.write_text("")
+        path = f"{self._folder}:{os.environ['PATH']}"
+        given = {"PATH": path, "FAKE": str(self._folder), "FAKE_FAIL": fail, "PATIENCE": "0", **env}
+        done = subprocess.run(
+            [ROOT / "deploy/kind/up", *words], env=given, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        self.commands = log.read_text().splitlines()
+        return done.stdout + done.stderr
+
+    def first(self, pattern: str) -> int:
+        """The number of the first command that has the pattern."""
+        return next(number for number, line in enumerate(self.commands) if re.search(pattern, line))
+
+    def has(self, pattern: str) -> bool:
+        return any(re.search(pattern, line) for line in self.commands)
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Up:
+    return Up(tmp_path)
+
+
+def test_the_order_of_a_first_run(up: Up) -> None:
+    text = up()
+    order = [
+        "^docker build", "^kind create cluster", "wait node --all", "^kind load", MULTUS,
+        "status daemonset/kube-multus-ds",
+        OPERATOR, CRD, CR,
+        "apply -k deploy/kustomize/overlays/kind$", "status daemonset/vmtap", "useEmulation",
+        "binding.yaml", "wait kubevirt/kubevirt", "kubectl kustomize .*deploy/kind/vms", "wait vm/alpha vm/beta",
+        "get vmi", "vmtapctl list",
+    ]  # fmt: skip
+    numbers = [up.first(pattern) for pattern in order]
+    assert numbers == sorted(numbers)
+    assert "doctor: 0 errors" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("words", [(), ("--without-kubevirt",)])
+def test_a_second_run_changes_nothing(up: Up, words: tuple[str, ...]) -> None:
+    """It repeats commands that change nothing when they are repeated, and deletes no pod that can run."""
+    up(*words)
+    first = up.commands
+    up(*words)
+    assert [line for line in first if line not in up.commands] == [
+        "kind create cluster --config deploy/kind/cluster.yaml"
+    ]
+    assert set(up.commands) <= set(first)
+    deletes = [line for line in up.commands if re.search("delete|restart|replace|scale", line)]
+    assert all(line.endswith("-l app=vm --field-selector status.phase=Failed") for line in deletes)
+
+
+def test_without_kubevirt(up: Up) -> None:
+    text = up("--without-kubevirt")
+    assert not up.has("kubevirt.io|-n kubevirt|releases/download")
+    order = [
+        "build .*--target launcher", "build -t vmtap-vm:example .*deploy/examples/vm-image",
+        "load .*vmtap-vm:example",
+        "apply -k deploy/kustomize/overlays/kind-broker", "status daemonset/vmtap", "vmtapctl doctor",
+        "vm-pod-device.yaml",
+        "wait pod/vm pod/vm-device", "logs vm ", "logs vm-device ",
+    ]  # fmt: skip
+    numbers = [up.first(pattern) for pattern in order]
+    assert numbers == sorted(numbers)
+    assert "guest: 10.1.0.14 answers" in text
+
+
+@pytest.mark.parametrize(
+    "fail", [MULTUS + "|get daemonset/kube-multus-ds", "status daemonset/kube-multus-ds"]
+)
+def test_where_multus_cannot_be_had(up: Up, fail: str) -> None:
+    text = up(status=3, fail=fail)
+    assert "Multus is not installed" in text
+    assert "no route to host" in text
+    assert up.has("status daemonset/vmtap")
+    assert not up.has("vm/alpha|vm-pod|releases/download")
+
+
+@pytest.mark.parametrize(
+    "fail", [OPERATOR + "|get deployment/virt-operator", "status deployment/virt-operator"]
+)
+def test_where_kubevirt_cannot_be_had(up: Up, fail: str) -> None:
+    """The VMs are pods then."""
+    text = up(status=3, fail=fail)
+    assert "KubeVirt is not installed" in text
+    assert up.has("wait pod/vm pod/vm-device")
+    assert not up.has("vm/alpha")
+
+
+def test_what_an_earlier_run_has_installed_is_enough(up: Up) -> None:
+    text = up(fail="apply -f https:")
+    assert "that the cluster has stays" in text
+    assert up.has("wait vm/alpha vm/beta")
+
+
+@pytest.mark.parametrize(
+    ("words", "fail", "step"),
+    [
+        ((), "wait vm/alpha", "VMs that ping each other: not in 0 s"),
+        ((), "wait kubevirt/kubevirt", "KubeVirt: not in 0 s"),
+        (("--without-kubevirt",), "wait pod/vm", "the pods of the VMs: not in 0 s"),
+        (("--without-kubevirt",), "logs vm", "guests that ping each other: not in 0 s"),
+        (("--without-kubevirt",), "build -t vmtap-vm", "there is no image for the VMs"),
+        ((), "vmtapctl doctor", "doctor reports errors"),
+    ],
+)
+def test_a_step_that_fails_is_named_with_the_reason(
+    up: Up, words: tuple[str, ...], fail: str, step: str
+) -> None:
+    text = up(*words, status=1, fail=fail)
+    assert step in text
+    assert "what runs where" in text
+    if "not in" in step:
+        assert "pod stuck: 0/1 ImagePullBackOff" in text
+
+
+@pytest.mark.parametrize("fail", ["useEmulation", "apply -f -$", "vmtapctl doctor"])
+def test_what_is_not_there_yet_is_tried_again(up: Up, fail: str) -> None:
+    """A webhook, or a resource of the agent."""
+    up(FAKE_FAIL_ONCE=fail, PATIENCE="1")
+    assert sum(bool(re.search(fail, line)) for line in up.commands) >= 2
+
+
+@pytest.mark.parametrize(
+    "fail", ["^docker build", "^kind create", "wait node", "apply -k", "daemonset/vmtap"]
+)
+def test_without_this_there_is_nothing_to_show(up: Up, fail: str) -> None:
+    assert "what runs where" not in up(status=1, fail=fail)
+
+
+def test_kvm(up: Up) -> None:
+    """It is what counts that a guest has booted. On a machine without /dev/kvm, none is tried."""
+    there = Path("/dev/kvm").exists()
+    for kvm, console, used in (
+        ("auto", "[ 1.5] reboot: Power down", there),
+        ("auto", "qemu: could not access KVM kernel module", False),
+        ("yes", "", True),
+        ("no", "[ 1.5] reboot: Power down", False),
+    ):
+        up(KVM=kvm, FAKE_CONSOLE=console)
+        assert up.has(f'"useEmulation": {"false" if used else "true"}'), (kvm, console)
+        assert up.has("^docker run .*--device /dev/kvm .*-accel kvm") is (kvm == "auto" and there)
+
+
+def test_variables(up: Up) -> None:
+    up(KUBEVIRT="v1.7.0", MULTUS="v4.3.0")
+    assert up.has("kubevirt/releases/download/v1.7.0/")
+    assert up.has("multus-cni/v4.3.0/")
+    up(KUBEVIRT_RELEASE="/srv/kubevirt", MULTUS_MANIFEST="/srv/multus.yml")
+    assert up.has("apply -f /srv/kubevirt/kubevirt-cr.yaml")
+    assert up.has("apply -f /srv/multus.yml")
+    assert not up.has("https:")
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "status", "text"),
+    [
+        (("--help",), {}, 0, "exit status:"),
+        (("--without-multus",), {}, 2, "unknown argument '--without-multus'"),
+        (("vmtap",), {}, 2, "unknown argument 'vmtap'"),
+        ((), {"KVM": "maybe"}, 2, "give yes, no or auto"),
+        ((), {"PATIENCE": "-1"}, 2, "give a number"),
+    ],
+)
+def test_the_command_line(
+    up: Up, words: tuple[str, ...], env: dict[str, str], status: int, text: str
+) -> None:
+    assert text in up(*words, status=status, **env)
+    assert up.commands == []
+
+
 def test_what_the_scripts_name_is_there() -> None:
     for path in re.findall(r"\b(?:deploy|\.ci)/[\w./-]*\w", UP + yaml.safe_dump_all(WORKFLOWS)):
         assert (ROOT / path).exists(), path
@@ -43,19 +261,34 @@ def test_the_image_is_the_manifests() -> None:
     assert f"image={image['newName']}:$version" in UP
 
 
-def test_the_vms_are_the_examples() -> None:
-    """The probes ask for the addresses that deploy/kubevirt gives the two."""
+def test_the_probes_ping_the_other_vm() -> None:
+    """deploy/kubevirt has the addresses."""
     documents = list(yaml.safe_load_all((ROOT / "deploy/kubevirt/macvtap.yaml").read_text()))
     addresses = {
-        each["metadata"]["name"]: re.search(r"10\.[0-9.]+", yaml.safe_dump(each))
+        each["metadata"]["name"]: re.findall(r"\b10\.[0-9.]+", yaml.safe_dump(each))
         for each in documents
         if each["kind"] == "VirtualMachine"
     }
-    pairs = dict(re.findall(r"\b(alpha|beta):([0-9.]+)", UP))
-    assert addresses.keys() == pairs.keys() == {"alpha", "beta"}
-    assert addresses["beta"]
-    assert addresses["alpha"]
-    assert (pairs["alpha"], pairs["beta"]) == (addresses["beta"][0], addresses["alpha"][0])
+    patches = yaml.safe_load((ROOT / "deploy/kind/vms/kustomization.yaml").read_text())["patches"]
+    pinged = {each["target"]["name"]: re.findall(r"\b10\.[0-9.]+", each["patch"]) for each in patches}
+    assert pinged == {"alpha": addresses["beta"], "beta": addresses["alpha"]}
+
+
+def test_the_pods_ping_each_other() -> None:
+    lines = [(ROOT / f"deploy/examples/{name}.yaml").read_text() for name in ("vm-pod", "vm-pod-device")]
+    ends = [re.findall(r"address=([0-9.]+)/24 peer=([0-9.]+)", each) for each in lines]
+    [[one], [other]] = ends
+    assert one == (other[1], other[0])
+    [image] = {yaml.safe_load(each)["spec"]["containers"][0]["image"] for each in lines}
+    assert f"vm_image={image} " in UP
+
+
+def test_the_vms_image_is_made_of_the_launchers() -> None:
+    """Of this version: it is built here, so it has no digest."""
+    dockerfile = (ROOT / "deploy/examples/vm-image/Dockerfile").read_text()
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"ARG LAUNCHER=ghcr.io/vmtap/vmtap-launcher:{version}\n" in dockerfile
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.M)) == {"${LAUNCHER}"}
 
 
 @pytest.mark.parametrize(("name", "script"), STEPS, ids=[name for name, _ in STEPS])
