@@ -88,7 +88,7 @@ class Spec:
         self._pod = spec["securityContext"]
         self._volumes = {each["name"]: self._volume(node, each) for each in spec["volumes"]}
         self.image: str = self._container["image"]
-        self.limits: dict[str, int] = self._container["resources"].get("limits", {})
+        self.limits: dict[str, str] = self._container["resources"].get("limits", {})
 
     def host_path(self, volume: str) -> str:
         return self._volumes[volume]
@@ -227,7 +227,7 @@ def test_from_allocate_to_a_guest_that_talks(
     node: Node, kubelet: Kubelet, spec: Spec, containerd: Containerd
 ) -> None:
     """What a kubelet does with a pod that has the resource in its limits, up to QEMU on the device of its answer."""
-    assert spec.limits == {RESOURCE: 1}
+    assert spec.limits == {RESOURCE: "1"}
     before = node.traces()
     kubelet.wait_resource(RESOURCE)
     claim = kubelet.admit(RESOURCE, pod=("lab", spec.name))
