@@ -213,7 +213,9 @@ class Broker:
         self._admission.has_attachments(space)
         until = time.monotonic() + _SECONDS
         request = parse(_receive(connection, who, until))
-        chosen = [(tapdev.tuned(who.netns, record), queues) for record, queues in choose(records, request)]
+        chosen = [
+            (tapdev.tuned(who.netns, record) or record, queues) for record, queues in choose(records, request)
+        ]
         if not request.open:
             _send(connection, chosen, [], until)
             return

@@ -61,17 +61,17 @@ def open_queues(pod_netns: int, record: Record, queues: int) -> list[int]:
         return opened
 
 
-def tuned(pod_netns: int, record: Record) -> Record:
-    """The record with the MTU, and for a macvtap the MAC, that the link has now.
+def tuned(pod_netns: int, record: Record) -> Record | None:
+    """The record with the MTU, and for a macvtap the MAC, that the link has now; None if the link is gone.
 
     A later plugin of the chain (tuning) may have changed them. A macvtap receives the frames for its own MAC, so the
-    guest must have that one; a tap's own MAC is not the guest's. If the link is gone, the record is returned as it is.
+    guest must have that one; a tap's own MAC is not the guest's.
     """
     with sysfs.mounted(pod_netns) as links, suppress(FileNotFoundError):
         if int(links.attribute(f"{record.ifname}/ifindex")) == record.ifindex:
             mac = links.attribute(f"{record.ifname}/address") if record.device == "macvtap" else record.mac
             return replace(record, mac=mac, mtu=int(links.attribute(f"{record.ifname}/mtu")))
-    return record
+    return None
 
 
 def number(pod_netns: int, ifname: str) -> tuple[int, int, int]:

@@ -333,16 +333,23 @@ def _from_broker(path: str, options: argparse.Namespace) -> tuple[Attachments, T
 
 
 def _local(options: argparse.Namespace, env: Mapping[str, str]) -> tuple[Attachments, Take]:
-    """Attachments with their number of queues, and a function ifname → fds: from records. Raises CniError."""
+    """Attachments with their number of queues, and a function ifname → fds: from records. Raises CniError.
+
+    A record whose link is gone is chosen only by its name in --ifname, or if no record has a link: it may be of a dead
+    namespace whose inode number this one has, or of an attachment that was removed without this state folder.
+    """
     pod = (
         netns.open_path(options.netns, name="--netns", own_allowed=True)
         if options.netns
         else os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     )
     recorded = in_netns(_state(env), netns.identity(pod))
+    there = {record.ifname: tuned for record in recorded if (tuned := tapdev.tuned(pod, record))}
+    recorded = [there.get(record.ifname, record) for record in recorded]
+    if there and not options.ifname:
+        recorded = list(there.values())
     records = select(recorded, options.ifname, options.netns or "this network namespace")
-    tuned = [tapdev.tuned(pod, record) for record in records]
-    queues = {record.ifname: (record, queue_count(record, options.queues)) for record in tuned}
+    queues = {record.ifname: (record, queue_count(record, options.queues)) for record in records}
     return list(queues.values()), lambda ifname: tapdev.open_queues(pod, *queues[ifname])
 
 

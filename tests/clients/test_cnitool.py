@@ -235,7 +235,9 @@ def test_tuning_and_the_launcher(client: Client, pod: Netns, fields: dict[str, A
     namespace = netns.open_path(str(pod.path))
     try:
         (record,) = in_netns(client.cnitool.env["VMTAP_RUN"], netns.identity(namespace))
-        for fd in tapdev.open_queues(namespace, tapdev.tuned(namespace, record), 1):
+        tuned = tapdev.tuned(namespace, record)
+        assert tuned
+        for fd in tapdev.open_queues(namespace, tuned, 1):
             os.close(fd)
     finally:
         os.close(namespace)

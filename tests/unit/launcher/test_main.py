@@ -156,6 +156,25 @@ def test_a_link_that_is_gone(folder: Path) -> None:
     assert "gone" in err
 
 
+def test_a_stale_record_hides_nothing(folder: Path) -> None:
+    """Records of an earlier namespace of this inode number: of the ifname of the live attachment, and of another."""
+    with pod(folder) as there:
+        made = there.macvtap("net1")
+        stale = {"netns_id": made.netns_id, "mac": "02:00:00:00:00:99"}
+        for index, (container, ifname) in enumerate(
+            [("a-before", "net1"), ("other", "net0"), ("z-after", "net1")], made.ifindex + 1
+        ):
+            save(folder, record(**stale, ifname=ifname, container_id=container, ifindex=index))
+        launched = launch("--netns", there.path, "--", "true")
+        shown = launch("--netns", there.path, "--print", "--", "true")
+        named = launch("--netns", there.path, "--ifname", "net1", "--", "true")
+        gone = launch("--netns", there.path, "--ifname", "net0", "--", "true")
+    assert launched == named == (0, "", "")
+    assert re.findall(r"mac=([0-9a-f:]*)", shown[1]) == [made.mac]
+    assert gone[0] == os.EX_UNAVAILABLE
+    assert "there is no macvtap net0" in gone[2]
+
+
 def test_more_queues_than_there_are(folder: Path) -> None:
     save(folder, record(netns_id=own_netns(), queues=2))
     status, _, err = launch("--queues", "3", "--print", "--", "true")
