@@ -72,13 +72,12 @@ def measure(extent: Extent, show: Show, peer: Path | None, *, quick: bool) -> re
         folder = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix=f"vmtap-bench-{os.getpid()}-", dir=TMPFS))
         )
-        log = stack.enter_context((folder / "log").open("wb"))
         with show.step("a host, a switch, a peer machine and pods, of network namespaces"):
             lab = stack.enter_context(Lab())
             pods = [lab.pod(f"pod{number}") for number in range(extent.at_once)]
             agent = stack.enter_context(Agent(lab.node))
             floor = stack.enter_context(Floor(lab.node, pods[0]))
-            spawner = stack.enter_context(Spawner(BENCH.get() / "spawn", lab.node, log))
+            spawner = stack.enter_context(Spawner(BENCH.get() / "spawn", lab.node))
             every = contenders(agent, folder / "one-shot", floor, peer)
         with show.step(f"one call at a time, {extent.rounds} rounds"):
             single = node.one_by_one(spawner, every, floor, pods[0], extent.rounds)

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Self
 from cni.kernel import macvtap, rtnl
 from lab.assets.programs import BENCH
 from lab.bench.spawn import Job
+from lab.bench.xxhash import xxh64
 from lab.process import Closing, LabError, Program
 from lab.wire import BRIDGE, NIC
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lab.bench.spawn import Outcome, Spawner
+    from lab.bench.spawn import Spawner
     from lab.process import Word
     from lab.wire import Netns
 
@@ -183,10 +184,12 @@ class Contender:
         """Makes one call for each place, all at once. Raises LabError if one fails."""
         before = 0
         if self.floor and command == "ADD":
-            before = sum(self.floor.prepare(_device(place)) for place in places)
+            before = sum(self.floor.prepare(_link(_device(place))) for place in places)
         spent = self.agent.cpu() if self.agent else 0
         outcomes = spawner.run([self._job(command, place) for place in places])
-        self._check(command, outcomes)
+        for each in outcomes:
+            if each.status != 0:
+                raise spawner.failure(f"{self.name}: {command}", each)
         if self.agent and command == "DEL":
             self.agent.settle()
         agent_cpu = self.agent.cpu() - spent if self.agent else 0
@@ -213,16 +216,15 @@ class Contender:
             config["deviceID"] = _device(place)
         return Job([str(self.program)], env, json.dumps(config).encode())
 
-    def _check(self, command: str, outcomes: Sequence[Outcome]) -> None:
-        for each in outcomes:
-            if each.status != 0:
-                output = each.stdout.decode(errors="replace").strip() or "no output"
-                raise LabError(f"{self.name}: {command}: exit status {each.status}: {output}")
-
 
 def _device(place: Place) -> str:
-    """The link for macvtap-cni to move, named as its device plugin names links."""
+    """The deviceID of a call, in the form of macvtap-cni's device plugin."""
     return f"{place.container[-8:]}Mvp0"
+
+
+def _link(device: str) -> str:
+    """The name of the link that macvtap-cni moves for a deviceID (its pkg/util/iface_name.go)."""
+    return f"mvt{xxh64(device.encode()) & (1 << 48) - 1:012x}"
 
 
 class Floor(Closing):
@@ -282,6 +284,11 @@ PEER = "kubevirt/macvtap-cni (Go)"
 KERNEL = "kernel alone"
 
 
+def macvtap_cni(program: Path, floor: Floor) -> Contender:
+    """kubevirt/macvtap-cni, which refuses a cniVersion above 0.4.0. The floor makes the link that it moves."""
+    return Contender(PEER, program, {"cniVersion": "0.4.0", "type": "macvtap"}, floor=floor)
+
+
 def contenders(agent: Agent, state: Path, floor: Floor, peer: Path | None) -> dict[str, Contender]:
     """All contenders by name. state: the one-shot's state folder; peer: the program of macvtap-cni, if there is one."""
     made = BENCH.get()
@@ -300,5 +307,5 @@ def contenders(agent: Agent, state: Path, floor: Floor, peer: Path | None) -> di
         Contender(GO_TAP, made / "tap", {"type": "tap"}),
     ]
     if peer:
-        every.append(Contender(PEER, peer, {"type": "macvtap"}, floor=floor))
+        every.append(macvtap_cni(peer, floor))
     return {each.name: each for each in every}

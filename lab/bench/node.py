@@ -218,7 +218,7 @@ def launches(spawner: Spawner, contender: Contender, agent: Agent, pod: Netns, c
         for _ in range(count):
             (outcome,) = spawner.run([job])
             if outcome.status != 0:
-                raise LabError(f"vmtap-launch ended with status {outcome.status}")
+                raise spawner.failure("vmtap-launch", outcome)
             taken.append((int(outcome.stdout) - outcome.begin) / 1e6)
     contender.call(spawner, "DEL", [place])
     return taken

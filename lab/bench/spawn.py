@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
+import tempfile
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from lab.process import Closing, LabError
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 _JOB = struct.Struct("=IIII")
 _OUTCOME = struct.Struct("=iIQQQQ")
+_TAIL = 4000
 
 
 @dataclass(frozen=True)
@@ -43,20 +46,34 @@ class Outcome:
 class Spawner(Closing):
     """spawn.c, running in a namespace; a context manager."""
 
-    def __init__(self, program: Path, netns: Netns, log: IO[bytes]) -> None:
+    def __init__(self, program: Path, netns: Netns) -> None:
+        self._log = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - close() closes it
         self._process = subprocess.Popen(
-            netns.argv([program]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            netns.argv([program]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
         )
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
         """Runs all jobs at once until they end; spawn.c has a time limit. Raises LabError if spawn.c ends."""
         assert self._process.stdin is not None
+        os.ftruncate(self._log.fileno(), 0)
+        self._log.seek(0)  # the processes share its offset
         try:
             self._process.stdin.write(struct.pack("=I", len(jobs)) + b"".join(map(_encode, jobs)))
             self._process.stdin.flush()
         except OSError as error:
             raise self._ended() from error
         return [self._outcome() for _ in jobs]
+
+    def written(self) -> str:
+        """The end of what the processes of the last run wrote to stderr."""
+        size = os.fstat(self._log.fileno()).st_size
+        text = os.pread(self._log.fileno(), _TAIL, max(0, size - _TAIL))
+        return text.decode(errors="replace").strip()
+
+    def failure(self, program: str, outcome: Outcome) -> LabError:
+        """The error that a process of the last run ended with another status than 0, with what it wrote."""
+        wrote = "\n".join(filter(None, (outcome.stdout.decode(errors="replace").strip(), self.written())))
+        return LabError(f"{program} ended with status {outcome.status}: {wrote or 'no output'}")
 
     def _outcome(self) -> Outcome:
         status, length, begin, end, cpu, peak = _OUTCOME.unpack(self._read(_OUTCOME.size))
@@ -70,7 +87,9 @@ class Spawner(Closing):
         return data
 
     def _ended(self) -> LabError:
-        return LabError(f"spawn.c ended with status {self._process.wait(10)}")
+        return LabError(
+            f"spawn.c ended with status {self._process.wait(10)}: {self.written() or 'no output'}"
+        )
 
     def close(self) -> None:
         self._process.kill()
@@ -78,6 +97,7 @@ class Spawner(Closing):
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             stream.close()
+        self._log.close()
 
 
 def _encode(job: Job) -> bytes:
