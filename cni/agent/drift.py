@@ -135,12 +135,15 @@ class Drift:
             poll.register(each, select.POLLIN)
         stopped.register(self._stopped, select.POLLIN)
         due = looked = 0.0
-        while not stopped.poll(_QUIET * 1000):
+        while True:
             if (now := time.monotonic()) >= due:
                 self._try(self._look_at_everything)
                 due, looked = now + self._seconds, now
             wait = min([due, *self._later.values()]) - time.monotonic()
             poll.poll(max(0.0, wait) * 1000)
+            # Most events are of an ADD, which is not to share the interpreter with what it has woken.
+            if stopped.poll(_QUIET * 1000):
+                return
             ids, lost = self._gather()
             if port_drift.is_removed(self._tables) or lost:
                 due = min(due, looked + _LOST_SECONDS)
