@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from rich.table import Table
 from lab.assets import guest
 from lab.assets.cache import CHECKOUT
 from lab.assets.programs import BENCH
-from lab.bench import chart, frames, guests, node, report
+from lab.bench import chart, frames, guests, leftovers, node, quiet, report, syscalls
 from lab.bench.contenders import (
     AGENT,
     KERNEL,
@@ -28,7 +29,9 @@ from lab.bench.contenders import (
     Agent,
     Floor,
     contenders,
+    has_vlans,
 )
+from lab.bench.devices import agent_with_devices
 from lab.bench.figures import number, spread
 from lab.bench.spawn import Spawner
 from lab.process import LabError
@@ -68,6 +71,18 @@ class Show:
 
 def measure(extent: Extent, show: Show, peer: Path | None, *, quick: bool) -> report.Measured:
     """Measures everything, and removes all that it made before it returns or raises."""
+    with show.step("a quiet machine") as now:
+        waited = quiet.wait(extent.quiet_seconds, now)
+    if not waited.quiet:
+        show.note(f"the machine is not quiet: {waited.busy:.0%} busy after {waited.seconds:.0f} s; goes on")
+    others = quiet.Others()
+    measured = _measure(extent, show, peer, quick=quick, waited=waited)
+    return replace(measured, others=others.share())
+
+
+def _measure(
+    extent: Extent, show: Show, peer: Path | None, *, quick: bool, waited: quiet.Waited
+) -> report.Measured:
     with contextlib.ExitStack() as stack:
         folder = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix=f"vmtap-bench-{os.getpid()}-", dir=TMPFS))
@@ -78,28 +93,70 @@ def measure(extent: Extent, show: Show, peer: Path | None, *, quick: bool) -> re
             agent = stack.enter_context(Agent(lab.node))
             floor = stack.enter_context(Floor(lab.node, pods[0]))
             spawner = stack.enter_context(Spawner(BENCH.get() / "spawn", lab.node))
-            every = contenders(agent, folder / "one-shot", floor, peer)
-        with show.step(f"one call at a time, {extent.rounds} rounds"):
-            single = node.one_by_one(spawner, every, floor, pods[0], extent.rounds)
+            every = contenders(agent, folder / "one-shot", floor, peer, vlans=has_vlans(lab.node))
+        with (
+            show.step(f"one call at a time, {extent.rounds} rounds") as now,
+            agent_with_devices(lab.node) as device,
+        ):
+            single = node.steadied(
+                extent.tries,
+                lambda: node.one_by_one(
+                    spawner, {**every, device.name: device}, floor, pods[0], extent.rounds
+                ),
+                report.of_one_call,
+                now,
+            )
             empty = node.empty_processes(spawner, extent.rounds)
             handled = agent.handled("ADD", node.container(AGENT))
-        with show.step(f"{extent.at_once} at once, {extent.at_once_rounds} rounds"):
-            many = node.at_once(spawner, every, pods, extent.at_once_rounds)
+            assert device.agent
+            with_devices = device.agent.memory()
+        with show.step("system calls"):
+            calls = syscalls.count(spawner, every[AGENT], agent, pods[: extent.traced])
+        with show.step(f"{extent.at_once} at once, {extent.at_once_rounds} rounds") as now:
+            many = node.steadied(
+                extent.tries,
+                lambda: node.at_once(spawner, every, pods, extent.at_once_rounds),
+                report.of_many,
+                now,
+            )
         with show.step(f"on a crowded NIC, {extent.crowd_rounds} rounds each") as now:
-            crowds = node.crowded(spawner, every, floor, pods[0], pods, extent=extent, progress=now)
-        with show.step("the launcher's start"):
-            launches = node.launches(spawner, every[AGENT], agent, pods[0], extent.launches)
+            crowds = node.steadied(
+                extent.tries,
+                lambda: node.crowded(spawner, every, floor, pods[0], pods, extent=extent, progress=now),
+                report.of_crowds,
+                now,
+            )
+        with show.step("the launcher's start") as now:
+            launches = node.steadied(
+                extent.tries,
+                lambda: node.launches(spawner, every[AGENT], agent, pods[0], extent.launches),
+                lambda taken: [spread(taken)],
+                now,
+            )
         with show.step(f"frames through a port, {extent.frame_rounds} rounds"):
             passed = frames.frames(
                 spawner, every[AGENT], agent, lab, pods[0], rounds=extent.frame_rounds, count=extent.frames
             )
         with show.step(f"{extent.pairs} pairs by an agent of its own") as now, Agent(lab.node) as fresh:
-            tired = contenders(fresh, folder / "unused", floor, None)[AGENT]
+            tired = contenders(fresh, folder / "unused", floor)[AGENT]
             soak = node.soak(spawner, tired, pods[:_SOAK_PODS], extent.pairs, now)
         with show.step(f"guests, {extent.guest_rounds} rounds") as now:
             rates = guests.throughput(spawner, every[AGENT], agent, lab, extent=extent, progress=now)
         return report.Measured(
-            quick, extent, single, many, crowds, soak, launches, passed, rates, empty=empty, handled=handled
+            quick,
+            extent,
+            single,
+            many,
+            crowds,
+            soak,
+            launches,
+            passed,
+            rates,
+            empty=empty,
+            handled=handled,
+            calls=calls,
+            with_devices=with_devices,
+            waited=waited,
         )
 
 
@@ -133,6 +190,7 @@ def _kind(name: str) -> str:
 
 
 def _print(rows: Sequence[Row]) -> None:
+    """The budget as a table, and a line for each remark."""
     table = Table(box=box.ASCII)
     for head in ("figure", "must", "aim", "measured", "p10 to p90", "verdict"):
         table.add_column(head, no_wrap=True)
@@ -147,6 +205,9 @@ def _print(rows: Sequence[Row]) -> None:
     console = Console()
     console.width = max(console.width, 110)
     console.print(table)
+    for row in rows:
+        if row.why:
+            console.print(f"{row.budget.figure}: {row.why}", highlight=False, soft_wrap=True)
 
 
 def _interrupt(*_: object) -> None:
@@ -167,11 +228,12 @@ def main() -> int:
         signal.signal(each, _interrupt)
     show = Show()
     peer = Path(os.environ["PEER_MACVTAP_CNI"]).resolve() if os.environ.get("PEER_MACVTAP_CNI") else None
-    if not peer:
-        show.note(f"kubevirt/macvtap-cni is left out: {report.NO_PEER}")
-    about = report.machine()
     try:
         guest.files()  # raises before minutes of measuring
+        if removed := leftovers.remove():
+            more = f" and {len(removed) - 3} more" if len(removed) > 3 else ""
+            show.note(f"removed what a killed run had left: {', '.join(removed[:3])}{more}")
+        about = report.machine()
         extent = node.QUICK if options.quick else node.FULL
         measured = measure(extent, show, peer, quick=options.quick)
     except LabError as error:

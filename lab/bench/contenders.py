@@ -80,7 +80,8 @@ class Agent(Program):
             {"name": "guarded", "source": {"dev": NIC}, "port": _PORT},
         ]
         policy.write_text(json.dumps({"interfaces": entries}))  # JSON is YAML
-        unserved = ["--metrics", "", "--health", ""]
+        # Two agents of one node would adopt the links of each other, and the one-shot's.
+        unserved = ["--metrics", "", "--health", "", "--reconcile-seconds", "86400"]
         argv: list[Word] = [BIN / "vmtapd", "--run", self.run, "--policy", policy, *unserved, *flags]
         self._ready = folder / "ready"
         env = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(self._ready)}
@@ -179,6 +180,8 @@ class Contender:
     """The agent whose CPU time and memory are added."""
     floor: Floor | None = None
     """Makes the link, if the plugin only moves one; the time is added."""
+    before: tuple[str, ...] = ()
+    """A command that runs the plugin: the first words of the command line."""
 
     def call(self, spawner: Spawner, command: str, places: Sequence[Place]) -> Sample:
         """Makes one call for each place, all at once. Raises LabError if one fails."""
@@ -214,7 +217,7 @@ class Contender:
         config = {"cniVersion": "1.0.0", "name": "wire", **self.config}
         if self.floor:
             config["deviceID"] = _device(place)
-        return Job([str(self.program)], env, json.dumps(config).encode())
+        return Job([*self.before, str(self.program)], env, json.dumps(config).encode())
 
 
 def _device(place: Place) -> str:
@@ -277,6 +280,9 @@ AGENT = "vmtap: agent and shim"
 AGENT_CHECKED = "vmtap: agent and shim, macSpoofCheck"
 AGENT_GUARDED = "vmtap: agent and shim, whole port"
 AGENT_TAP = "vmtap: agent and shim, plain tap"
+AGENT_BRIDGED = "vmtap: agent and shim, tap on a bridge"
+AGENT_VLAN = "vmtap: agent and shim, VLAN"
+AGENT_DEVICE = "vmtap: agent and shim, kubelet's device"
 ONE_SHOT = "vmtap: one-shot"
 GO_MACVLAN = "macvlan (reference, Go)"
 GO_TAP = "tap (reference, Go)"
@@ -289,8 +295,23 @@ def macvtap_cni(program: Path, floor: Floor) -> Contender:
     return Contender(PEER, program, {"cniVersion": "0.4.0", "type": "macvtap"}, floor=floor)
 
 
-def contenders(agent: Agent, state: Path, floor: Floor, peer: Path | None) -> dict[str, Contender]:
-    """All contenders by name. state: the one-shot's state folder; peer: the program of macvtap-cni, if there is one."""
+def has_vlans(node: Netns) -> bool:
+    """Whether the kernel has VLAN devices (CONFIG_VLAN_8021Q)."""
+    words = ["link", "add", "link", NIC, "name", "probe0", "type", "vlan", "id", "4094"]
+    made = node.run(["ip", *words], check=False).returncode == 0
+    if made:
+        node.ip("link del probe0")
+    return made
+
+
+def contenders(
+    agent: Agent, state: Path, floor: Floor, peer: Path | None = None, *, vlans: bool = False
+) -> dict[str, Contender]:
+    """All contenders by name.
+
+    state: the one-shot's state folder; peer: the program of macvtap-cni, if there is one; vlans: whether the kernel has
+    VLAN devices.
+    """
     made = BENCH.get()
     bridge = {"interface": "wire", "device": "macvtap", "mode": "bridge", "type": "vmtap"}
     shim = {"VMTAP_RUN": str(agent.run)}
@@ -302,10 +323,15 @@ def contenders(agent: Agent, state: Path, floor: Floor, peer: Path | None) -> di
         Contender(AGENT_CHECKED, made / "vmtap", {**bridge, "interface": "checked"}, shim, agent),
         Contender(AGENT_GUARDED, made / "vmtap", {**bridge, "interface": "guarded"}, shim, agent),
         Contender(AGENT_TAP, made / "vmtap", {"device": "tap", "type": "vmtap"}, shim, agent),
+        Contender(
+            AGENT_BRIDGED, made / "vmtap", {**bridge, "interface": "bridge", "device": "tap"}, shim, agent
+        ),
         Contender(ONE_SHOT, BIN / "vmtap", source, one_shot),
         Contender(GO_MACVLAN, made / "macvlan", macvlan),
         Contender(GO_TAP, made / "tap", {"type": "tap"}),
     ]
+    if vlans:
+        every.append(Contender(AGENT_VLAN, made / "vmtap", {**bridge, "vlan": 100}, shim, agent))
     if peer:
         every.append(macvtap_cni(peer, floor))
     return {each.name: each for each in every}

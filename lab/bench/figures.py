@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+WIDE = 0.5
+"""The width from which a spread is too wide to judge its median by."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """The median, and the range of the middle 80 % (p10 to p90)."""
@@ -18,6 +22,11 @@ class Spread:
     low: float
     high: float
     count: int
+
+    @property
+    def width(self) -> float:
+        """The range as a part of the median."""
+        return (self.high - self.low) / abs(self.median) if self.median else 0.0
 
 
 def quantile(values: Sequence[float], part: float) -> float:

@@ -7,41 +7,53 @@ from __future__ import annotations
 
 import platform
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.assets.programs import PLUGINS_VERSION
-from lab.bench.contenders import AGENT, AGENT_CHECKED, AGENT_GUARDED, GO_MACVLAN, KERNEL, ONE_SHOT, PEER
-from lab.bench.figures import Budget, Row, Spread, number, ratios, spread
+from lab.bench.contenders import (
+    AGENT,
+    AGENT_CHECKED,
+    AGENT_GUARDED,
+    AGENT_VLAN,
+    GO_MACVLAN,
+    KERNEL,
+    ONE_SHOT,
+    PEER,
+)
+from lab.bench.figures import WIDE, Budget, Row, Spread, number, ratios, spread
 from lab.bench.frames import NONE, WAYS
 from lab.bench.guests import DIRECTIONS, MACVTAP, TAP, USER
 from lab.bench.node import COMMANDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from lab.bench.contenders import Sample
     from lab.bench.frames import Frames
     from lab.bench.guests import Rates
     from lab.bench.node import Extent, Samples, Soak
+    from lab.bench.quiet import Waited
+    from lab.bench.syscalls import Calls
 
-NO_PEER = "PEER_MACVTAP_CNI=PATH is not set, and no registry has macvtap-cni"
+NO_VLANS = "\nThe row of a VLAN is left out: this kernel has no CONFIG_VLAN_8021Q.\n"
+NO_PEER = "PEER_MACVTAP_CNI=PATH is not set"
 
 ADD = Budget("agent ADD ÷ Go macvlan without IPAM", 0.35, 0.20)
 DEL = Budget("agent DEL ÷ Go macvlan", 0.15, 0.05)
-TO_PEER = Budget("agent ADD ÷ kubevirt/macvtap-cni", 0.05, 0.025)
+TO_PEER = Budget("agent ADD ÷ kubevirt/macvtap-cni", 0.10, 0.06)
 CHECKED = Budget("agent ADD with macSpoofCheck ÷ without", 1.2, 1.1)
 GUARDED = Budget("agent ADD with a whole port ÷ without", 1.5, 1.3)
 MANY_WALL = Budget("{count} ADDs at once ÷ Go macvlan, wall", 0.35, 0.20)
 MANY_CPU = Budget("{count} ADDs at once ÷ Go macvlan, CPU", 0.35, 0.20)
-CROWD = Budget("agent ADD with {count} attachments ÷ with none", 2.5, 2.0)
-SINGLE = Budget("one-shot ADD ÷ Go macvlan", 50, 12)
-RESIDENT = Budget("agent's memory after {count} pairs", 45, 25, "MB")
+CROWD = Budget("agent ADD with {count} attachments ÷ with none", 2, 1.5)
+SINGLE = Budget("one-shot ADD ÷ Go macvlan", 50, 10)
+RESIDENT = Budget("agent's memory after {count} pairs", 25, 18, "MB")
+DEVICES = Budget("agent's memory with the device plugin", 45, 40, "MB")
 GROWTH = Budget("its growth over the second half of them", 1, 0, "%")
-LAUNCH = Budget("launcher, start to exec of QEMU", 120, 50, "ms")
+LAUNCH = Budget("launcher, start to exec of QEMU", 70, 45, "ms")
 GUEST = Budget("guest TX + RX, macvtap ÷ user networking", 2, 3, more=True)
 
 
@@ -62,6 +74,12 @@ class Measured:
     """Durations of a static program that does nothing, in milliseconds."""
     handled: list[float]
     """Durations of ADD in the agent's log, in milliseconds."""
+    calls: Calls
+    with_devices: int
+    """Resident memory of the agent that offers devices, in KiB, after the calls of contender AGENT_DEVICE."""
+    waited: Waited
+    others: float = 0.0
+    """The share of the processors that other programs used during the run."""
 
     def walls(self, name: str, command: str) -> list[float]:
         return [sample.wall for sample in self.single[name][command]]
@@ -69,37 +87,70 @@ class Measured:
 
 def rows(measured: Measured) -> list[Row]:
     """The rows of the budget's table, with verdicts."""
-    one, many, extent = measured.walls, measured.many, measured.extent
-
-    def at_once(of: Callable[[Sample], float]) -> Spread:
-        ours, theirs = ([of(each) for each in many[name]["ADD"]] for name in (AGENT, GO_MACVLAN))
-        return spread(ratios(ours, theirs))
-
-    crowd = max(measured.crowds)
-    alone, crowded = (
-        [sample.wall for sample in measured.crowds[size][AGENT]["ADD"]]
-        for size in (min(measured.crowds), crowd)
-    )
+    one, extent = measured.walls, measured.extent
+    to_macvlan, del_to_macvlan, checked, guarded, one_shot = of_one_call(measured.single)
+    many_wall, many_cpu = of_many(measured.many)
+    (crowded,) = of_crowds(measured.crowds)
     resident = measured.soak.resident
     middle = next(kib for pairs, kib in resident if pairs >= extent.pairs / 2)
     growth = max(0.0, (resident[-1][1] - middle) / middle * 100)
-    return [
-        Row(ADD, spread(ratios(one(AGENT, "ADD"), one(GO_MACVLAN, "ADD")))),
-        Row(DEL, spread(ratios(one(AGENT, "DEL"), one(GO_MACVLAN, "DEL")))),
+    every = [
+        Row(ADD, to_macvlan),
+        Row(DEL, del_to_macvlan),
         Row(TO_PEER, spread(ratios(one(AGENT, "ADD"), one(PEER, "ADD"))))
         if PEER in measured.single
         else Row(TO_PEER, None, NO_PEER),
-        Row(CHECKED, spread(ratios(one(AGENT_CHECKED, "ADD"), one(AGENT, "ADD")))),
-        Row(GUARDED, spread(ratios(one(AGENT_GUARDED, "ADD"), one(AGENT, "ADD")))),
-        Row(_counted(MANY_WALL, extent.at_once), at_once(lambda sample: sample.wall)),
-        Row(_counted(MANY_CPU, extent.at_once), at_once(lambda sample: sample.cpu)),
-        Row(_counted(CROWD, crowd), spread(ratios(crowded, alone))),
-        Row(SINGLE, spread(ratios(one(ONE_SHOT, "ADD"), one(GO_MACVLAN, "ADD")))),
+        Row(CHECKED, checked),
+        Row(GUARDED, guarded),
+        Row(_counted(MANY_WALL, extent.at_once), many_wall),
+        Row(_counted(MANY_CPU, extent.at_once), many_cpu),
+        Row(_counted(CROWD, max(measured.crowds)), crowded),
+        Row(SINGLE, one_shot),
         Row(_counted(RESIDENT, extent.pairs), spread([resident[-1][1] / 1024])),
         Row(GROWTH, spread([round(growth, 1)])),
+        Row(DEVICES, spread([measured.with_devices / 1024])),
         Row(LAUNCH, spread(measured.launches)),
         Row(GUEST, spread(ratios(both_ways(measured.guests, MACVTAP), both_ways(measured.guests, USER)))),
     ]
+    return [_marked(row) for row in every]
+
+
+def of_one_call(single: Samples) -> list[Spread]:
+    """The ratios of ADD and DEL to macvlan, of both ports to none, and of the one-shot to macvlan."""
+    pairs = [
+        (AGENT, GO_MACVLAN, "ADD"),
+        (AGENT, GO_MACVLAN, "DEL"),
+        (AGENT_CHECKED, AGENT, "ADD"),
+        (AGENT_GUARDED, AGENT, "ADD"),
+        (ONE_SHOT, GO_MACVLAN, "ADD"),
+    ]
+    return [
+        spread(ratios(*([each.wall for each in single[of][call]] for of in pair))) for *pair, call in pairs
+    ]
+
+
+def of_many(many: Samples) -> list[Spread]:
+    """The ratios to macvlan of many ADDs at once: wall and CPU."""
+    ours, theirs = (many[name]["ADD"] for name in (AGENT, GO_MACVLAN))
+    return [
+        spread(ratios([each.wall for each in ours], [each.wall for each in theirs])),
+        spread(ratios([each.cpu for each in ours], [each.cpu for each in theirs])),
+    ]
+
+
+def of_crowds(crowds: dict[int, Samples]) -> list[Spread]:
+    """The ratio of an ADD with the most attachments to one with the fewest."""
+    alone, crowded = (
+        [sample.wall for sample in crowds[size][AGENT]["ADD"]] for size in (min(crowds), max(crowds))
+    )
+    return [spread(ratios(crowded, alone))]
+
+
+def _marked(row: Row) -> Row:
+    """The row, with a remark if its spread is too wide."""
+    if row.value is None or row.value.width <= WIDE:
+        return row
+    return replace(row, why=f"p10 to p90 is {row.value.width:.0%} of the median, so do not rely on it")
 
 
 def both_ways(guests: Rates, medium: str) -> list[float]:
@@ -129,7 +180,17 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "vmtap": version("vmtap-cni"),
         "reference plugins": PLUGINS_VERSION,
-        "load when it began": Path("/proc/loadavg").read_text().split()[0],
+    }
+
+
+def load(measured: Measured) -> dict[str, str]:
+    """What other programs used of the machine before and during the run."""
+    waited = measured.waited
+    return {
+        "waited for a quiet machine": f"{waited.seconds:.0f} s"
+        + ("" if waited.quiet else ", and it was not quiet then"),
+        "processors busy when it began": f"{waited.busy:.0%}",
+        "used by others during the run": f"{measured.others:.0%}",
     }
 
 
@@ -150,7 +211,7 @@ def document(measured: Measured, about: dict[str, str]) -> dict[str, Any]:
         }
 
     return {
-        "machine": about,
+        "machine": about | load(measured),
         "quick": measured.quick,
         "budget": [
             {
@@ -165,6 +226,7 @@ def document(measured: Measured, about: dict[str, str]) -> dict[str, Any]:
         "atOnce": cells(measured.many),
         "crowded": {str(size): cells(samples) for size, samples in measured.crowds.items()},
         "resident": measured.soak.resident,
+        "systemCalls": asdict(measured.calls),
         "launches": asdict(spread(measured.launches)),
         "nanosecondsAFrame": {
             part: {way: asdict(spread(taken)) for way, taken in ways.items()}
@@ -184,17 +246,21 @@ def page(measured: Measured, about: dict[str, str]) -> str:
     """The text of docs/benchmark.md."""
     extent = measured.extent
     return TEXT.format(
-        about="\n".join(f"| {name} | {value} |" for name, value in about.items()),
+        about="\n".join(f"| {name} | {value} |" for name, value in (about | load(measured)).items()),
         budget=_table(
             ("figure", "must", "aim", "measured", "p10 to p90", "verdict"), map(_budget_cells, rows(measured))
         ),
         remarks="\n".join(f"\n{row.budget.figure}: {row.why}." for row in rows(measured) if row.why),
         rounds=extent.rounds,
-        single=_calls(measured.single),
+        left_out="" if AGENT_VLAN in measured.single else NO_VLANS,
+        single=_calls(measured.single, spread(measured.empty).median),
         at_once=extent.at_once,
         at_once_rounds=extent.at_once_rounds,
         many=_calls(measured.many),
         spent=_spent(measured),
+        system_calls=_system_calls(measured.calls),
+        traced=extent.traced,
+        tries=extent.tries,
         crowd_rounds=extent.crowd_rounds,
         crowds=_crowds(measured),
         pairs=extent.pairs,
@@ -218,8 +284,9 @@ def _budget_cells(row: Row) -> Sequence[str]:
     return row.budget.figure, *limits, f"**{number(value.median)}{unit}**", between, MARKS[row.verdict]
 
 
-def _calls(samples: Samples) -> str:
-    heads = ("", "", "wall ms", "p10 to p90", "÷ Go macvlan", "CPU ms", "÷ Go macvlan", "peak MB")
+def _calls(samples: Samples, process: float | None = None) -> str:
+    """process: milliseconds of an empty process, for the column of the floor."""
+    heads = ["", "", "wall ms", "p10 to p90", "÷ Go macvlan", "CPU ms", "÷ Go macvlan", "peak MB"]
     lines = []
     for command in COMMANDS:
         base = samples[GO_MACVLAN][command]
@@ -238,34 +305,54 @@ def _calls(samples: Samples) -> str:
                 ).median
                 for kind in ("wall", "cpu")
             ]
-            lines.append(
-                (
-                    command,
-                    name,
-                    number(wall.median),
-                    f"{number(wall.low)} to {number(wall.high)}",
-                    number(beside[0]),
-                    number(cpu.median),
-                    number(beside[1]),
-                    "" if name == KERNEL else f"{peak / 1024:.1f}",
-                )
-            )
+            line = [
+                command,
+                name,
+                number(wall.median),
+                f"{number(wall.low)} to {number(wall.high)}",
+                number(beside[0]),
+                number(cpu.median),
+                number(beside[1]),
+                "" if name == KERNEL else f"{peak / 1024:.1f}",
+            ]
+            if process is not None:
+                floor = spread([each.wall for each in samples[KERNEL][command]]).median + process
+                line.insert(5, "" if name == KERNEL else number(wall.median / floor))
+            lines.append(line)
+    if process is not None:
+        heads.insert(5, "÷ floor")
     return _table(heads, lines)
 
 
 def _spent(measured: Measured) -> str:
-    """The parts of the time of the agent's ADD, by medians."""
+    """The parts of the time of the agent's ADD, by medians. Their sum is the whole: one of them is the rest."""
     whole = spread(measured.walls(AGENT, "ADD")).median
     start, work = spread(measured.empty).median, spread(measured.handled).median
     kernel = spread(measured.walls(KERNEL, "ADD")).median
+    shim, agent = (sum(each.values()) for each in (measured.calls.shim, measured.calls.agent))
     parts = {
-        "vfork, exec and end of a static program that does nothing": start,
-        "the shim, the socket, two wake-ups, reading the request": whole - start - work,
-        "the agent's work, RTM_NEWLINK included": work,
-        "RTM_NEWLINK alone": kernel,
+        "vfork, exec and end of a static program that does nothing": (start, ""),
+        "the rest: the shim, the socket, two wake-ups, reading the request": (
+            whole - start - work,
+            f"{shim:.0f} of the shim",
+        ),
+        "the agent's work, by its log, without RTM_NEWLINK": (work - kernel, f"{agent:.0f} of the agent"),
+        "RTM_NEWLINK alone": (kernel, ""),
     }
-    lines = [(name, number(each), f"{each / whole:.0%}".replace("%", " %")) for name, each in parts.items()]
-    return _table(("ADD of the agent", "ms", "part"), [*lines, ("all", number(whole), "")])
+    lines = [
+        (name, number(each), f"{each / whole:.0%}".replace("%", " %"), calls)
+        for name, (each, calls) in parts.items()
+    ]
+    last = ("all", number(whole), "100 %", f"{shim + agent:.0f}")
+    return _table(("ADD of the agent", "ms", "part", "system calls"), [*lines, last])
+
+
+def _system_calls(calls: Calls) -> str:
+    lines = []
+    for who, counts in (("shim", calls.shim), ("agent", calls.agent)):
+        ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+        lines.append((who, ", ".join(f"{name} {count:.3g}" for name, count in ordered if count >= 0.1)))
+    return _table(("", "system calls of an ADD"), lines)
 
 
 def _crowds(measured: Measured) -> str:
@@ -348,6 +435,8 @@ them. A call is a process as a runtime starts it, from vfork(2) to wait4(2), by 
 namespace. CPU is the user and system time of the process. For the agent, its own CPU time is added, including the
 kernel's work after the answer to a DEL. Peak memory is that of the process; the agent's resident memory is added to its
 shim's. No contender has IPAM. The agent has a policy file, as on a node; the one-shot has none, as on a laptop.
+The run begins when the processors are quiet, or after a limit. A step whose figures spread too much is measured up to
+{tries} times, and the narrowest try is shown. A figure that stays wide is named below the budget.
 "Kernel alone" is one RTM_NEWLINK or RTM_DELLINK of a macvtap, until its ACK, on an open socket.
 
 macvlan and tap are the CNI project's reference plugins. They make another device (a macvlan, which the pod's kernel
@@ -355,9 +444,20 @@ uses) or a tap without a NIC. The comparison is with them because most clusters 
 
 ## One call at a time, {rounds} rounds
 
+The floor is the time of an empty process plus the kernel alone, by medians. The agent answers a DEL when the link is
+gone, before the kernel's ACK, so its DEL can be below 1. The floor of rows that make another device was not measured.
+With the kubelet's device, the agent asks a stand-in for a kubelet whose device it is. The VLAN's device is made by each
+ADD and removed by each DEL.
+{left_out}
 {single}
 
+The first part is measured by itself, the third comes from the agent's log, the last is the kernel alone:
+
 {spent}
+
+System calls are counted by strace(1), apart from the timing, over {traced} ADDs:
+
+{system_calls}
 
 ## {at_once} at once, {at_once_rounds} rounds
 
