@@ -1,11 +1,12 @@
-"""A machine with SR-IOV NICs, all emulated: Debian's kernel, two PFs with seven VFs each, and this checkout's tests.
+"""A machine with SR-IOV NICs, all emulated: Debian's kernel, two PFs with seven VFs each, a program of this checkout.
 
     pf0, pf1    QEMU's igb, each alone on a wire whose other end is
     wire0, wire1    a NIC of the same machine
 
-Its root is the host's, read-only, with a new /tmp, /run and /dev: no image has to be built, and the programs for the
-tests are there. Inside, pytest collects tests/hw and runs one test for each request of the host's pytest
-(tests/hw/conftest.py). Everything that waits has a deadline. Must not know what a test is.
+Its root is the host's, read-only, with a new /tmp, /run and /dev: no image has to be built, and the programs of
+this checkout are there. Inside, one of them answers the host's requests: pytest, which runs one test of tests/hw for
+each (tests/hw/conftest.py), or the benchmark (lab/bench/emulated.py). Everything that waits has a deadline. Must not
+know what a request means.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from lab.assets import hardware
 from lab.assets.cache import CACHE, CHECKOUT
-from lab.process import PATIENCE, Closing, LabError
+from lab.process import PATIENCE, Closing, LabError, run
+from lab.wire import Netns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,13 +37,33 @@ BOOT_DEADLINE = 2 * PATIENCE
 """Seconds. A boot takes ten on an idle machine."""
 TEST_DEADLINE = 3 * PATIENCE
 _LOG_TAIL = 3000
-_MARK = "vmtap_tests="
+PYTEST = "-m pytest -p no:cacheprovider -p no:xdist"
+"""Python's arguments that start pytest inside."""
+_MARK = "vmtap_program="
 _PORT = "vport*p1"
 
 
 def inside() -> bool:
     """Whether this is the emulated machine."""
     return _MARK in Path("/proc/cmdline").read_text()
+
+
+class Root(Netns):
+    """Inside: the first namespace, where a driver's links appear, and so the node."""
+
+    def __init__(self) -> None:
+        self.path = Path("/proc/1/ns/net")
+
+    def close(self) -> None:
+        """It stays."""
+
+
+def name_all() -> None:
+    """Inside: gives the NICs their names, since the kernel's depend on which was found first."""
+    by_mac = {mac: name for name, mac in (NICS | WIRES).items()}
+    for link in json.loads(run(["ip", "-j", "link", "show"]).stdout):
+        if name := by_mac.get(link.get("address")):
+            run(["ip", "link", "set", link["ifname"], "name", name, "up"])
 
 
 def requests() -> Iterator[tuple[list[Any], Any]]:
@@ -60,16 +82,16 @@ def requests() -> Iterator[tuple[list[Any], Any]]:
 
 
 class Machine(Closing):
-    """A started machine; close() ends it. tests: pytest's arguments that name the tests to collect."""
+    """A started machine; close() ends it. program: Python's arguments for the program inside."""
 
-    def __init__(self, tests: str) -> None:
+    def __init__(self, program: str) -> None:
         ours, theirs = socket.socketpair()
         self._socket = ours
         self._lines = ours.makefile("rb")
         self._log = tempfile.TemporaryFile(mode="a+", errors="replace")  # noqa: SIM115 - until close()
         with theirs:
             self._process = subprocess.Popen(
-                _command(hardware.files(), tests, theirs.fileno()),
+                _command(hardware.files(), program, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -115,12 +137,12 @@ class Machine(Closing):
         return f"; its console ends with: {self._log.read().strip()[-_LOG_TAIL:]}"
 
 
-def _command(made: hardware.Hardware, tests: str, control: int) -> list[str]:
+def _command(made: hardware.Hardware, program: str, control: int) -> list[str]:
     words = {
         "vmtap_checkout": CHECKOUT,
         "vmtap_cache": CACHE.resolve(),
         "vmtap_python": sys.executable,
-        _MARK.rstrip("="): tests,
+        _MARK.rstrip("="): f'"{program}"',  # the kernel removes the quotes
     }
     command = [
         os.fspath(made.qemu),

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.assets import guest
-from lab.assets.cache import CHECKOUT
+from lab.assets.cache import CHECKOUT, AssetError
 from lab.assets.programs import BENCH
-from lab.bench import chart, frames, guests, leftovers, node, quiet, report, syscalls
+from lab.bench import chart, emulated, frames, guests, leftovers, node, quiet, report, syscalls
 from lab.bench.contenders import (
     AGENT,
     KERNEL,
@@ -30,9 +30,10 @@ from lab.bench.contenders import (
     Floor,
     contenders,
     has_vlans,
+    tap_on_bridge,
 )
 from lab.bench.devices import agent_with_devices
-from lab.bench.figures import number, spread
+from lab.bench.figures import number, percent, spread
 from lab.bench.spawn import Spawner
 from lab.process import LabError
 from lab.wire import Lab
@@ -74,7 +75,9 @@ def measure(extent: Extent, show: Show, peer: Path | None, *, quick: bool) -> re
     with show.step("a quiet machine") as now:
         waited = quiet.wait(extent.quiet_seconds, now)
     if not waited.quiet:
-        show.note(f"the machine is not quiet: {waited.busy:.0%} busy after {waited.seconds:.0f} s; goes on")
+        show.note(
+            f"the machine is not quiet: {percent(waited.busy)} busy after {waited.seconds:.0f} s; goes on"
+        )
     others = quiet.Others()
     measured = _measure(extent, show, peer, quick=quick, waited=waited)
     return replace(measured, others=others.share())
@@ -97,12 +100,12 @@ def _measure(
         with (
             show.step(f"one call at a time, {extent.rounds} rounds") as now,
             agent_with_devices(lab.node) as device,
+            Agent(lab.node) as bridging,
         ):
+            heavier = {each.name: each for each in (tap_on_bridge(bridging), device)}
             single = node.steadied(
                 extent.tries,
-                lambda: node.one_by_one(
-                    spawner, {**every, device.name: device}, floor, pods[0], extent.rounds
-                ),
+                lambda: node.one_by_one(spawner, {**every, **heavier}, floor, pods[0], extent.rounds),
                 report.of_one_call,
                 now,
             )
@@ -142,6 +145,11 @@ def _measure(
             soak = node.soak(spawner, tired, pods[:_SOAK_PODS], extent.pairs, now)
         with show.step(f"guests, {extent.guest_rounds} rounds") as now:
             rates = guests.throughput(spawner, every[AGENT], agent, lab, extent=extent, progress=now)
+        samples: Samples = {}
+        why = "a quick run starts no emulated machine"
+        if extent.emulated_rounds:
+            with show.step(f"a machine with SR-IOV NICs, {extent.emulated_rounds} rounds"):
+                samples, why = _emulated(extent.emulated_rounds)
         return report.Measured(
             quick,
             extent,
@@ -157,7 +165,17 @@ def _measure(
             calls=calls,
             with_devices=with_devices,
             waited=waited,
+            emulated=samples,
+            not_emulated=why,
         )
+
+
+def _emulated(rounds: int) -> tuple[Samples, str]:
+    """The samples of the emulated machine; none, and why, if its parts were not made: not every Debian has them."""
+    try:
+        return emulated.measure(rounds), ""
+    except AssetError as error:
+        return {}, str(error)
 
 
 def panels(measured: report.Measured) -> list[chart.Panel]:

@@ -42,9 +42,16 @@ _PORT = {
     "rate": {"out": "1Gbit", "in": "1Gbit"},
 }
 """All that a port can have without IPAM."""
+POLICY = (
+    {"name": "wire", "source": {"dev": NIC}, "type": "ethernet"},
+    {"name": "bridge", "source": {"dev": BRIDGE}, "type": "ethernet"},
+    {"name": "checked", "source": {"dev": NIC}, "port": {"macSpoofCheck": True}},
+    {"name": "guarded", "source": {"dev": NIC}, "port": _PORT},
+)
+"""The entries of the policy on a node of lab/wire.py."""
 _SETTLE_SECONDS = 10.0
 _LOOK_SECONDS = 0.002
-_START_SECONDS = 20.0
+_START_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -66,20 +73,17 @@ class Sample:
 
 
 class Agent(Program):
-    """vmtapd on the node, started; a context manager. flags: after those that name its folders and no HTTP server."""
+    """vmtapd on the node, started; a context manager.
 
-    def __init__(self, node: Netns, flags: Sequence[str] = ()) -> None:
+    flags: after those that name its folders and no HTTP server; entries: the policy's.
+    """
+
+    def __init__(self, node: Netns, flags: Sequence[str] = (), entries: Sequence[object] = POLICY) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix=f"vmtap-bench-{os.getpid()}-", dir=TMPFS)
         folder = Path(self._folder.name)
         self.run = folder / "vmtap"
         policy = folder / "interfaces.yaml"
-        entries = [
-            {"name": "wire", "source": {"dev": NIC}, "type": "ethernet"},
-            {"name": "bridge", "source": {"dev": BRIDGE}, "type": "ethernet"},
-            {"name": "checked", "source": {"dev": NIC}, "port": {"macSpoofCheck": True}},
-            {"name": "guarded", "source": {"dev": NIC}, "port": _PORT},
-        ]
-        policy.write_text(json.dumps({"interfaces": entries}))  # JSON is YAML
+        policy.write_text(json.dumps({"interfaces": list(entries)}))  # JSON is YAML
         # Two agents of one node would adopt the links of each other, and the one-shot's.
         unserved = ["--metrics", "", "--health", "", "--reconcile-seconds", "86400"]
         argv: list[Word] = [BIN / "vmtapd", "--run", self.run, "--policy", policy, *unserved, *flags]
@@ -231,22 +235,21 @@ def _link(device: str) -> str:
 
 
 class Floor(Closing):
-    """The kernel alone: this process sends the one message that creates or deletes a macvtap."""
+    """The kernel alone: this process sends the one message that creates or deletes a macvtap on the NIC."""
 
-    def __init__(self, node: Netns, pod: Netns) -> None:
-        lower = node.links()[NIC]["ifindex"]
+    def __init__(self, node: Netns, pod: Netns, nic: str = NIC) -> None:
+        lower = node.links()[nic]["ifindex"]
         self._node = node.call(rtnl.Rtnl)
         self._pod = pod.call(rtnl.Rtnl)
-        with node.path.open("rb") as namespace:
-            nsid = self._pod.nsid(namespace.fileno())
+        self._namespace = os.open(pod.path, os.O_RDONLY | os.O_CLOEXEC)
         self._lower = rtnl.u32(rtnl.IFLA_LINK, lower)
-        self._lower_of_pod = self._lower + rtnl.s32(rtnl.IFLA_LINK_NETNSID, nsid)
 
     def call(self, command: str) -> Sample:
         """Creates the link in the pod, or deletes it, as our plugin does."""
         begin, cpu = time.perf_counter_ns(), time.thread_time_ns()
         if command == "ADD":
-            self._pod.do(_new("floor0", self._lower_of_pod, up=True))
+            in_pod = rtnl.u32(rtnl.IFLA_NET_NS_FD, self._namespace)
+            self._node.do(_new("floor0", self._lower + in_pod, up=True))
         else:
             self._pod.do(rtnl.link_message(rtnl.RTM_DELLINK, rtnl.text(rtnl.IFLA_IFNAME, "floor0")))
         return Sample((time.perf_counter_ns() - begin) / 1e6, (time.thread_time_ns() - cpu) / 1e6, 0)
@@ -260,6 +263,7 @@ class Floor(Closing):
     def close(self) -> None:
         self._node.close()
         self._pod.close()
+        os.close(self._namespace)
 
 
 def _new(name: str, lower: bytes, *, up: bool) -> tuple[int, int, bytes]:
@@ -283,6 +287,7 @@ AGENT_TAP = "vmtap: agent and shim, plain tap"
 AGENT_BRIDGED = "vmtap: agent and shim, tap on a bridge"
 AGENT_VLAN = "vmtap: agent and shim, VLAN"
 AGENT_DEVICE = "vmtap: agent and shim, kubelet's device"
+AGENT_VF = "vmtap: agent and shim, SR-IOV VF"
 ONE_SHOT = "vmtap: one-shot"
 GO_MACVLAN = "macvlan (reference, Go)"
 GO_TAP = "tap (reference, Go)"
@@ -293,6 +298,12 @@ KERNEL = "kernel alone"
 def macvtap_cni(program: Path, floor: Floor) -> Contender:
     """kubevirt/macvtap-cni, which refuses a cniVersion above 0.4.0. The floor makes the link that it moves."""
     return Contender(PEER, program, {"cniVersion": "0.4.0", "type": "macvtap"}, floor=floor)
+
+
+def tap_on_bridge(agent: Agent) -> Contender:
+    """A tap on the node's Linux bridge. The agent imports pyroute2 for it, which doubles its memory."""
+    config = {"type": "vmtap", "interface": "bridge", "device": "tap", "mode": "bridge"}
+    return Contender(AGENT_BRIDGED, BENCH.get() / "vmtap", config, {"VMTAP_RUN": str(agent.run)}, agent)
 
 
 def has_vlans(node: Netns) -> bool:

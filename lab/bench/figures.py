@@ -87,3 +87,8 @@ def number(value: float) -> str:
         return "0"
     digits = 2 - math.floor(math.log10(abs(value)))
     return f"{value:.{max(0, digits)}f}"
+
+
+def percent(part: float) -> str:
+    """Formats a part of 1: 12 %."""
+    return f"{100 * part:.0f} %"

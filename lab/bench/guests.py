@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lab.bench.contenders import AGENT, Contender, Place
+from lab.bench.contenders import Place, tap_on_bridge
 from lab.bench.node import turns
 from lab.guest import Guest, Image, Nic
 from lab.process import LabError
@@ -23,7 +23,7 @@ from lab.wire import NIC, PEER_ADDRESS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from lab.bench.contenders import Agent
+    from lab.bench.contenders import Agent, Contender
     from lab.bench.node import Extent
     from lab.bench.spawn import Spawner
     from lab.wire import Lab
@@ -62,14 +62,10 @@ def throughput(
 ) -> Rates:
     """Measures every medium and direction for extent.guest_seconds in each round. Raises LabError."""
     macvtap, tap = lab.pod("macvtap"), lab.pod("tap")
-    on_bridge = Contender(
-        AGENT,
-        contender.program,
-        {"type": "vmtap", "interface": "bridge", "device": "tap", "mode": "bridge"},
-        contender.env,
-        agent,
-    )
-    attached = [(contender, Place(macvtap.path, "bench-macvtap")), (on_bridge, Place(tap.path, "bench-tap"))]
+    attached = [
+        (contender, Place(macvtap.path, "bench-macvtap")),
+        (tap_on_bridge(agent), Place(tap.path, "bench-tap")),
+    ]
     lab.node.ip(f"address add 10.77.0.253/24 dev {NIC}")  # connections of user networking begin on the node
     for plugin, place in attached:
         plugin.call(spawner, "ADD", [place])

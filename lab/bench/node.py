@@ -31,7 +31,7 @@ from lab.bench.contenders import (
     Place,
     Sample,
 )
-from lab.bench.figures import WIDE
+from lab.bench.figures import WIDE, percent
 from lab.bench.spawn import Job
 from lab.process import LabError
 
@@ -71,6 +71,8 @@ class Extent:
     launches: int
     frame_rounds: int
     frames: int
+    emulated_rounds: int
+    """0: no machine with SR-IOV NICs is started."""
     guest_rounds: int
     guest_seconds: float
     quiet_seconds: float
@@ -90,6 +92,7 @@ FULL = Extent(
     launches=30,
     frame_rounds=20,
     frames=20_000,
+    emulated_rounds=30,
     guest_rounds=5,
     guest_seconds=2.0,
     quiet_seconds=300.0,
@@ -106,6 +109,7 @@ QUICK = Extent(
     launches=5,
     frame_rounds=2,
     frames=4_000,
+    emulated_rounds=0,
     guest_rounds=1,
     guest_seconds=1.0,
     quiet_seconds=5.0,
@@ -145,7 +149,7 @@ def steadied(
             best = (width, measured)
         if best[0] <= WIDE:
             break
-        progress(f"p10 to p90 of a figure was {width:.0%} of its median in try {number} of {tries}")
+        progress(f"p10 to p90 of a figure was {percent(width)} of its median in try {number} of {tries}")
     assert best
     return best[1]
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lab.bench.figures import percent
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -48,7 +50,7 @@ def wait(
         if row == _WINDOWS or taken >= limit:
             return Waited(taken, now)
         tell(
-            f"processors {now:.0%} busy, {QUIET:.0%} are quiet; goes on in {limit - taken:.0f} s at the latest"
+            f"processors {percent(now)} busy, {percent(QUIET)} is quiet; goes on within {limit - taken:.0f} s"
         )
 
 

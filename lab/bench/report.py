@@ -24,7 +24,7 @@ from lab.bench.contenders import (
     ONE_SHOT,
     PEER,
 )
-from lab.bench.figures import WIDE, Budget, Row, Spread, number, ratios, spread
+from lab.bench.figures import WIDE, Budget, Row, Spread, number, percent, ratios, spread
 from lab.bench.frames import NONE, WAYS
 from lab.bench.guests import DIRECTIONS, MACVTAP, TAP, USER
 from lab.bench.node import COMMANDS
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lab.bench.quiet import Waited
     from lab.bench.syscalls import Calls
 
-NO_VLANS = "\nThe row of a VLAN is left out: this kernel has no CONFIG_VLAN_8021Q.\n"
+NO_VLANS = "\nThe row of a VLAN is left out: this kernel has no CONFIG_VLAN_8021Q; the emulated machine below has it.\n"
 NO_PEER = "PEER_MACVTAP_CNI=PATH is not set"
 
 ADD = Budget("agent ADD ÷ Go macvlan without IPAM", 0.35, 0.20)
@@ -78,6 +78,10 @@ class Measured:
     with_devices: int
     """Resident memory of the agent that offers devices, in KiB, after the calls of contender AGENT_DEVICE."""
     waited: Waited
+    emulated: Samples
+    """From the machine with SR-IOV NICs; empty without it."""
+    not_emulated: str
+    """Why it is empty."""
     others: float = 0.0
     """The share of the processors that other programs used during the run."""
 
@@ -150,7 +154,7 @@ def _marked(row: Row) -> Row:
     """The row, with a remark if its spread is too wide."""
     if row.value is None or row.value.width <= WIDE:
         return row
-    return replace(row, why=f"p10 to p90 is {row.value.width:.0%} of the median, so do not rely on it")
+    return replace(row, why=f"p10 to p90 is {percent(row.value.width)} of the median, so do not rely on it")
 
 
 def both_ways(guests: Rates, medium: str) -> list[float]:
@@ -189,8 +193,8 @@ def load(measured: Measured) -> dict[str, str]:
     return {
         "waited for a quiet machine": f"{waited.seconds:.0f} s"
         + ("" if waited.quiet else ", and it was not quiet then"),
-        "processors busy when it began": f"{waited.busy:.0%}",
-        "used by others during the run": f"{measured.others:.0%}",
+        "processors busy when it began": percent(waited.busy),
+        "used by others during the run": percent(measured.others),
     }
 
 
@@ -224,6 +228,7 @@ def document(measured: Measured, about: dict[str, str]) -> dict[str, Any]:
         ],
         "oneByOne": cells(measured.single),
         "atOnce": cells(measured.many),
+        "emulated": cells(measured.emulated),
         "crowded": {str(size): cells(samples) for size, samples in measured.crowds.items()},
         "resident": measured.soak.resident,
         "systemCalls": asdict(measured.calls),
@@ -261,6 +266,8 @@ def page(measured: Measured, about: dict[str, str]) -> str:
         system_calls=_system_calls(measured.calls),
         traced=extent.traced,
         tries=extent.tries,
+        emulated_rounds=extent.emulated_rounds,
+        emulated=_emulated(measured),
         crowd_rounds=extent.crowd_rounds,
         crowds=_crowds(measured),
         pairs=extent.pairs,
@@ -339,10 +346,7 @@ def _spent(measured: Measured) -> str:
         "the agent's work, by its log, without RTM_NEWLINK": (work - kernel, f"{agent:.0f} of the agent"),
         "RTM_NEWLINK alone": (kernel, ""),
     }
-    lines = [
-        (name, number(each), f"{each / whole:.0%}".replace("%", " %"), calls)
-        for name, (each, calls) in parts.items()
-    ]
+    lines = [(name, number(each), percent(each / whole), calls) for name, (each, calls) in parts.items()]
     last = ("all", number(whole), "100 %", f"{shim + agent:.0f}")
     return _table(("ADD of the agent", "ms", "part", "system calls"), [*lines, last])
 
@@ -353,6 +357,20 @@ def _system_calls(calls: Calls) -> str:
         ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
         lines.append((who, ", ".join(f"{name} {count:.3g}" for name, count in ordered if count >= 0.1)))
     return _table(("", "system calls of an ADD"), lines)
+
+
+def _emulated(measured: Measured) -> str:
+    if not (samples := measured.emulated):
+        return f"Not measured: {measured.not_emulated}."
+    lines = []
+    for command in COMMANDS:
+        base = [each.wall for each in samples[AGENT][command]]
+        for name, commands in samples.items():
+            walls = [each.wall for each in commands[command]]
+            beside = spread(ratios(walls, base))
+            between = f"{number(beside.low)} to {number(beside.high)}"
+            lines.append((command, name, number(spread(walls).median), number(beside.median), between))
+    return _table(("", "", "wall ms", "÷ agent and shim", "p10 to p90"), lines)
 
 
 def _crowds(measured: Measured) -> str:
@@ -446,8 +464,8 @@ uses) or a tap without a NIC. The comparison is with them because most clusters 
 
 The floor is the time of an empty process plus the kernel alone, by medians. The agent answers a DEL when the link is
 gone, before the kernel's ACK, so its DEL can be below 1. The floor of rows that make another device was not measured.
-With the kubelet's device, the agent asks a stand-in for a kubelet whose device it is. The VLAN's device is made by each
-ADD and removed by each DEL.
+The tap on a bridge and the kubelet's device have agents of their own, which import pyroute2 or gRPC; the latter agent
+asks a stand-in for a kubelet whose device it is. The VLAN's device is made by each ADD and removed by each DEL.
 {left_out}
 {single}
 
@@ -455,7 +473,8 @@ The first part is measured by itself, the third comes from the agent's log, the 
 
 {spent}
 
-System calls are counted by strace(1), apart from the timing, over {traced} ADDs:
+System calls are counted by strace(1), apart from the timing, over {traced} ADDs. Those of the agent's other threads are
+among them. Waits of threads for each other (futex, sched_yield) are not: strace's slowness makes more of them.
 
 {system_calls}
 
@@ -464,6 +483,14 @@ System calls are counted by strace(1), apart from the timing, over {traced} ADDs
 Each call is for another pod. Wall is from the first start to the last end, CPU is the sum. The one-shot has one round.
 
 {many}
+
+## Virtual functions and VLANs, {emulated_rounds} rounds
+
+In an emulated machine with SR-IOV NICs (QEMU's igb) and Debian's kernel. Only the ratios count: processor and NIC are
+software. An ADD of a virtual function sets it up in the NIC and makes the macvtap on it; the VLAN's device is made by
+each ADD and removed by each DEL.
+
+{emulated}
 
 ## On a crowded NIC, {crowd_rounds} rounds each
 

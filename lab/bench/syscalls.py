@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lab.wire import Netns
 
 
+_WAITS = {"futex", "sched_yield"}
+"""Waits of threads for each other, which strace's slowness multiplies."""
 _STRACE = ("/usr/bin/strace", "-f", "-c", "-U", "calls,name", "-o")
 
 
@@ -61,6 +63,6 @@ def count(spawner: Spawner, contender: Contender, agent: Agent, pods: Sequence[N
 
 
 def parse(summary: str) -> dict[str, int]:
-    """Name → number of calls, from the output of `strace -c -U calls,name`."""
+    """Name → number of calls, without _WAITS, from the output of `strace -c -U calls,name`."""
     lines = re.findall(r"^\s*(\d+) (\w+)$", summary, re.MULTILINE)
-    return {name: int(calls) for calls, name in lines if name != "total"}
+    return {name: int(calls) for calls, name in lines if name != "total" and name not in _WAITS}

@@ -17,9 +17,9 @@ from cni.plugin import handle
 from lab import hw
 from lab.assets import hardware
 from lab.assets.cache import CHECKOUT, AssetError
+from lab.hw import Root
 from lab.wire import Netns
 from tests.hw import nic
-from tests.hw.nic import Root
 from tests.runner import Answer, Plugin
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def _run_inside(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[pytest.TestReport]:
     config = item.config
     if _MACHINE not in config.stash:
-        config.stash[_MACHINE] = hw.Machine(str(_HERE.relative_to(CHECKOUT)))
+        config.stash[_MACHINE] = hw.Machine(f"{hw.PYTEST} {_HERE.relative_to(CHECKOUT)}")
         config.add_cleanup(lambda: _close(config))
     for answer in config.stash[_MACHINE].ask(item.nodeid, nextitem and nextitem.nodeid):
         report: pytest.TestReport = config.hook.pytest_report_from_serializable(config=config, data=answer)
@@ -96,7 +96,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
 def node() -> Root:
     """The machine's first namespace, with all NICs named and up."""
     root = Root()
-    nic.name_all()
+    hw.name_all()
     root.wait_until_up(*hw.NICS, *hw.WIRES)
     return root
 

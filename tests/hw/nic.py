@@ -10,24 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab import hw
+from lab.hw import Root
 from lab.process import run
-from lab.wire import Netns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_BY_MAC = {mac: name for name, mac in (hw.NICS | hw.WIRES).items()}
-
-
-class Root(Netns):
-    """The machine's first namespace: where a driver's links appear, and so the node of these tests."""
-
-    def __init__(self) -> None:
-        self.path = Path("/proc/1/ns/net")
-
-    def close(self) -> None:
-        """It stays."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +77,6 @@ class Nic:
 
 
 PF0, PF1 = Nic("pf0", "wire0"), Nic("pf1", "wire1")
-
-
-def name_all() -> None:
-    """Gives the NICs their names: the kernel's depend on which was found first."""
-    for link in json.loads(run(["ip", "-j", "link", "show"]).stdout):
-        if name := _BY_MAC.get(link.get("address")):
-            run(["ip", "link", "set", link["ifname"], "name", name, "up"])
 
 
 def killed(work: Callable[[], object], where: str, calls: int) -> None:

@@ -20,8 +20,8 @@ from tests.runner import config, pod_args
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from lab.hw import Root
     from lab.wire import Netns
-    from tests.hw.nic import Root
 
 FAST = "macvtap.network.kubevirt.io/fast"
 

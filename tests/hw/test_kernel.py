@@ -13,8 +13,8 @@ from tests.runner import config
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lab.hw import Root
     from lab.wire import Netns
-    from tests.hw.nic import Root
     from tests.runner import Plugin
 
 _INIT = "/proc/1/root"

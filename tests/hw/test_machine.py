@@ -9,7 +9,8 @@ from lab.frames import BROADCAST, Frame, collect, packet_socket
 from lab.process import run
 
 if TYPE_CHECKING:
-    from tests.hw.nic import Nic, Root
+    from lab.hw import Root
+    from tests.hw.nic import Nic
 
 
 def test_these_tests_run_inside() -> None:

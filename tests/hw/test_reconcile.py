@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cni.plugin import Response
+    from lab.hw import Root
     from lab.wire import Netns
-    from tests.hw.nic import Nic, Root
+    from tests.hw.nic import Nic
     from tests.runner import Plugin
 
 

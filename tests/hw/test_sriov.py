@@ -22,8 +22,9 @@ from tests.runner import config
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from lab.hw import Root
     from lab.wire import Netns
-    from tests.hw.nic import Nic, Root
+    from tests.hw.nic import Nic
     from tests.runner import Plugin
 
 MAC = "02:00:00:00:00:31"

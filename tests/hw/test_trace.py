@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cni.ctl.trace.facts import Verdict
+    from lab.hw import Root
     from lab.wire import Netns
-    from tests.hw.nic import Nic, Root
+    from tests.hw.nic import Nic
     from tests.runner import Plugin
 
 BRIDGE = "brtrace"

@@ -13,7 +13,8 @@ from cni.kernel.rtnl import Rtnl
 from cni.kernel.vf_settings import ETH_P_8021AD, ETH_P_8021Q, VfSettings
 
 if TYPE_CHECKING:
-    from tests.hw.nic import Nic, Root
+    from lab.hw import Root
+    from tests.hw.nic import Nic
 
 
 def _index(host: Rtnl, name: str) -> int:

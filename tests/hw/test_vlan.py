@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from lab.hw import Root
     from lab.wire import Netns
-    from tests.hw.nic import Root
     from tests.runner import Plugin
 
 

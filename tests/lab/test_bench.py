@@ -14,6 +14,7 @@ from lab.bench.contenders import (
     AGENT,
     AGENT_CHECKED,
     AGENT_GUARDED,
+    AGENT_VF,
     GO_MACVLAN,
     KERNEL,
     ONE_SHOT,
@@ -115,6 +116,8 @@ def _measured() -> report.Measured:
         calls=Calls({"read": 3.0, "write": 1.0}, {"openat": 20.0, "futex": 0.01}),
         with_devices=40 << 10,
         waited=Waited(12.0, 0.5),
+        emulated={},
+        not_emulated="no such machine",
         others=0.25,
         guests={
             medium: {way: [speed] for way in DIRECTIONS}
@@ -146,10 +149,21 @@ def test_the_page_has_every_row_and_says_what_is_left_out() -> None:
     assert "| the agent's work, by its log, without RTM_NEWLINK | 0.100 | 5 % | 20 of the agent |" in page
     assert "| agent | openat 20 |" in page
     assert "| waited for a quiet machine | 12 s, and it was not quiet then |" in page
-    assert "| used by others during the run | 25% |" in page
+    assert "| used by others during the run | 25 % |" in page
     assert report.NO_VLANS in page
     assert "| rate | 5 000 000 | 0.500 | 5 000 000 | 1.00 |" in page
     assert "benchmark.svg" in page
+
+
+def test_the_rows_of_the_emulated_machine() -> None:
+    assert "Not measured: no such machine." in report.page(_measured(), {})
+    samples = {
+        name: {command: [Sample(wall * slow, 1.0, 1) for slow in (1.0, 5.0)] for command in node.COMMANDS}
+        for name, wall in ((AGENT, 10.0), (AGENT_VF, 30.0))
+    }
+    page = report.page(replace(_measured(), emulated=samples, not_emulated=""), {})
+    assert f"| ADD | {AGENT_VF} | 90.0 | 3.00 | 3.00 to 3.00 |" in page
+    assert "Not measured" not in page
 
 
 def test_the_parts_of_an_add_are_all_of_it() -> None:
@@ -169,7 +183,7 @@ def test_a_wide_row_says_so() -> None:
     measured = replace(_measured(), launches=[40.0, 40.0, 90.0, 90.0])
     rows = {row.budget.figure: row for row in report.rows(measured)}
     row = rows["launcher, start to exec of QEMU"]
-    assert "p10 to p90 is 77% of the median" in row.why
+    assert "p10 to p90 is 77 % of the median" in row.why
     assert row.why in report.page(measured, {})
     assert not rows["agent DEL ÷ Go macvlan"].why
 
@@ -197,7 +211,7 @@ def test_the_wait_for_a_quiet_machine() -> None:
 
     calm, told = waited([0.9, 0.05, 0.05, 0.05, 1.0])
     assert (calm, calm.quiet) == (quiet.Waited(4.0, 0.05), True)
-    assert told[0] == "processors 90% busy, 10% are quiet; goes on in 4 s at the latest"
+    assert told[0] == "processors 90 % busy, 10 % is quiet; goes on within 4 s"
     restless, _ = waited([0.05, 0.9] * 5)
     assert restless.seconds == 5.0
     busy, _ = waited([0.9] * 9)
@@ -216,6 +230,7 @@ def test_straces_summary() -> None:
 --------- ----------------
        29 read
         2 close
+      145 futex
 --------- ----------------
        31 total
 """
