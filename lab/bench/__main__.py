@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.assets import guest
-from lab.assets.cache import CHECKOUT, AssetError
+from lab.assets.cache import CHECKOUT
 from lab.assets.programs import BENCH
 from lab.bench import chart, emulated, frames, guests, leftovers, node, quiet, report, syscalls
 from lab.bench.contenders import (
@@ -171,11 +171,12 @@ def _measure(
 
 
 def _emulated(rounds: int) -> tuple[Samples, str]:
-    """The samples of the emulated machine; none, and why, if its parts were not made: not every Debian has them."""
+    """The samples of the emulated machine; none, and why, if it fails: the rest of a long run must not be lost."""
     try:
         return emulated.measure(rounds), ""
-    except AssetError as error:
-        return {}, str(error)
+    except LabError as error:
+        print(f"lab.bench: {error}", file=sys.stderr)
+        return {}, str(error).partition("\n")[0]
 
 
 def panels(measured: report.Measured) -> list[chart.Panel]:
