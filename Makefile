@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 T ?=
 A ?=
 
-.PHONY: help setup demo bench soak test test-hw cluster test-cluster fuzz sbom lint clean
+.PHONY: help setup demo bench soak test test-hw cluster test-cluster kind test-kind fuzz sbom lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,14 @@ cluster: ## a real Kubernetes of one node, and a shell on it with kubectl
 test-cluster: ## the tests that want that Kubernetes; the first time it is built, in ten minutes
 	@lab/setup cluster
 	@$(BIN)/python -m pytest -n 2 tests/cluster tests/deploy/manifests $(T)
+
+kind: ## a real kind cluster of three nodes, and a shell with docker, kind and kubectl; A=deploy/kind/up to run that
+	@lab/setup kind
+	@$(BIN)/python -m lab.kind $(A)
+
+test-kind: ## the tests that want a kind cluster; the first time, what it needs is built, in fifteen minutes
+	@lab/setup kind
+	@$(BIN)/python -m pytest tests/kind $(T)
 
 fuzz: ## coverage-guided fuzzing, for a minute; A="--seconds 600" or A="netconf --seconds 60"; A=--help
 	@lab/setup fuzz

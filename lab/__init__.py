@@ -6,6 +6,7 @@
     libvirt.py     a virtual machine as KubeVirt starts it
     cnitool.py     CNI's reference client
     runtimes/      containerd and podman on a machine of the lab, images for them
+    kind/          a real kind cluster, on a docker of its own
     kubernetes/    a cluster of one node, stand-ins for a kubelet and Multus, checks of manifests
     hw.py          an emulated machine with SR-IOV NICs
     demo/ bench/ soak/   make demo, make bench, make soak

@@ -5,22 +5,26 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from lab.assets import guest, hardware, images, programs
+from lab.assets import guest, hardware, images, kind, programs
 from lab.assets.cache import Asset
 from lab.process import LabError
 
 
 @dataclass(frozen=True)
 class Step:
-    """Assets that lab/setup makes in one step. text: describes it; without: what is left out if the step may fail."""
+    """Assets that lab/setup makes in one step.
+
+    text: describes it; without: what is left out if the step may fail; also: other targets that need the assets.
+    """
 
     text: str
     assets: tuple[Asset, ...]
     without: str = ""
+    also: tuple[str, ...] = ()
 
     def needed(self, target: str) -> bool:
         """Whether `lab/setup TARGET` makes them. Every target includes those of the demo."""
-        return any(asset.setup in ("demo", target) for asset in self.assets)
+        return target in self.also or any(asset.setup in ("demo", target) for asset in self.assets)
 
     def missing(self) -> bool:
         return not all(asset.path.exists() for asset in self.assets)
@@ -37,11 +41,21 @@ STEPS = {
         (hardware.QEMU, hardware.INITRAMFS),
         without="tests/hw",
     ),
-    "manifests": Step("helm, kustomize, and the schemas of what they generate", (programs.MANIFESTS,)),
+    "manifests": Step(
+        "helm, kustomize, and the schemas of what they generate", (programs.MANIFESTS,), also=("kind",)
+    ),
     "cluster": Step(
-        "Kubernetes, etcd and containerd from their Go modules: ten minutes, once", (programs.CLUSTER,)
+        "Kubernetes, etcd and containerd from their Go modules: ten minutes, once",
+        (programs.CLUSTER,),
+        also=("kind",),
     ),
     "images": Step("the images of the Dockerfile, on a base image made here", (images.IMAGES,)),
+    "docker": Step("docker and slirp4netns, of Debian's packages", (kind.DOCKER,)),
+    "kind": Step(
+        "kind, kubeadm, kube-proxy and coredns from their Go modules: four minutes, once", (kind.PROGRAMS,)
+    ),
+    "kind-node": Step("the image of kind's nodes: a minute or two", (images.BASE, kind.NODE)),
+    "kind-build": Step("docker's build cache for the Dockerfile: five minutes", (kind.BUILD,)),
 }
 
 

@@ -35,9 +35,9 @@ _MANIFEST_SCHEMAS = (
 )
 """Each a module, and a file in it."""
 
-_KUBERNETES = "v1.34.4"
+KUBERNETES = "v1.34.4"
 _CLUSTER = {
-    f"k8s.io/kubernetes@{_KUBERNETES}": (
+    f"k8s.io/kubernetes@{KUBERNETES}": (
         "kube-apiserver",
         "kube-controller-manager",
         "kube-scheduler",
@@ -48,14 +48,14 @@ _CLUSTER = {
     "go.etcd.io/etcd/server/v3@v3.6.8": (".",),
 }
 """Module → its programs, each in its folder below cmd; "." is the module's own. runc is Debian's."""
-_STAMP = f"-X=k8s.io/component-base/version.gitVersion={_KUBERNETES}"
+KUBERNETES_STAMP = f"-X=k8s.io/component-base/version.gitVersion={KUBERNETES}"
 """A release build of Kubernetes has its version written in, and helm queries a cluster for it."""
 
 _SHIM = CHECKOUT / "cni/shim/vmtap.c"
 _MEASURING = tuple(CHECKOUT / f"lab/bench/{name}.c" for name in ("spawn", "moment", "frames"))
 
 
-def _plugins(names: Sequence[str], folder: Path) -> None:
+def plugins(names: Sequence[str], folder: Path) -> None:
     """Reference plugins, each by its folder in their module."""
     module = "github.com/containernetworking/plugins/plugins"
     golang.install([f"{module}/{name}@{PLUGINS_VERSION}" for name in names], folder)
@@ -63,12 +63,12 @@ def _plugins(names: Sequence[str], folder: Path) -> None:
 
 def _make_clients(folder: Path) -> None:
     golang.install([_CNITOOL], folder)
-    _plugins(_CLIENT_PLUGINS, folder)
+    plugins(_CLIENT_PLUGINS, folder)
 
 
 def _make_bench(folder: Path) -> None:
     """The peers with Go; our shim and the programs that measure with musl's C library, static and small."""
-    _plugins(_BENCH_PLUGINS, folder)
+    plugins(_BENCH_PLUGINS, folder)
     from hatch_build import FLAGS  # noqa: PLC0415 - it needs hatchling, which nothing else here does
 
     for source in (_SHIM, *_MEASURING):
@@ -89,10 +89,10 @@ def _make_manifests(folder: Path) -> None:
 
 def _make_cluster(folder: Path) -> None:
     """Ten minutes on two cores, 6 GB of cache. A line on stderr says what is being built: lab/setup logs it."""
-    _plugins(_CLUSTER_PLUGINS, folder / "cni")
+    plugins(_CLUSTER_PLUGINS, folder / "cni")
     for number, (module, programs) in enumerate(_CLUSTER.items(), start=1):
         print(f"lab.assets: {number} of {len(_CLUSTER)}, {module}: {' '.join(programs)}", file=sys.stderr)
-        flags = _STAMP if module.startswith("k8s.io/kubernetes@") else ""
+        flags = KUBERNETES_STAMP if module.startswith("k8s.io/kubernetes@") else ""
         golang.build_replaced(module, programs, folder, flags)
     (folder / "server").rename(folder / "etcd")
 

@@ -14,7 +14,8 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from lab.assets.programs import CLUSTER, MANIFESTS
-from lab.process import PATIENCE, Closing, LabError, Program, wait_for
+from lab.kubernetes.client import KUBECTL_PAUSE, Client
+from lab.process import PATIENCE, LabError, Program, wait_for
 from lab.runtimes.containerd import SANDBOX, SOCKET, Containerd
 from lab.runtimes.machine import Machine
 
@@ -36,9 +37,6 @@ PLUGINS = "/opt/cni/bin"
 _BRIDGE = "cni0"
 _HOME = "/run/lab/cluster"
 """The folder, on the node, of the programs' configs and data."""
-_EVENTS_TAIL = 3000
-_KUBECTL_PAUSE = 0.2
-"""Seconds between two runs of kubectl, each of which takes a tenth of a second of CPU."""
 _SERVER = f"https://{ADDRESS}"
 _SERVICE = "10.96.0.1"
 """The address at which pods reach the API server. It is one of the node's, because there is no proxy."""
@@ -84,7 +82,7 @@ _PODS_NETWORK = {
 }
 
 
-class Cluster(Closing):
+class Cluster(Client):
     """A started cluster whose node is Ready; a context manager, to be closed before its lab.
 
     folder: for logs, on the host. The node has eth0 for the cluster beside the lab's NICs. A pod's first network is a
@@ -104,33 +102,10 @@ class Cluster(Closing):
             self._start(stack)
             self._stack = stack.pop_all()
 
-    def kubectl(self, *words: str, stdin: str = "", check: bool = True, timeout: float = 2 * PATIENCE) -> str:
-        """The output of kubectl. Raises LabError if check is set and it fails. timeout: seconds."""
-        return self.run(["kubectl", *words], stdin=stdin, check=check, timeout=timeout)
-
-    def get(self, *words: str) -> Any:
-        """The JSON of `kubectl get`."""
-        return json.loads(self.kubectl("get", "-o", "json", *words))
-
-    def apply(self, *objects: dict[str, Any]) -> None:
-        listed = {"apiVersion": "v1", "kind": "List", "items": objects}
-        self.kubectl("apply", "-f", "-", stdin=json.dumps(listed))
-
-    def wait(self, what: str, condition: str, *words: str, seconds: float = 2 * PATIENCE) -> None:
-        """Runs kubectl wait. condition: its option --for. Raises LabError with the pods and events."""
-        try:
-            self.kubectl(
-                "wait", what, f"--for={condition}", f"--timeout={seconds:g}s", *words, timeout=seconds + 10
-            )
-        except LabError as error:
-            raise LabError(f"{error}\n{self.story()}") from error
-
     def story(self) -> str:
         """The pods and the last events, for an error message."""
-        pods = self.kubectl("get", "pods", "-A", "-o", "wide", check=False)
-        events = self.kubectl("get", "events", "-A", "--sort-by=.lastTimestamp", check=False)
         ended = [each.tail() for each in (self.kubelet, self.containerd) if not each.alive()]
-        return "\n".join([pods, events[-_EVENTS_TAIL:], *ended])
+        return "\n".join([super().story(), *ended])
 
     def run(
         self,
@@ -175,14 +150,6 @@ class Cluster(Closing):
         path = self.machine.path(f"{PLUGINS}/{name}")
         path.write_text(script)
         path.chmod(0o755)
-
-    def wait_kind(self, kind: str) -> None:
-        """Waits until the API server lists a kind, which it does a moment after the kind is Established."""
-        wait_for(
-            lambda: self.kubectl("get", kind, "-o", "json", check=False),
-            lambda: f"the API server does not list {kind}",
-            pause=_KUBECTL_PAUSE,
-        )
 
     def _program(self, name: str, *flags: str) -> Program:
         return Program(self.machine.popen, [name, *flags], self._folder / f"{name}.log", self._env)
@@ -252,7 +219,7 @@ class Cluster(Closing):
                 and self.kubectl("get", "--raw", "/readyz", check=False) == "ok"
             )
 
-        wait_for(ready, lambda: f"the API server is not ready; {server.tail()}", pause=_KUBECTL_PAUSE)
+        wait_for(ready, lambda: f"the API server is not ready; {server.tail()}", pause=KUBECTL_PAUSE)
 
     def _file(self, name: str) -> Path:
         return self.machine.path(f"{_HOME}/{name}")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 NETWORKS = "k8s.v1.cni.cncf.io/networks"
 RESOURCE = "k8s.v1.cni.cncf.io/resourceName"
 DEFINITIONS = "apis/k8s.cni.cncf.io/v1/namespaces"
-_DEFINITION: dict[str, Any] = {
+DEFINITION: dict[str, Any] = {
     "apiVersion": "apiextensions.k8s.io/v1",
     "kind": "CustomResourceDefinition",
     "metadata": {"name": "network-attachment-definitions.k8s.cni.cncf.io"},
@@ -85,8 +85,8 @@ def install(cluster: Cluster) -> None:
             "cache": "/var/lib/cni/multus",
         },
     )
-    cluster.apply(_DEFINITION)
-    cluster.wait(f"customresourcedefinition/{_DEFINITION['metadata']['name']}", "condition=Established")
+    cluster.apply(DEFINITION)
+    cluster.wait(f"customresourcedefinition/{DEFINITION['metadata']['name']}", "condition=Established")
     cluster.wait_kind("network-attachment-definitions")
 
 

@@ -71,14 +71,14 @@ def machine(target: Path, name: str) -> None:
     library = Path(sysconfig.get_path("stdlib"))
     files = [QEMU, python, *map(Path, _QEMUS)]
     files += (path for path in library.rglob("*") if path.is_file() and not _UNUSED.search(str(path)))
-    for path in {*files, *_libraries(QEMU), *_libraries(python)}:
+    for path in {*files, *libraries(QEMU), *libraries(python)}:
         tree[str(path).lstrip("/")] = path
     for path in package.rglob("*.py"):
         tree[f"{library}/{path.relative_to(package.parent)}".lstrip("/")] = path
     write(target, name, tree, ["/bin/sh"])
 
 
-def _libraries(program: Path) -> Iterator[Path]:
+def libraries(program: Path) -> Iterator[Path]:
     listed = run(["ldd", program]).stdout
     return (Path(found) for found in re.findall(r"(/\S+) \(0x", listed))
 

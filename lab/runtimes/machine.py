@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 
 # Process 1 of the node: `cat` ends with its stdin, and the kernel then kills every process of the node. SIGCHLD is
 # ignored so that the kernel reaps orphans, such as the shims of containers.
@@ -118,7 +118,7 @@ class Machine(Closing):
 
     def make_cgroups(self) -> None:
         """Makes the node's control group in each hierarchy, as a kubelet wants it of its parent."""
-        tops = [path.parent for path in _CGROUPS.glob("*/cgroup.procs")] or [_CGROUPS]
+        tops = [path.parent for path in CGROUPS.glob("*/cgroup.procs")] or [CGROUPS]
         for top in tops:
             (top / self.cgroup.lstrip("/")).mkdir()
 
@@ -129,7 +129,7 @@ class Machine(Closing):
     def _cgroup_tops(self) -> list[Path]:
         """The node's control group in each hierarchy: version 2 has one, version 1 has one for each controller."""
         name = self.cgroup.lstrip("/")
-        return [top for top in (_CGROUPS / name, *_CGROUPS.glob(f"*/{name}")) if top.exists()]
+        return [top for top in (CGROUPS / name, *CGROUPS.glob(f"*/{name}")) if top.exists()]
 
     def close(self) -> None:
         for each in self._started:  # a process that is not waited for keeps its namespace
