@@ -1,0 +1,84 @@
+"""What a user does with the agent on a kind cluster. Each test installs it and takes it away again."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from lab.assets import images
+from lab.kind.cluster import NAME
+from tests.cluster.conftest import CHART, NAMESPACE
+from tests.kind.conftest import ADDRESS, IMAGE, KUSTOMIZE, NETWORK
+from tests.waiting import LIMIT, until
+
+if TYPE_CHECKING:
+    from tests.kind.conftest import Site
+
+
+def helm(site: Site, tag: str) -> None:
+    interfaces = [{"name": NETWORK, "source": {"dev": "eth0"}, "modes": ["bridge"], "capacity": 16}]
+    values = {"interfaces": interfaces, "image": {"tag": tag}}
+    words = [
+        "vmtap",
+        str(CHART),
+        "--namespace",
+        NAMESPACE,
+        "--create-namespace",
+        "--wait",
+        f"--timeout={LIMIT}s",
+    ]
+    site.kind.run(["helm", "upgrade", "--install", *words, "--values", "-"], stdin=json.dumps(values))
+    site.rolled_out()
+
+
+def test_helm_install_upgrade_under_traffic_uninstall(site: Site) -> None:
+    helm(site, images.VERSION)
+    site.start_pods()
+    site.more_traffic()
+    newer = f"{images.VERSION}x"
+    site.kind.run(["docker", "tag", IMAGE, f"{IMAGE}x"])
+    site.kind.run(["kind", "load", "docker-image", "--name", NAME, f"{IMAGE}x"])
+    helm(site, newer)
+    assert site.more_traffic()["lost"] == 0
+    site.end_pods()
+    site.kind.run(["helm", "uninstall", "vmtap", "--namespace", NAMESPACE, "--wait"])
+    site.kind.kubectl("delete", "namespace", NAMESPACE, f"--timeout={LIMIT}s")
+    site.left()
+
+
+def test_kustomize_install_restart_of_agent_and_node_uninstall(site: Site) -> None:
+    kubectl = site.kind.kubectl
+    kubectl("apply", "-k", str(KUSTOMIZE / "overlays/kind"))
+    site.rolled_out()
+    site.start_pods()
+    site.more_traffic()
+    kubectl("-n", NAMESPACE, "rollout", "restart", "daemonset/vmtap")
+    site.rolled_out()
+    assert site.more_traffic()["lost"] == 0
+    _restart_node(site)
+    site.end_pods()
+    kubectl("delete", "-k", str(KUSTOMIZE / "overlays/kind"), f"--timeout={LIMIT}s")
+    kubectl("create", "namespace", NAMESPACE)
+    kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=privileged")
+    kubectl("apply", "-k", str(KUSTOMIZE / "uninstall"))
+    kubectl("-n", NAMESPACE, "rollout", "status", "daemonset/vmtap-uninstall", f"--timeout={LIMIT}s")
+    kubectl("delete", "namespace", NAMESPACE, f"--timeout={LIMIT}s")
+    site.left()
+
+
+def _restart_node(site: Site) -> None:
+    """The node of the pod that answers: its /run and its links end, its leases and the pods' sandboxes do not."""
+    node = site.workers[1]
+    [before] = site.records(node)
+    assert site.leases(node) == {ADDRESS: before["container_id"]}
+    site.kind.run(["docker", "restart", node])
+    site.kind.wait(f"node/{node}", "condition=Ready")
+    site.rolled_out()
+    site.more_traffic()
+    [after] = until(
+        lambda: site.records(node), "there is no single attachment", lambda found: len(found) == 1
+    )
+    assert after["container_id"] != before["container_id"]
+    assert site.leases(node) == {ADDRESS: after["container_id"]}
+    links = site.kind.on_node(node, "ip -d -o link")
+    assert "macvtap" not in links  # the only one is in the pod
