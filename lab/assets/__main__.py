@@ -54,8 +54,8 @@ STEPS = {
     "kind": Step(
         "kind, kubeadm, kube-proxy and coredns from their Go modules: four minutes, once", (kind.PROGRAMS,)
     ),
-    "kind-node": Step("the image of kind's nodes: a minute or two", (images.BASE, kind.NODE)),
-    "kind-build": Step("docker's build cache for the Dockerfile: five minutes", (kind.BUILD,)),
+    "kind-node": Step("the image of kind's nodes: a minute or two", (kind.NODE,)),
+    "kind-build": Step("docker's build cache for the Dockerfile: two minutes", (kind.BUILD,)),
 }
 
 

@@ -1,16 +1,17 @@
 """What a real kind cluster needs: kind, docker, the image of kind's nodes, and the build of our Dockerfile by docker.
 
-Nothing is installed. The last two are docker's data, made by dockerd itself (lab/kind/node.py).
+Nothing is installed. The last two are docker's data, made by dockerd itself (lab/kind/node.py, lab/kind/build.py).
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
 from lab.assets import debian, golang
-from lab.assets.cache import CHECKOUT, Asset, build
+from lab.assets.cache import CACHE, CHECKOUT, Asset, build
 from lab.assets.images import BASE
 from lab.assets.programs import CLUSTER, KUBERNETES, KUBERNETES_STAMP, plugins
 
@@ -41,8 +42,11 @@ def _make_docker(folder: Path) -> None:
 
 
 def _make_data(name: str, folder: Path) -> None:
-    """In a process of its own: lab.kind imports the assets."""
-    build([sys.executable, "-m", "lab.kind.node", name, folder])
+    """In a process of its own: lab.kind imports the assets. Removes older ones first: they are large."""
+    for old in CACHE.glob(f"kind-{name}-*"):
+        if old not in folder.parents:
+            shutil.rmtree(old)
+    build([sys.executable, "-m", f"lab.kind.{name}", folder])
 
 
 def _node_sources() -> Iterator[Path]:
@@ -51,7 +55,13 @@ def _node_sources() -> Iterator[Path]:
 
 def _build_sources() -> Iterator[Path]:
     """What the first layers of the Dockerfile depend on."""
-    names = ("Dockerfile", "requirements.lock", "deploy/requirements.lock", "lab/kind/node.py")
+    names = (
+        "Dockerfile",
+        "requirements.lock",
+        "deploy/requirements.lock",
+        "lab/kind/node.py",
+        "lab/kind/build.py",
+    )
     return (CHECKOUT / name for name in names)
 
 

@@ -1,11 +1,11 @@
 """A real kind cluster: kind, kubeadm and docker do what they do for any user, without a registry and without a service.
 
-    docker.py    Debian's dockerd in namespaces of its own; what it has saved is where the next one begins
-    node.py      makes that: the image of kind's nodes, and docker's build cache for our Dockerfile
+    docker.py             Debian's dockerd in namespaces of its own; what it has saved is where the next one begins
+    node.py build.py      make that: the image of kind's nodes, and docker's build cache for our Dockerfile
     cover.sh network.sh   programs of that image
-    multus.py    the stand-in for Multus as a DaemonSet
-    cluster.py   the cluster, and how to run anything as a user of that docker
-    __main__.py  make kind
+    multus.py             the stand-in for Multus as a DaemonSet
+    cluster.py            the cluster, and how to run anything as a user of that docker
+    __main__.py           make kind
 
 What stands in for what a registry or kind's release has:
 

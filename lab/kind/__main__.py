@@ -27,7 +27,10 @@ _WELCOME = """The cluster is ready; it ends with this shell. Logs: {logs}. To in
 
 def main(words: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with tempfile.TemporaryDirectory(prefix=f"vmtap-kind-{os.getpid()}-") as logs, Kind(Path(logs)) as kind:
+    with (
+        tempfile.TemporaryDirectory(prefix=f"vmtap-kind-{os.getpid()}-") as logs,
+        Kind(Path(logs), internet=True) as kind,
+    ):
         if not words:
             print("starting …", file=sys.stderr)
             kind.create()

@@ -60,11 +60,14 @@ exec {{real}} "${{{{words[@]}}}}"
 
 
 class Kind(Client):
-    """docker, with kind, kubectl, helm and kustomize; a context manager. folder: for logs. There is no cluster yet."""
+    """docker, with kind, kubectl, helm and kustomize; a context manager. There is no cluster yet.
 
-    def __init__(self, folder: Path) -> None:
+    folder: for logs; internet: whether docker's network, and so the nodes, reach what this machine reaches.
+    """
+
+    def __init__(self, folder: Path, *, internet: bool = False) -> None:
         with contextlib.ExitStack() as stack:
-            self.docker = stack.enter_context(Docker(folder, [NODE.get(), BUILD.get()]))
+            self.docker = stack.enter_context(Docker(folder, [NODE.get(), BUILD.get()], internet=internet))
             programs, cluster = PROGRAMS.get(), CLUSTER.get()
             multus.archive(self.docker.machine.path(f"{_MULTUS}.tar"))
             self.docker.machine.path(f"{_MULTUS}.json").write_text(multus.manifest())

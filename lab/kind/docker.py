@@ -76,15 +76,17 @@ os.execv("{runc}", ["runc", *words])
 """
 _SYS_RESOURCE = 24
 _SLIRP_DNS = "10.0.2.3"
+_SERVICES = "10.96.0.0/16"
+"""kind's default."""
 
 
 class Docker(Closing):
     """A started dockerd; a context manager. folder: for logs; saved: what save() has written, the oldest first.
 
-    The oldest is mounted as far as it is of layers, and must have no build cache.
+    internet: whether its network reaches what this machine reaches.
     """
 
-    def __init__(self, folder: Path, saved: Sequence[Path] = ()) -> None:
+    def __init__(self, folder: Path, saved: Sequence[Path] = (), *, internet: bool = False) -> None:
         self.programs = DOCKER.get()
         self._folder = folder
         sweep()
@@ -105,6 +107,8 @@ class Docker(Closing):
                 {"PATH": self.path, "HOME": HOME, "TMPDIR": f"{HOME}/scratch"},
             )
             self.start()
+            if internet:
+                stack.enter_context(self.internet())
             self._stack = stack.pop_all()
 
     def start(self) -> None:
@@ -149,7 +153,11 @@ class Docker(Closing):
 
     @contextlib.contextmanager
     def internet(self) -> Iterator[None]:
-        """The machine's network reaches what this machine reaches, by user-mode NAT (slirp4netns)."""
+        """The machine's network reaches what this machine reaches, by user-mode NAT (slirp4netns).
+
+        Addresses of Services stay unreachable: a node without kube-proxy's rules would connect to somebody else's.
+        """
+        self.netns.ip(f"route replace unreachable {_SERVICES}")
         ready, readies = os.pipe()
         ends, end = os.pipe()  # slirp4netns ends when this process has closed it
         program = self.programs / "usr/bin/slirp4netns"
@@ -188,16 +196,15 @@ class Docker(Closing):
         )
 
     def _restore(self, saved: Sequence[Path]) -> None:
-        """Copies saved data but the layers of the first, which are mounted."""
+        """Copies saved data but the layers, which are mounted: dockerd never writes to one that is complete."""
         tar = "tar --xattrs --xattrs-include='*'"
-        copies = [
-            f"{tar} -C {folder} {'' if number else _LAYERS} -cf - . | {tar} -C {_DATA} -xf -"
-            for number, folder in enumerate(saved)
-        ]
-        layers = [path.relative_to(saved[0]) for path in saved[0].glob("overlay2/*/diff")] if saved else []
+        copies = [f"{tar} -C {folder} {_LAYERS} -cf - . | {tar} -C {_DATA} -xf -" for folder in saved]
+        layers = {
+            path.relative_to(folder): path for folder in saved for path in folder.glob("overlay2/*/diff")
+        }
         mounts = [
-            f"mkdir -p {_DATA}/{layer}; mount --bind -o ro {saved[0]}/{layer} {_DATA}/{layer}"
-            for layer in layers
+            f"mkdir -p {_DATA}/{layer} && mount --bind -o ro {path} {_DATA}/{layer}"
+            for layer, path in layers.items()
         ]
         self.machine.run(["sh", "-euc", "\n".join([*copies, *mounts])])
 

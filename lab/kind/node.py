@@ -1,4 +1,4 @@
-"""Makes the data of docker that lab/assets/kind.py keeps: python -m lab.kind.node node | build FOLDER.
+"""Makes NODE of lab/assets/kind.py: python -m lab.kind.node FOLDER.
 
 The image of kind's nodes is made as kind v0.30.0 makes it (images/base/Dockerfile and pkg/build/nodeimage of its
 module), with files of that module and with what Debian and the Go modules have:
@@ -20,12 +20,11 @@ import tempfile
 from pathlib import Path
 
 from lab.assets import golang
-from lab.assets.cache import CACHE, CHECKOUT, build
+from lab.assets.cache import CACHE, build
 from lab.assets.images import BASE
-from lab.assets.kind import COREDNS_VERSION, ETCD_TAG, KIND_MODULE, NODE, PROGRAMS
+from lab.assets.kind import COREDNS_VERSION, ETCD_TAG, KIND_MODULE, PROGRAMS
 from lab.assets.programs import CLUSTER, KUBERNETES
 from lab.kind.docker import BASE_IMAGE, NODE_IMAGE, Docker
-from lab.process import LabError
 from lab.runtimes import image
 from lab.runtimes.containerd import SANDBOX
 
@@ -123,24 +122,7 @@ wait $! || true
 """
 
 
-def main(words: list[str]) -> int:
-    match words:
-        case ["node", folder]:
-            make = _make_node
-        case ["build", folder]:
-            make = _make_build
-        case _:
-            print("usage: python -m lab.kind.node node | build FOLDER", file=sys.stderr)
-            return 2
-    try:
-        make(Path(folder))
-    except LabError as error:
-        print(f"lab.kind.node: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _make_node(target: Path) -> None:
+def make(target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="kind-node.", dir=CACHE) as scratch:
         root, archives, logs = (Path(scratch, name) for name in ("root", "archives", "logs"))
         for each in (root, archives, logs):
@@ -164,19 +146,6 @@ def _make_node(target: Path) -> None:
             docker.run(["docker", "build", "-t", BASE_IMAGE, logs], env=classic)
             _progress("docker's data")
             docker.save(target)
-
-
-def _make_build(target: Path) -> None:
-    """The Dockerfile's layers up to the first that depends on our sources, for docker's build cache."""
-    with (
-        tempfile.TemporaryDirectory(prefix="kind-build.", dir=CACHE) as logs,
-        Docker(Path(logs), [NODE.get()]) as docker,
-    ):
-        with docker.internet():
-            arguments = [f"--build-arg=BASE={BASE_IMAGE}", "--tag=cached"]
-            docker.run(["docker", "build", *arguments, "."], cwd=CHECKOUT, timeout=None)
-        docker.run(["docker", "image", "rm", "cached"])
-        docker.save(target)
 
 
 def _fill(root: Path) -> None:
@@ -255,4 +224,4 @@ def _progress(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    make(Path(sys.argv[1]))

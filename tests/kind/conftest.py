@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import pytest
 from lab.assets import images
 from lab.kind.cluster import NAME, Kind
 from tests.cluster.conftest import NAMESPACE, RESOURCES, network
+from tests.kind import host
 from tests.waiting import LIMIT, until, until_as_before
 
 if TYPE_CHECKING:
@@ -140,16 +142,21 @@ def _peer(role: str, node: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
-    """The cluster of deploy/kind/cluster.yaml, with our image, built by docker and loaded by kind."""
+    """The cluster of deploy/kind/cluster.yaml, with our image, built by docker and loaded by kind.
+
+    At its end, this machine must look as before.
+    """
+    before = host.look(os.getpid())
     with Kind(tmp_path_factory.mktemp("kind")) as kind:
         kind.run(["docker", "build", "-t", IMAGE, "."])
         kind.create()
         kind.run(["kind", "load", "docker-image", "--name", NAME, IMAGE])
         yield kind
+    until_as_before(lambda: host.look(os.getpid()), before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(kind: Kind) -> Site:
     return Site(kind)

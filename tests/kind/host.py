@@ -1,0 +1,61 @@
+"""What a kind cluster must leave as it was on this machine: links, mounts, control groups, names, settings."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lab.process import run
+from lab.runtimes.machine import CGROUPS
+from lab.wire import FOLDER
+
+_SETTINGS = (
+    *("fs/file-max", "fs/nr_open", "fs/protected_hardlinks", "fs/protected_symlinks"),
+    *(
+        "kernel/core_pattern",
+        "kernel/panic",
+        "kernel/panic_on_oops",
+        "kernel/pid_max",
+        "kernel/printk",
+        "kernel/sysrq",
+    ),
+    *("kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes", "vm/overcommit_memory", "vm/panic_on_oom"),
+    *("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"),
+)
+"""Of /proc/sys: those that dockerd, systemd or a kubelet sets."""
+_PLACES = ("/run", "/var/run", "/etc", "/var/lib", "/lib", "/root", str(CGROUPS), f"{CGROUPS}/memory")
+
+
+def look(pid: int) -> dict[str, Any]:
+    """What is there now; of the names of labs only those of the process pid (0: none)."""
+    others = re.compile(rf"vmtap-(?!(lab|kind)-{pid}-)")
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    names = [str(path) for place in _PLACES if Path(place).is_dir() for path in Path(place).iterdir()]
+    names += map(str, Path(tempfile.gettempdir()).glob("vmtap-kind-*"))
+    settings = {name: Path("/proc/sys", name) for name in _SETTINGS}
+    return {
+        "links": sorted(re.findall(r"^\d+: ([^:@]+)", run(["ip", "-o", "link"]).stdout, re.M)),
+        "rules": run(["nft", "list", "ruleset"], check=False).stdout,
+        "mounts": sorted(name for name in mounts if not others.search(name)),
+        "names": sorted(name for name in names if not others.search(name)),
+        "settings": {name: path.read_text() for name, path in settings.items() if path.exists()},
+    }
+
+
+def netns(pid: int) -> int:
+    """The inode of the network namespace of the docker that the process pid has started."""
+    [path] = FOLDER.glob(f"vmtap-lab-{pid}-*-docker")
+    return path.stat().st_ino
+
+
+def processes(inode: int) -> list[str]:
+    """The command lines of the processes in a network namespace."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if (process / "ns/net").stat().st_ino == inode:
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    return found
