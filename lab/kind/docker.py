@@ -35,7 +35,6 @@ HOME = "/run/lab/docker"
 """The folder, on the machine, of everything that a user of this docker may write: docker's data, shims, kubeconfig."""
 _DATA = f"{HOME}/data"
 _SHIMS = f"{HOME}/bin"
-_LAYERS = "--exclude='./overlay2/*/diff'"
 _SAVED = ("image", "buildkit", "overlay2")
 
 # dockerd writes to /etc, and kind has docker mount /lib/modules, which docker makes if there is none.
@@ -95,7 +94,8 @@ class Docker(Closing):
             self.machine = stack.enter_context(Machine(self.netns))
             self.machine.make_cgroups()
             self.machine.run(["sh", "-euc", _PREPARE.format(home=HOME, shims=_SHIMS, data=_DATA)])
-            self._restore(saved)
+            if saved:
+                self._restore(saved)
             if not _may_everything():
                 runc = shutil.which("runc") or "/usr/sbin/runc"
                 self.shim("runc", _RUNC.format(python=Path(sys.executable).resolve(), runc=runc))
@@ -196,17 +196,22 @@ class Docker(Closing):
         )
 
     def _restore(self, saved: Sequence[Path]) -> None:
-        """Copies saved data but the layers, which are mounted: dockerd never writes to one that is complete."""
+        """Copies saved data but the large layers, those of the first data without a parent, which are mounted.
+
+        dockerd may mount a layer that has a parent with its folder as the upper one (moby's overlay2), which must be on
+        the same file system as its work folder.
+        """
         tar = "tar --xattrs --xattrs-include='*'"
-        copies = [f"{tar} -C {folder} {_LAYERS} -cf - . | {tar} -C {_DATA} -xf -" for folder in saved]
-        layers = {
-            path.relative_to(folder): path for folder in saved for path in folder.glob("overlay2/*/diff")
-        }
-        mounts = [
-            f"mkdir -p {_DATA}/{layer} && mount --bind -o ro {path} {_DATA}/{layer}"
-            for layer, path in layers.items()
-        ]
-        self.machine.run(["sh", "-euc", "\n".join([*copies, *mounts])])
+        first = saved[0]
+        layers = [path.parent.relative_to(first) for path in first.glob("overlay2/*/diff")]
+        alone = [f"{layer}/diff" for layer in layers if not (first / layer / "lower").exists()]
+        script = []
+        for folder in saved:
+            skipped = " ".join(f"--exclude=./{name}" for name in alone)
+            script.append(f"{tar} -C {folder} {skipped} -cf - . | {tar} -C {_DATA} -xf -")
+        for name in alone:
+            script.append(f"mkdir -p {_DATA}/{name} && mount --bind -o ro {first}/{name} {_DATA}/{name}")
+        self.machine.run(["sh", "-euc", "\n".join(script)])
 
     def _folders(self) -> list[str]:
         return [str(self.programs / name) for name in ("usr/bin", "usr/sbin")]

@@ -146,15 +146,15 @@ def _peer(role: str, node: str) -> dict[str, Any]:
 def kind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
     """The cluster of deploy/kind/cluster.yaml, with our image, built by docker and loaded by kind.
 
-    At its end, this machine must look as before.
+    At its end, nothing of it may be left on this machine.
     """
-    before = host.look(os.getpid())
+    before = host.look(0)
     with Kind(tmp_path_factory.mktemp("kind")) as kind:
         kind.run(["docker", "build", "-t", IMAGE, "."])
         kind.create()
         kind.run(["kind", "load", "docker-image", "--name", NAME, IMAGE])
         yield kind
-    until_as_before(lambda: host.look(os.getpid()), before)
+    until(lambda: host.added(before, os.getpid()), "the lab has left something", lambda left: not left)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
-"""What a kind cluster must leave as it was on this machine: links, mounts, control groups, names, settings."""
+"""What a kind cluster must leave as it was on this machine: links, rules, mounts, control groups, names, settings."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from lab.process import run
 from lab.runtimes.machine import CGROUPS
@@ -26,23 +26,30 @@ _SETTINGS = (
     *("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"),
 )
 """Of /proc/sys: those that dockerd, systemd or a kubelet sets."""
-_PLACES = ("/run", "/var/run", "/etc", "/var/lib", "/lib", "/root", str(CGROUPS), f"{CGROUPS}/memory")
+_PLACES = ("/run", "/etc", "/var/lib", "/lib", "/root", str(CGROUPS), f"{CGROUPS}/memory")
 
 
-def look(pid: int) -> dict[str, Any]:
-    """What is there now; of the names of labs only those of the process pid (0: none)."""
-    others = re.compile(rf"vmtap-(?!(lab|kind)-{pid}-)")
+def look(pid: int) -> Counter[str]:
+    """What is there now; of what labs and tests have made, only what is of the lab of process pid (0: of none)."""
+    temporary = tempfile.gettempdir()
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     names = [str(path) for place in _PLACES if Path(place).is_dir() for path in Path(place).iterdir()]
-    names += map(str, Path(tempfile.gettempdir()).glob("vmtap-kind-*"))
+    names += map(str, Path(temporary).glob("vmtap-kind-*"))
     settings = {name: Path("/proc/sys", name) for name in _SETTINGS}
-    return {
-        "links": sorted(re.findall(r"^\d+: ([^:@]+)", run(["ip", "-o", "link"]).stdout, re.M)),
-        "rules": run(["nft", "list", "ruleset"], check=False).stdout,
-        "mounts": sorted(name for name in mounts if not others.search(name)),
-        "names": sorted(name for name in names if not others.search(name)),
-        "settings": {name: path.read_text() for name, path in settings.items() if path.exists()},
-    }
+    found = [
+        *re.findall(r"^\d+: [^:@]+", run(["ip", "-o", "link"]).stdout, re.M),
+        *run(["nft", "list", "ruleset"], check=False).stdout.splitlines(),
+        *names,
+        *(f"{name} = {path.read_text()}" for name, path in settings.items() if path.exists()),
+        *(f"mounted: {name}" for name in mounts if not name.startswith(f"{temporary}/")),
+    ]
+    others = re.compile(rf"vmtap-(?!(lab|kind)-{pid}-)")
+    return Counter(each for each in found if not others.search(each))
+
+
+def added(before: Counter[str], pid: int) -> list[str]:
+    """What look() sees now and has not seen before. What is gone was another's, who works beside the lab."""
+    return sorted((look(pid) - before).elements())
 
 
 def netns(pid: int) -> int:

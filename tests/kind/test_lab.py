@@ -11,7 +11,7 @@ import pytest
 from lab.assets.cache import CHECKOUT
 from lab.kind.docker import BASE_IMAGE
 from tests.kind import host
-from tests.waiting import until, until_as_before, watched
+from tests.waiting import until, watched
 
 LAB = (sys.executable, "-m", "lab.kind")
 
@@ -32,4 +32,4 @@ def test_an_interrupted_lab_leaves_nothing(number: signal.Signals) -> None:
     until(lambda: host.processes(inode), "processes of the lab still run", lambda found: not found)
     if number == signal.SIGKILL:
         subprocess.run([*LAB, "true"], cwd=CHECKOUT, check=True)
-    until_as_before(lambda: host.look(process.pid), before)
+    until(lambda: host.added(before, process.pid), "the lab has left something", lambda left: not left)
