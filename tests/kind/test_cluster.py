@@ -67,7 +67,11 @@ def test_kustomize_install_restart_of_agent_and_node_uninstall(site: Site) -> No
 
 
 def _restart_node(site: Site) -> None:
-    """The node of the pod that answers: its /run and its links end, its leases and the pods' sandboxes do not."""
+    """The node of the pod that answers: its /run and its links end, its leases and the pods' sandboxes do not.
+
+    The kubelet fails the pod, whose device nobody offers yet. The Deployment's next one gets the address when the
+    kubelet removes the old sandbox, within a minute: a DEL without a record frees the lease.
+    """
     node = site.workers[1]
     [before] = site.records(node)
     assert site.leases(node) == {ADDRESS: before["container_id"]}
