@@ -107,8 +107,8 @@ def test_one_that_ends_before_its_children(
 
 
 def test_one_whose_supervisor_is_killed(delegate: Callable[..., Delegate], tmp_path: Path) -> None:
-    """It ends with it, or it could lease an address after its DEL."""
-    made = delegate("kill -KILL $PPID; sleep 3600", seconds=3600)
+    """It ends with it, or it could lease an address after its DEL. What it has started itself may live on."""
+    made = delegate("kill -KILL $PPID; exec sleep 3600", seconds=3600)
     with pytest.raises(CniError, match="failed ADD") as refused:
         made.run("ADD")
     assert refused.value.code == DELEGATE_FAILED
