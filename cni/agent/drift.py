@@ -127,11 +127,12 @@ class Drift:
         if not self._thread.is_alive():
             self._stopped.close()
             self._events.close()
-            self._tables.close()
+            if self._tables:
+                self._tables.close()
 
     def _run(self) -> None:
         poll, stopped = select.poll(), select.poll()
-        for each in (self._events, self._tables, self._stopped):
+        for each in filter(None, (self._events, self._tables, self._stopped)):
             poll.register(each, select.POLLIN)
         stopped.register(self._stopped, select.POLLIN)
         due = looked = 0.0

@@ -37,9 +37,19 @@ _AT_TABLE = 16 + 4 + 4  # behind struct nfgenmsg and the attribute's head: the t
 _NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
 
 
-def events() -> socket.socket:
-    """A socket with an event for what others remove of vmtap's tables, in every network namespace with an id."""
-    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, nft.NETLINK_NETFILTER)
+def events() -> socket.socket | None:
+    """A socket with an event for what others remove of vmtap's tables, in every network namespace with an id.
+
+    None on a kernel without nf_tables, which has no filters either. Raises OSError.
+    """
+    try:
+        events = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, nft.NETLINK_NETFILTER
+        )
+    except OSError as error:
+        if error.errno != errno.EPROTONOSUPPORT:
+            raise
+        return None
     prefix = [struct.unpack("!I", each)[0] for each in (b"vmta", b"p-po")]
     bpf.attach(
         events,
@@ -67,9 +77,11 @@ def events() -> socket.socket:
     return events
 
 
-def is_removed(removals: socket.socket) -> bool:
+def is_removed(removals: socket.socket | None) -> bool:
     """Whether filters may have been removed since the last call. Reads a bounded number of events. Raises OSError."""
     found = False
+    if removals is None:
+        return found
     for _ in range(_MOST):
         try:
             found |= bool(removals.recv(1))

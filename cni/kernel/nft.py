@@ -62,7 +62,7 @@ _EXPRESSION_NAME, _EXPRESSION_DATA = 1, 2
 _DATA_VALUE, _DATA_VERDICT = 1, 2
 _VERDICT_CODE, _VERDICT_CHAIN = 1, 2
 _REGISTER_VERDICT, _REGISTER = 0, 1  # NFT_REG_VERDICT, NFT_REG_1: 16 bytes
-DROP, ACCEPT, JUMP, GOTO, RETURN = 0, 1, -3, -4, -5
+DROP, JUMP, GOTO, RETURN = 0, -3, -4, -5
 EQUAL, DIFFERENT, BELOW, AT_MOST, ABOVE, AT_LEAST = range(6)  # NFT_CMP_*
 _LIMIT_FRAMES, _LIMIT_BYTES, _LIMIT_OVER = 0, 1, 1
 _ANSWER_BYTES = 1 << 16
@@ -124,7 +124,7 @@ def field(offset: int, value: bytes, operation: int = EQUAL, mask: bytes = b"") 
 
 @_kept
 def verdict(code: int, chain: str = "") -> bytes:
-    """End the rule: DROP, ACCEPT, RETURN, JUMP to the chain, or GOTO it, which returns where this one would."""
+    """End the rule: DROP, RETURN, JUMP to the chain, or GOTO it, which returns where this one would."""
     inner = attr(_VERDICT_CODE, struct.pack("!i", code)) + (text(_VERDICT_CHAIN, chain) if chain else b"")
     return expression("immediate", _u32(1, _REGISTER_VERDICT), attr(2, attr(_DATA_VERDICT, inner)))
 

@@ -25,6 +25,7 @@ from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from cni.state.record import Record
     from lab.wire import Lab, Netns
@@ -83,6 +84,22 @@ def test_the_holder_of_the_fd_takes_the_gateways_mac(agent: Agent, lab: Lab) -> 
         set_mac(fd, GATEWAY)
         line = agent.wait_for("the link was changed, and is put back")
         assert line["changed"] == {"mac": f"{GATEWAY}, wanted {record.mac}"}
+        until(lambda: as_made(pod, record), "the MAC is put back")
+
+
+def test_a_kernel_without_nf_tables(agent: Agent, lab: Lab, tmp_path: Path) -> None:
+    """The agent is given a netlink protocol that no kernel has. What is not a filter is put back."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "from cni.kernel import nft\nnft.NETLINK_NETFILTER = 31\n"
+    )
+    agent.end()
+    agent.env = {"PYTHONPATH": str(tmp_path / "site")}
+    agent.start()
+    pod = lab.pod()
+    record = attach(agent, pod)
+    with device(pod, record) as fd:
+        set_mac(fd, GATEWAY)
         until(lambda: as_made(pod, record), "the MAC is put back")
 
 
