@@ -62,7 +62,7 @@ def build_replaced(module: str, programs: Sequence[str], folder: Path, flags: st
 
         go("mod", "init", "lab")
         file = json.loads(go("mod", "download", "-json", module))["GoMod"]
-        replaced = json.loads(go("mod", "edit", "-json", file))["Replace"] or ()
+        replaced = json.loads(go("mod", "edit", "-json", file)).get("Replace") or ()
         staged = [each["Old"]["Path"] for each in replaced if each["New"]["Path"].startswith("./staging/")]
         same = version.replace("v1.", "v0.", 1)
         go("mod", "edit", f"-require={module}", *(f"-replace={name}={name}@{same}" for name in staged))
