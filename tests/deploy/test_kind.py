@@ -36,7 +36,7 @@ line="${0##*/} $*"
 echo "$line" >>"$FAKE/log"
 if [[ $line =~ ${FAKE_FAIL:-^$} ]]; then
     echo "fake: no route to host" >&2
-    exit 1
+    exit "${FAKE_STATUS:-1}"
 fi
 if [[ $line =~ ${FAKE_FAIL_ONCE:-^$} && ! -e $FAKE/failed ]]; then
     touch "$FAKE/failed"
@@ -47,6 +47,7 @@ case $line in
 "kind create cluster"*) touch "$FAKE/cluster" ;;
 *" get pods -l app.kubernetes.io/name=vmtap -o name") echo pod/agent ;;
 *" get pods --no-headers") echo "stuck 0/1 ImagePullBackOff 0 1m" ;;
+*" get pod vm "* | *" get vmi alpha "*) echo "${FAKE_NODES:-vmtap-worker vmtap-worker2}" ;;
 *" logs "*) echo "guest: 10.1.0.14 answers: 64 bytes" ;;
 *" vmtapctl doctor") echo "0 errors, 1 warning, 9 ok" ;;
 "docker run"*) echo "$FAKE_CONSOLE" ;;
@@ -100,7 +101,7 @@ def test_the_order_of_a_first_run(up: Up) -> None:
     text = up()
     order = [
         "^docker build", "^kind create cluster", "wait node --all", "^kind load", MULTUS,
-        "status daemonset/kube-multus-ds",
+        "wait crd/network-attachment-definitions.k8s.cni.cncf.io", "status daemonset/kube-multus-ds",
         OPERATOR, CRD, CR,
         "apply -k deploy/kustomize/overlays/kind$", "status daemonset/vmtap", "useEmulation",
         "binding.yaml", "wait kubevirt/kubevirt", "kubectl kustomize .*deploy/kind/vms", "wait vm/alpha vm/beta",
@@ -201,7 +202,23 @@ def test_what_is_not_there_yet_is_tried_again(up: Up, fail: str) -> None:
     "fail", ["^docker build", "^kind create", "wait node", "apply -k", "daemonset/vmtap"]
 )
 def test_without_this_there_is_nothing_to_show(up: Up, fail: str) -> None:
-    assert "what runs where" not in up(status=1, fail=fail)
+    text = up(status=1, fail=fail)
+    assert "what runs where" not in text
+    [*_, step] = re.findall(r"^== \d+ s: (.*)", text, re.M)
+    assert text.endswith(f"stopped: {step}\n")
+
+
+@pytest.mark.parametrize("words", [(), ("--without-kubevirt",)])
+def test_vms_on_one_node_prove_nothing(up: Up, words: tuple[str, ...]) -> None:
+    """Their frames are not on the wire between the nodes."""
+    text = up(*words, status=1, FAKE_NODES="vmtap-worker vmtap-worker")
+    assert "not on two nodes: vmtap-worker vmtap-worker\n" in text
+
+
+def test_a_download_that_takes_too_long_is_named(up: Up) -> None:
+    """timeout(1) exits with 124, and kubectl has printed nothing."""
+    text = up(status=3, fail=MULTUS + "|get daemonset/kube-multus-ds", FAKE_STATUS="124", PATIENCE="2")
+    assert "not in 240 s" in text
 
 
 def test_kvm(up: Up) -> None:
@@ -236,6 +253,7 @@ def test_variables(up: Up) -> None:
         (("vmtap",), {}, 2, "unknown argument 'vmtap'"),
         ((), {"KVM": "maybe"}, 2, "give yes, no or auto"),
         ((), {"PATIENCE": "-1"}, 2, "give a number"),
+        ((), {"PATIENCE": "08"}, 2, "give a number"),
     ],
 )
 def test_the_command_line(
