@@ -52,7 +52,7 @@ STEPS = {
     "images": Step("the images of the Dockerfile, on a base image made here", (images.IMAGES,)),
     "docker": Step("docker and slirp4netns, of Debian's packages", (kind.DOCKER,)),
     "kind": Step(
-        "kind, kubeadm, kube-proxy and coredns from their Go modules: four minutes, once", (kind.PROGRAMS,)
+        "kind, and programs of its nodes, from their Go modules: three minutes, once", (kind.PROGRAMS,)
     ),
     "kind-node": Step("the image of kind's nodes: a minute or two", (kind.NODE,)),
     "kind-build": Step("docker's build cache for the Dockerfile: two minutes", (kind.BUILD,)),

@@ -23,14 +23,16 @@ KIND_MODULE = "sigs.k8s.io/kind@v0.30.0"
 COREDNS_VERSION = "v1.12.1"
 ETCD_TAG = "3.6.5-0"
 """kubeadm of this Kubernetes wants these of coredns and etcd (cmd/kubeadm/app/constants)."""
+_CRICTL = "sigs.k8s.io/cri-tools/cmd/crictl@v1.34.0"
 _OF_KUBERNETES = ("kubeadm", "kube-proxy")
 _PLUGINS = ("main/ptp", "meta/portmap")
 _DEBS = ("docker.io", "slirp4netns")
 
 
 def _make_programs(folder: Path) -> None:
-    """Four minutes on two cores after CLUSTER, with which it shares most packages."""
-    golang.install([KIND_MODULE], folder, "-ldflags=-s -w")
+    """Three minutes on two cores after CLUSTER, with which it shares most packages."""
+    for program in (KIND_MODULE, _CRICTL):
+        golang.install([program], folder, "-ldflags=-s -w")
     golang.build_replaced(f"k8s.io/kubernetes@{KUBERNETES}", _OF_KUBERNETES, folder, KUBERNETES_STAMP)
     golang.build_replaced(f"github.com/coredns/coredns@{COREDNS_VERSION}", ["."], folder)
     plugins(_PLUGINS, folder / "cni")
@@ -69,9 +71,9 @@ PROGRAMS = Asset(
     "kind",
     _make_programs,
     "kind",
-    (KIND_MODULE, KUBERNETES, _OF_KUBERNETES, COREDNS_VERSION, _PLUGINS),
+    (KIND_MODULE, _CRICTL, KUBERNETES, _OF_KUBERNETES, COREDNS_VERSION, _PLUGINS),
 )
-"""A folder with kind, kubeadm, kube-proxy and coredns, and in `cni` reference plugins."""
+"""A folder with kind, crictl, kubeadm, kube-proxy and coredns, and in `cni` reference plugins."""
 DOCKER = Asset("docker", _make_docker, "kind", _DEBS)
 """The files of Debian's packages of docker and slirp4netns, below usr."""
 _VERSIONS = (PROGRAMS.versions, CLUSTER.versions, BASE.versions)

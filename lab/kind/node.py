@@ -9,7 +9,7 @@ module), with files of that module and with what Debian and the Go modules have:
 - /kind/manifests/default-cni.yaml lets nodes read each other, and network.sh on each node does what kindnetd does.
 - cover.sh keeps the kubelet from changing the host's kernel.
 - containerd attaches every network config of its folder, not only the first: the stand-in for Multus is the second.
-- There are no crictl, no fuse-overlayfs and no provisioner of storage.
+- There is no fuse-overlayfs and no provisioner of storage.
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ def _fill(root: Path) -> None:
     cluster, own = CLUSTER.get(), PROGRAMS.get()
     for name in ("containerd", "containerd-shim-runc-v2", "ctr"):
         _install(cluster / name, root / "usr/local/bin" / name)
+    _install(own / "crictl", root / "usr/local/bin/crictl")
     for source in (cluster / "kubelet", cluster / "kubectl", own / "kubeadm"):
         _install(source, root / "usr/bin" / source.name)
     for folder, names in ((cluster, ("loopback", "host-local")), (own, ("ptp", "portmap"))):
