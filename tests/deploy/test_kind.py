@@ -48,6 +48,7 @@ case $line in
 *" get pods -l app.kubernetes.io/name=vmtap -o name") echo pod/agent ;;
 *" get pods --no-headers") echo "stuck 0/1 ImagePullBackOff 0 1m" ;;
 *" get pod vm "* | *" get vmi alpha "*) echo "${FAKE_NODES:-vmtap-worker vmtap-worker2}" ;;
+*" get nodes -o jsonpath="*) printf '%s\n' "${FAKE_DEVICES:-vmtap-worker 16}" "vmtap-worker2 16" ;;
 *" logs "*) echo "guest: 10.1.0.14 answers: 64 bytes" ;;
 *" vmtapctl doctor") echo "0 errors, 1 warning, 9 ok" ;;
 "docker run"*) echo "$FAKE_CONSOLE" ;;
@@ -103,7 +104,7 @@ def test_the_order_of_a_first_run(up: Up) -> None:
         "^docker build", "^kind create cluster", "wait node --all", "^kind load", MULTUS,
         "wait crd/network-attachment-definitions.k8s.cni.cncf.io", "status daemonset/kube-multus-ds",
         OPERATOR, CRD, CR,
-        "apply -k deploy/kustomize/overlays/kind$", "status daemonset/vmtap", "useEmulation",
+        "apply -k deploy/kustomize/overlays/kind$", "status daemonset/vmtap", "get nodes -o jsonpath=", "useEmulation",
         "binding.yaml", "wait kubevirt/kubevirt", "kubectl kustomize .*deploy/kind/vms", "wait vm/alpha vm/beta",
         "get vmi", "vmtapctl list",
     ]  # fmt: skip
@@ -123,18 +124,18 @@ def test_a_second_run_changes_nothing(up: Up, words: tuple[str, ...]) -> None:
         "kind create cluster --config deploy/kind/cluster.yaml"
     ]
     assert set(up.commands) <= set(first)
-    deletes = [line for line in up.commands if re.search("delete|restart|replace|scale", line)]
+    deletes = [line for line in up.commands if re.search(r"\b(delete|restart|replace|scale)\b", line)]
     assert all(line.endswith("-l app=vm --field-selector status.phase=Failed") for line in deletes)
 
 
 def test_without_kubevirt(up: Up) -> None:
     text = up("--without-kubevirt")
-    assert not up.has("kubevirt.io|-n kubevirt|releases/download")
+    assert not up.has("kubevirts.kubevirt.io|-n kubevirt|releases/download")
     order = [
         "build .*--target launcher", "build -t vmtap-vm:example .*deploy/examples/vm-image",
         "load .*vmtap-vm:example",
         "apply -k deploy/kustomize/overlays/kind-broker", "status daemonset/vmtap", "vmtapctl doctor",
-        "vm-pod-device.yaml",
+        "get nodes -o jsonpath=", "vm-pod-device.yaml",
         "wait pod/vm pod/vm-device", "logs vm ", "logs vm-device ",
     ]  # fmt: skip
     numbers = [up.first(pattern) for pattern in order]
@@ -213,6 +214,22 @@ def test_vms_on_one_node_prove_nothing(up: Up, words: tuple[str, ...]) -> None:
     """Their frames are not on the wire between the nodes."""
     text = up(*words, status=1, FAKE_NODES="vmtap-worker vmtap-worker")
     assert "not on two nodes: vmtap-worker vmtap-worker\n" in text
+
+
+@pytest.mark.parametrize("devices", ["vmtap-worker ", "vmtap-worker 0"])
+def test_a_node_without_devices_is_named(up: Up, devices: str) -> None:
+    """If the VMs start before a kubelet has its devices, both are on the other node."""
+    text = up(status=1, FAKE_DEVICES=devices)
+    assert "vmtap-worker has no devices\n" in text
+    assert "worker2 has no" not in text
+
+
+@pytest.mark.parametrize(("words", "overlay"), [((), "kind"), (("--without-kubevirt",), "kind-broker")])
+def test_a_later_run_with_multus_changes_no_agent(up: Up, words: tuple[str, ...], overlay: str) -> None:
+    """The broker does not depend on whether Multus could be had."""
+    for status, fail in ((3, MULTUS + "|get daemonset/kube-multus-ds"), (0, "^$")):
+        up(*words, status=status, fail=fail)
+        assert up.has(f"apply -k deploy/kustomize/overlays/{overlay}$")
 
 
 def test_a_download_that_takes_too_long_is_named(up: Up) -> None:
