@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -102,15 +103,16 @@ class Site:
         before = self.traffic()["answered"]
         return until(self.traffic, "no more frames are answered", lambda now: now["answered"] > before + 50)
 
-    def records(self, node: str) -> list[dict[str, Any]]:
-        """The attachments of a node."""
-        script = "for file in /run/vmtap/attachments/*.json; do [ ! -e $file ] || { cat $file; echo; }; done"
-        return [json.loads(line) for line in self.kind.on_node(node, script).split("\n") if line.strip()]
-
     def leases(self, node: str) -> dict[str, str]:
         """host-local's leases of the network: address → the sandbox that has it."""
         script = f"cd /var/lib/cni/networks/{NETWORK} && for file in [0-9]*; do echo $file $(head -n 1 $file); done"
         return dict(line.split() for line in self.kind.on_node(node, script).split("\n") if line)
+
+
+def records(kind: Kind, node: str) -> list[dict[str, Any]]:
+    """The attachments of a node."""
+    script = "for file in /run/vmtap/attachments/*.json; do [ ! -e $file ] || { cat $file; echo; }; done"
+    return [json.loads(line) for line in kind.on_node(node, script).split("\n") if line.strip()]
 
 
 def _peer(role: str, node: str) -> dict[str, Any]:
@@ -142,19 +144,23 @@ def _peer(role: str, node: str) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def lab(folder: Path, *, internet: bool = False) -> Iterator[Kind]:
+    """A docker without a cluster. At its end, nothing of it may be left on this machine."""
+    before = host.look(0)
+    with Kind(folder, internet=internet) as kind:
+        yield kind
+    until(lambda: host.added(before, os.getpid()), "the lab has left something", lambda left: not left)
+
+
 @pytest.fixture(scope="module")
 def kind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
-    """The cluster of deploy/kind/cluster.yaml, with our image, built by docker and loaded by kind.
-
-    At its end, nothing of it may be left on this machine.
-    """
-    before = host.look(0)
-    with Kind(tmp_path_factory.mktemp("kind")) as kind:
+    """The cluster of deploy/kind/cluster.yaml, with our image, built by docker and loaded by kind."""
+    with lab(tmp_path_factory.mktemp("kind")) as kind:
         kind.run(["docker", "build", "-t", IMAGE, "."])
         kind.create()
         kind.run(["kind", "load", "docker-image", "--name", NAME, IMAGE])
         yield kind
-    until(lambda: host.added(before, os.getpid()), "the lab has left something", lambda left: not left)
 
 
 @pytest.fixture(scope="module")

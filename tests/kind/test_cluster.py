@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lab.assets import images
 from lab.kind.cluster import NAME
 from tests.cluster.conftest import CHART, NAMESPACE
-from tests.kind.conftest import ADDRESS, IMAGE, KUSTOMIZE, NETWORK
+from tests.kind.conftest import ADDRESS, IMAGE, KUSTOMIZE, NETWORK, records
 from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
@@ -73,14 +73,14 @@ def _restart_node(site: Site) -> None:
     kubelet removes the old sandbox, within a minute: a DEL without a record frees the lease.
     """
     node = site.workers[1]
-    [before] = site.records(node)
+    [before] = records(site.kind, node)
     assert site.leases(node) == {ADDRESS: before["container_id"]}
     site.kind.run(["docker", "restart", node])
     site.kind.wait(f"node/{node}", "condition=Ready")
     site.rolled_out()
     site.more_traffic()
     [after] = until(
-        lambda: site.records(node), "there is no single attachment", lambda found: len(found) == 1
+        lambda: records(site.kind, node), "there is no single attachment", lambda found: len(found) == 1
     )
     assert after["container_id"] != before["container_id"]
     assert site.leases(node) == {ADDRESS: after["container_id"]}
