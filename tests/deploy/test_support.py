@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
-from lab.assets import programs
+from lab.assets import kind, programs
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/support.md").read_text()
@@ -44,6 +45,7 @@ _NODE = re.findall(r"kindest/node:v([\d.]+)", (ROOT / "deploy/kind/cluster.yaml"
         ("containerd, below", [_CONTAINERD]),
         ("Helm, kustomize", _versions(*programs._MANIFEST_TOOLS)),
         ("the types of KubeVirt", [version.removeprefix("v") for version in programs.KUBEVIRT]),
+        ("kind, docker", [*_versions(kind.KIND_MODULE), ANY, _KUBERNETES]),
         ("Multus ", [_of("MULTUS"), _of("KUBEVIRT")]),
         ("the node image", [_NODE, _KUBERNETES]),
     ],
