@@ -44,6 +44,7 @@
 #define INPUT_MAX (1u << 20)
 #define ENV_MAX (1u << 20)
 #define OUTPUT_MAX (16u << 20)
+#define ROOM (1u << 14) /* fits nearly every answer */
 #define INPUT_SECONDS 10
 #define TRIES 3 /* connections that the agent closes without an answer before it counts as away */
 #define VERSIONS "\"0.1.0\",\"0.2.0\",\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\""
@@ -53,9 +54,17 @@ struct tail { int32_t status; uint32_t stdout_length, stderr_length; };
 
 extern char **environ;
 
-static char input[INPUT_MAX + 1];
-static size_t input_length;
+/* The request as it is sent: head, environment, stdin. Then room for an answer: few pages are touched, none copied. */
+static char request[sizeof(struct head) + ENV_MAX + INPUT_MAX + 1 + ROOM];
+static struct head head = {.magic = MAGIC};
+static char *const env = request + sizeof head;
+static char *input;
 static const char *command = "";
+
+static size_t request_length(void)
+{
+    return sizeof head + head.env_length + head.stdin_length;
+}
 
 static int64_t now_ms(void)
 {
@@ -149,18 +158,18 @@ static int read_input(void)
 {
     int64_t until = now_ms() + INPUT_SECONDS * 1000;
     struct pollfd p = {.fd = 0, .events = POLLIN};
-    while (input_length <= INPUT_MAX) {
+    while (head.stdin_length <= INPUT_MAX) {
         int64_t left = until - now_ms();
         if (left <= 0 || (poll(&p, 1, (int)left) == 0))
             return 5;
-        ssize_t n = read(0, input + input_length, sizeof input - input_length);
+        ssize_t n = read(0, input + head.stdin_length, INPUT_MAX + 1 - head.stdin_length);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
             return 5;
         if (n == 0)
             return 0;
-        input_length += (size_t)n;
+        head.stdin_length += (uint32_t)n;
     }
     return 6;
 }
@@ -235,56 +244,52 @@ static int send_all(int fd, const void *data, size_t length, int pass)
     return 0;
 }
 
-/* Receive length bytes; 0, or -1 if the agent closes the connection or until has passed. */
-static int receive_all(int fd, void *data, size_t length, int64_t until)
+/* Receive at least, and at most, so many bytes. The number; -1 if the agent closes the connection or until has passed. */
+static ssize_t receive(int fd, char *data, size_t least, size_t most, int64_t until)
 {
-    while (length) {
+    size_t length = 0;
+    while (length < least) {
         struct pollfd p = {.fd = fd, .events = POLLIN};
         int64_t left = until - now_ms();
         if (left <= 0 || poll(&p, 1, (int)(left > INT_MAX ? INT_MAX : left)) == 0)
             return -1;
-        ssize_t n = recv(fd, data, length, 0);
+        ssize_t n = recv(fd, data + length, most - length, 0);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
             return -1;
-        data = (char *)data + n;
-        length -= (size_t)n;
+        length += (size_t)n;
     }
-    return 0;
+    return (ssize_t)length;
 }
 
 /* Send the request, print the answer. The exit status; -1: no whole answer, nothing printed; -2: stdout failed. */
-static int ask(int fd, const struct head *head, const char *env, int netns, int64_t until)
+static int ask(int fd, int netns, int64_t until)
 {
     struct tail tail;
+    char *room = request + request_length() + 1; /* the input keeps its NUL */
     /* In one send: the agent then reads it with one call. */
-    size_t length = sizeof *head + head->env_length + input_length;
-    char *request = malloc(length);
-    if (!request)
+    ssize_t first = send_all(fd, request, request_length(), netns) ? -1 : receive(fd, room, sizeof tail, ROOM, until);
+    if (first < 0)
         return -1;
-    memcpy(request, head, sizeof *head);
-    memcpy(request + sizeof *head, env, head->env_length);
-    memcpy(request + sizeof *head + head->env_length, input, input_length);
-    int bad = send_all(fd, request, length, netns);
-    free(request);
-    if (bad || receive_all(fd, &tail, sizeof tail, until))
-        return -1;
-    static char room[1 << 14]; /* fits nearly every answer, and saves mmap(2) and munmap(2) */
-    size_t total = (size_t)tail.stdout_length + tail.stderr_length;
-    char *text = total <= sizeof room ? room : total <= OUTPUT_MAX ? malloc(total) : NULL;
+    memcpy(&tail, room, sizeof tail);
+    size_t got = (size_t)first - sizeof tail, total = (size_t)tail.stdout_length + tail.stderr_length;
+    char *text = total <= ROOM - sizeof tail ? room + sizeof tail : total <= OUTPUT_MAX ? malloc(total) : NULL;
+    if (text && text != room + sizeof tail)
+        memcpy(text, room + sizeof tail, got);
     int status = -1;
-    if (text && !receive_all(fd, text, total, until)) {
+    if (text && got <= total &&
+        receive(fd, text + got, total - got, total - got, until) == (ssize_t)(total - got)) {
         write_all(2, text + tail.stdout_length, tail.stderr_length);
         status = write_all(1, text, tail.stdout_length) ? -2 : tail.status;
     }
-    if (text != room)
+    if (text != room + sizeof tail)
         free(text);
     return status;
 }
 
 /* DEL without an agent: write the request to pending/, under a unique name, for the agent to carry out. */
-static void leave_pending(const char *folder, const struct head *head, const char *env)
+static void leave_pending(const char *folder)
 {
     char written[PATH_MAX], path[PATH_MAX], nanoseconds[24], pid[24];
     struct timespec t;
@@ -298,8 +303,7 @@ static void leave_pending(const char *folder, const struct head *head, const cha
     int fd = open(written, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
         return;
-    int bad = write_all(fd, (const char *)head, sizeof *head) || write_all(fd, env, head->env_length) ||
-              write_all(fd, input, input_length);
+    int bad = write_all(fd, request, request_length());
     close(fd);
     if (bad || rename(written, path))
         unlink(written);
@@ -324,12 +328,12 @@ static int print_version(void)
 }
 
 /* The answer to each command while the agent is away; the exit status. */
-static int without_agent(const char *folder, const struct head *head, const char *env)
+static int without_agent(const char *folder)
 {
     if (!strcmp(command, "VERSION"))
         return print_version();
     if (!strcmp(command, "DEL")) {
-        leave_pending(folder, head, env);
+        leave_pending(folder);
         return 0;
     }
     if (!strcmp(command, "STATUS"))
@@ -407,7 +411,7 @@ int main(int argc, char **argv)
         return supervise(argv[2], argv + 3);
     const char *name = argc > 0 && strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argc > 0 ? argv[0] : "";
     const char *folder = getenv("VMTAP_RUN");
-    char agent[PATH_MAX], path[PATH_MAX];
+    char agent[512], path[512]; /* more than connect(2) takes, and all on one page */
     signal(SIGPIPE, SIG_IGN); /* a closed stdout must be an error of write(2), upon which an ADD is undone */
     if (!folder || !*folder)
         folder = getenv("VMTAP_STATE"); /* a deprecated alias */
@@ -416,10 +420,16 @@ int main(int argc, char **argv)
     if (getenv("CNI_COMMAND"))
         command = getenv("CNI_COMMAND");
     int any = 0;
-    size_t env_length = 0;
+    char *end = env, *verb = env;
     for (char **e = environ; *e; e++) {
+        size_t length = strlen(*e) + 1;
         any |= !strncmp(*e, "CNI_", 4);
-        env_length += strlen(*e) + 1;
+        if (length > (size_t)(env + ENV_MAX - end))
+            return fail(4, "the environment is too large");
+        if (verb == env && !strncmp(*e, "CNI_COMMAND=", strlen("CNI_COMMAND="))) /* the first, as getenv(3) returns */
+            verb = end + strlen("CNI_COMMAND=");
+        memcpy(end, *e, length);
+        end += length;
     }
     if (!any) {
         static const char about[] = "vmtap: a CNI plugin that puts a VM on a NIC; a container runtime runs it.\n"
@@ -427,38 +437,32 @@ int main(int argc, char **argv)
         write_all(2, about, sizeof about - 1);
         return 0;
     }
-    if (env_length > ENV_MAX || !join(agent, sizeof agent, folder, "/agent", NULL) ||
-        !join(path, sizeof path, agent, "/cni.sock", NULL))
-        return fail(4, "the environment is too large");
+    if (!join(agent, sizeof agent, folder, "/agent", NULL) || !join(path, sizeof path, agent, "/cni.sock", NULL))
+        return fail(4, "VMTAP_RUN is too long");
+    input = end;
+    head.called_as_macvtap = !strcmp(name, "macvtap");
+    head.env_length = (uint32_t)(end - env);
     int code = read_input();
     if (code == 6 && !strcmp(command, "DEL")) {
         code = 0;
-        input_length = 0; /* no ADD has accepted it, and container id and ifname name the attachment */
+        head.stdin_length = 0; /* no ADD has accepted it, and container id and ifname name the attachment */
     }
     if (code)
         return fail(code, code == 6 ? "the network config is larger than 1 MiB"
                                     : "the network config on stdin did not end");
-    input[input_length < INPUT_MAX ? input_length : INPUT_MAX] = 0;
+    input[head.stdin_length] = 0; /* for print_version */
+    memcpy(request, &head, sizeof head);
 
     int64_t begin = now_ms(), until = begin + seconds("VMTAP_DEADLINE", 120);
     /* An upgrade leaves a node without an agent for a second, a busy node for more: an ADD waits for the new one. */
     int64_t wait = seconds("VMTAP_WAIT", strcmp(command, "ADD") ? 5 : 20);
-    int fd = connect_agent(agent, path, begin + wait); /* early: the agent wakes up while the request is built */
-    char *env = malloc(env_length + 1), *end = env, *verb = env;
-    if (!env)
-        return fail(11, "no memory");
-    for (char **e = environ; *e; e++) {
-        if (verb == env && !strncmp(*e, "CNI_COMMAND=", strlen("CNI_COMMAND="))) /* the first, as getenv(3) returns */
-            verb = end + strlen("CNI_COMMAND=");
-        end = stpcpy(end, *e) + 1;
-    }
-    struct head head = {MAGIC, !strcmp(name, "macvtap"), (uint32_t)env_length, (uint32_t)input_length};
+    int fd = connect_agent(agent, path, begin + wait); /* early: the agent wakes up while the namespace is opened */
     const char *netns_path = getenv("CNI_NETNS");
     int netns = netns_path && *netns_path ? open_netns(netns_path) : -1;
 
     int status = -1;
     for (int tries = 1; fd >= 0; tries++) {
-        status = ask(fd, &head, env, netns, until);
+        status = ask(fd, netns, until);
         close(fd);
         /* The agent ended before it answered: repeat the request, except ADD, which is not idempotent. */
         if (status != -1 || tries == TRIES || now_ms() >= until || !strcmp(command, "ADD"))
@@ -469,12 +473,11 @@ int main(int argc, char **argv)
         memcpy(verb, "DEL", 3);
         fd = connect_agent(agent, path, now_ms() + wait);
         if (fd >= 0) {
-            ask(fd, &head, env, netns, until);
+            ask(fd, netns, until);
             close(fd);
         }
     }
     if (status == -1)
-        status = without_agent(folder, &head, env);
-    free(env);
+        status = without_agent(folder);
     return status < 0 ? 1 : status;
 }
