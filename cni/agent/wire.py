@@ -47,12 +47,7 @@ def receive(connection: _socket.socket, late: Callable[[], None] | None = None) 
     late: called if the peer is slow (_PROMPT_SECONDS); sets the timeout of later reads. Without late: no timeout.
     Raises WireError, OSError (TimeoutError is one).
     """
-    try:  # nearly always the request has arrived: saves setting a timeout, and poll(2)
-        first, fds = _first(connection, socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        if late:
-            connection.settimeout(_PROMPT_SECONDS)
-        first, fds = _twice(lambda: _first(connection), late)
+    first, fds = _arrived(connection) or _slow(connection, late)
     netns = fds[0] if fds else None
     try:
         if not first and netns is None:
@@ -88,6 +83,24 @@ def reply(
     if sent < len(data):
         late()
         connection.sendall(data[sent:])
+
+
+def _arrived(connection: _socket.socket) -> tuple[bytes, list[int]] | None:
+    """_first() if the request has arrived, as nearly always: saves setting a timeout, and poll(2). Otherwise None."""
+    with suppress(BlockingIOError):
+        return _first(connection, socket.MSG_DONTWAIT)
+    # connect(2) has woken this thread on the shim's own processor, before the shim could send: let it.
+    os.sched_yield()
+    with suppress(BlockingIOError):
+        return _first(connection, socket.MSG_DONTWAIT)
+    return None
+
+
+def _slow(connection: _socket.socket, late: Callable[[], None] | None) -> tuple[bytes, list[int]]:
+    """_first() of a peer that has not sent yet."""
+    if late:
+        connection.settimeout(_PROMPT_SECONDS)
+    return _twice(lambda: _first(connection), late)
 
 
 def _first(connection: _socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:

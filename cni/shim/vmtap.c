@@ -456,9 +456,9 @@ int main(int argc, char **argv)
     int64_t begin = now_ms(), until = begin + seconds("VMTAP_DEADLINE", 120);
     /* An upgrade leaves a node without an agent for a second, a busy node for more: an ADD waits for the new one. */
     int64_t wait = seconds("VMTAP_WAIT", strcmp(command, "ADD") ? 5 : 20);
-    int fd = connect_agent(agent, path, begin + wait); /* early: the agent wakes up while the namespace is opened */
     const char *netns_path = getenv("CNI_NETNS");
     int netns = netns_path && *netns_path ? open_netns(netns_path) : -1;
+    int fd = connect_agent(agent, path, begin + wait); /* late: the agent that it wakes finds the request */
 
     int status = -1;
     for (int tries = 1; fd >= 0; tries++) {
