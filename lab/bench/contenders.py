@@ -51,6 +51,8 @@ POLICY = (
 """The entries of the policy on a node of lab/wire.py."""
 _SETTLE_SECONDS = 10.0
 _LOOK_SECONDS = 0.002
+_AFTER_ADD_SECONDS = 0.3
+"""More than the agent takes to look at the link of an ADD, also of the last one of a crowd (cni/agent/handover.py)."""
 _START_SECONDS = 120.0
 
 
@@ -110,8 +112,8 @@ class Agent(Program):
         """Waits until all its threads sleep, waiting for requests.
 
         The agent answers a DEL when the link is gone, and a thread of it stays in the kernel for another 15 to 40 ms.
-        This waits for that thread, so that its CPU time counts for the agent and does not slow down the next contender.
-        There is no event to wait for.
+        After an ADD it writes its log and looks at the link. This waits for the threads, so that their
+        CPU time counts for the agent and does not slow down the next contender. There is no event to wait for.
         """
         until = time.monotonic() + _SETTLE_SECONDS
         quiet = 0
@@ -197,7 +199,9 @@ class Contender:
         for each in outcomes:
             if each.status != 0:
                 raise spawner.failure(f"{self.name}: {command}", each)
-        if self.agent and command == "DEL":
+        if self.agent:
+            if command == "ADD":
+                time.sleep(_AFTER_ADD_SECONDS)
             self.agent.settle()
         agent_cpu = self.agent.cpu() - spent if self.agent else 0
         agent_memory = self.agent.memory() if self.agent else 0
