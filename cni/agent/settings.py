@@ -37,6 +37,9 @@ class Settings:
     device_route: str
     cdi: str
     broker_mount: bool
+    dra: bool
+    nri: str
+    hook: str
     cgroup: str
     log_level: str
 

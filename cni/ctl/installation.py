@@ -25,8 +25,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-NAMES = ("vmtap", "macvtap")
-"""The names by which a network config may call the plugin: its own, and that of kubevirt/macvtap-cni."""
+NAMES = ("vmtap", "macvtap", "vmtap-hook")
+"""The plugin's own name, and that of kubevirt/macvtap-cni, by which network configs call it; and the hook's, by which
+containers with a device of a resource claim do.
+"""
 _SHIM = Path(cni.__file__).with_name("shim") / "vmtap"
 _MARK = b"a CNI plugin that puts a VM on a NIC"
 """A byte string that every version of the shim contains (cni/shim/vmtap.c)."""

@@ -129,6 +129,10 @@ class Claims:
         uids = sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
         return [claim for uid in uids if is_id(uid) and (claim := self.load(uid))]
 
+    def reserved(self) -> dict[str, int]:
+        """The interface indexes that claims have reserved, by the attachment's id."""
+        return {claim.attachment(each): each.ifindex for claim in self.all() for each in claim.devices}
+
     def of_pod(self, pod_uid: str) -> list[Claim]:
         """The claims that are prepared for the pod of that UID, sorted by UID."""
         return [claim for claim in self.all() if claim.pod_uid == pod_uid]

@@ -117,6 +117,9 @@ class Record:
     vf: VirtualFunction | None = None
     port: Port | None = None
     """What is in force at the link; None: nothing."""
+    claim: bool = False
+    """Whether it is a device of a resource claim (claims.py): container_id is the claim's UID, and the claim keeps the
+    reservation of ifindex when the attachment ends."""
 
     @property
     def id(self) -> str:
