@@ -12,6 +12,7 @@ reconciler finds what is left. DEL also works without a record. Must not touch t
     FOLDER/minors/N             who may have a device node of minor N (state/minors.py)
     FOLDER/holders/ID           the processes that have got fds of the attachment (agent/holders.py)
     FOLDER/elsewhere/ID         the VM of that attachment was heard from the wire (agent/handover.py)
+    FOLDER/claims/UID.json      a resource claim that a kubelet has had prepared (state/claims.py)
     FOLDER/probes/SOURCE.json   the last probe of a source (state/probe_results.py)
     FOLDER/pending/NAME         a DEL that the shim left while the agent was away (shim/vmtap.c)
     FOLDER/agent, launcher      the folders of the agent's sockets
