@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from cni.agent.deviceplugin.allocations import Allocations
     from cni.agent.deviceplugin.offering import DevicePlugin
+    from cni.agent.dra.driver import Driver
     from cni.agent.server import Reply
     from cni.agent.settings import Settings
     from cni.plugin import Response
@@ -68,7 +69,9 @@ class Agent:
         self, settings: Settings, store: Store, registry: metrics.Registry, handover: Handover | None
     ) -> None:
         self.settings = settings
-        self.policies = Policies(settings.policy, os.environ.get(VARIABLE), required=settings.device_plugin)
+        self.policies = Policies(
+            settings.policy, os.environ.get(VARIABLE), required=settings.device_plugin or settings.dra
+        )
         self.allocations = _allocations(settings)
         self.groups = Cgroups(settings.cgroup)
         self.node = Node(
@@ -211,21 +214,23 @@ def _run(settings: Settings) -> int:
     serving = server.Server(lent or server.listen(path), agent.answer, agent.refused, lent=lent is not None)
     broker = Broker(settings.run, registry)
     broker.start()
-    offering = _device_plugin(settings, agent.policies, store, registry)
+    plugin = _device_plugin(settings, agent.policies, store, registry)
+    driver = _driver(settings, agent, store, registry)
+    for_kubelet = [part for part in (plugin, driver) if part]
     gc.collect()
     gc.freeze()  # these objects stay: collections need not visit them
     gc.set_threshold(_GC_THRESHOLD)
     serving.start()
-    if offering:
-        offering.start()
+    for part in for_kubelet:
+        part.start()
     pages = _pages(path, agent, broker, registry)
     _notify("READY=1")
     log(INFO, "ready", socket=path)
     number = signal.sigwait((signal.SIGTERM, signal.SIGINT))
     _notify("STOPPING=1")
     log(INFO, "ending", signal=signal.Signals(number).name)
-    if offering:
-        offering.stop()
+    for part in for_kubelet:
+        part.stop()
     broker.stop()
     if not serving.stop(settings.drain_seconds):
         log(WARNING, "requests were still in flight; the reconciler will repair what they leave")
@@ -279,6 +284,15 @@ def _device_plugin(
     from cni.agent.deviceplugin.offering import DevicePlugin  # noqa: PLC0415 - gRPC is 25 MB
 
     return DevicePlugin(settings, policies, store, registry)
+
+
+def _driver(settings: Settings, agent: Agent, store: Store, registry: metrics.Registry) -> Driver | None:
+    """The driver of Dynamic Resource Allocation, if the settings have it on. Raises CniError, OSError."""
+    if not settings.dra:
+        return None
+    from cni.agent.dra.driver import Driver  # noqa: PLC0415 - gRPC is 25 MB
+
+    return Driver(settings, agent.policies, store, registry, agent.answer)
 
 
 def _pages(path: str, agent: Agent, broker: Broker, registry: metrics.Registry) -> list[HttpServer]:

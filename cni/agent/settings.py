@@ -36,6 +36,9 @@ class Settings:
     pod_resources: str
     device_route: str
     cdi: str
+    dra: bool
+    node: str
+    hook: str
     broker_mount: bool
     cgroup: str
     log_level: str

@@ -14,6 +14,7 @@ from cni.kernel import bridge_port, nft
 from cni.kernel.rtnl import Rtnl
 from cni.lower import unrecorded as lower
 from cni.port import filter as filters
+from cni.state.claims import Claims
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Leftovers:
 
     def __init__(self, node: Node, workers: Workers, registry: Registry) -> None:
         self._store = node.store
+        self._claims = Claims(node.store.folder)
         self._delete_link = node.delete_link
         self._workers = workers
         self._removed = registry.counter(
@@ -45,7 +47,8 @@ class Leftovers:
             numbers: dict[str, list[int]] = {id: [] for id in self._store.unfinished()}
             for number, id in self._store.reserved():
                 numbers.setdefault(id, []).append(number)
-            kept = {*self._store.recorded(), *unrecorded}  # read last: an ADD meanwhile has a record by now
+            # Read last: an ADD meanwhile has a record by now, and a prepared claim its file.
+            kept = {*self._store.recorded(), *unrecorded, *self._claimed()}
             for id in numbers.keys() - kept:
                 self._workers.submit(id, partial(self._forget, id, numbers[id]))
             for link in links:
@@ -65,11 +68,15 @@ class Leftovers:
     def _forget(self, id: str, numbers: list[int]) -> None:
         """Remove what the state folder has of an attachment without a record. numbers: its interface indexes."""
         with self._store.locked(id, wait=False):
-            if self._store.load(id):
+            if self._store.load(id) or id in self._claimed():
                 return
             self._store.forget_id(id, *numbers)
         self._removed.inc("state")
         log(INFO, "leftover removed", kind="state", id=id)
+
+    def _claimed(self) -> set[str]:
+        """The ids of the attachments of prepared claims, attached or not."""
+        return {claim.attachment(each) for claim in self._claims.all() for each in claim.devices}
 
     def _remove_port(self, id: str, tap: int, seen: Link) -> None:
         """Remove the bridge port of an attachment whose tap, of that index, is gone."""
