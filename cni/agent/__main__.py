@@ -41,13 +41,15 @@ from cni.state.store import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cni.agent.deviceplugin.allocations import Allocations
     from cni.agent.deviceplugin.offering import DevicePlugin
+    from cni.agent.dra.driver import Driver
     from cni.agent.nri.client import Client
     from cni.agent.server import Reply
     from cni.agent.settings import Settings
+    from cni.state.claims import Claim
     from cni.state.record import Record
 
 
@@ -78,7 +80,9 @@ class Agent:
         self, settings: Settings, store: Store, registry: metrics.Registry, handover: Handover | None
     ) -> None:
         self.settings = settings
-        self.policies = Policies(settings.policy, os.environ.get(VARIABLE), required=settings.device_plugin)
+        self.policies = Policies(
+            settings.policy, os.environ.get(VARIABLE), required=settings.device_plugin or settings.dra
+        )
         self.allocations = _allocations(settings)
         self.groups = Cgroups(settings.cgroup)
         self.node = Node(
@@ -228,23 +232,22 @@ def _run(settings: Settings) -> int:
     serving = server.Server(lent or server.listen(path), agent.answer, agent.refused, lent=lent is not None)
     broker = Broker(settings.run, registry)
     broker.start()
-    offering = _device_plugin(settings, agent.policies, store, registry)
-    claims = _claims(settings, agent, store)
-    plugins = [each for each in (offering, claims) if each]
+    plugin = _device_plugin(settings, agent.policies, store, registry)
+    parts = [*filter(None, (plugin,)), *_claims(settings, agent, store, registry)]
     gc.collect()
     gc.freeze()  # these objects stay: collections need not visit them
     gc.set_threshold(_GC_THRESHOLD)
     serving.start()
-    for each in plugins:
-        each.start()
+    for part in parts:
+        part.start()
     pages = _pages(path, agent, broker, registry)
     _notify("READY=1")
     log(INFO, "ready", socket=path)
     number = signal.sigwait((signal.SIGTERM, signal.SIGINT))
     _notify("STOPPING=1")
     log(INFO, "ending", signal=signal.Signals(number).name)
-    for each in plugins:
-        each.stop()
+    for part in parts:
+        part.stop()
     broker.stop()
     if not serving.stop(settings.drain_seconds):
         log(WARNING, "requests were still in flight; the reconciler will repair what they leave")
@@ -300,20 +303,30 @@ def _device_plugin(
     return DevicePlugin(settings, policies, store, registry)
 
 
-def _claims(settings: Settings, agent: Agent, store: Store) -> Client | None:
-    """The NRI plugin that attaches resource claims, if the settings have dra on; sets the agent's hook."""
+def _claims(
+    settings: Settings, agent: Agent, store: Store, registry: metrics.Registry
+) -> list[Driver | Client]:
+    """The driver of Dynamic Resource Allocation and the NRI plugin, if the settings have dra on; sets the agent's hook.
+
+    Raises CniError, OSError.
+    """
     if not settings.dra:
-        return None
-    from cni.agent.dra.sandbox import Sandboxes  # noqa: PLC0415 - protobuf is not small
+        return []
+    from cni.agent.dra.driver import Driver  # noqa: PLC0415 - gRPC is 25 MB
+    from cni.agent.dra.sandbox import Sandboxes  # noqa: PLC0415
     from cni.agent.nri.client import Client  # noqa: PLC0415
 
     def answer(request: Request, yield_turn: Callable[[], None]) -> Response:
         return agent.answer(request, yield_turn=yield_turn)
 
-    claims = Claims(settings.run, _note)
-    sandboxes = Sandboxes(store, claims, answer, os.path.dirname(settings.hook))
+    def attached(claim: Claim, records: Sequence[Record]) -> None:
+        driver.report(claim, records)
+
+    plugins = os.path.dirname(settings.hook)
+    sandboxes = Sandboxes(store, Claims(settings.run, _note), answer, attached, plugins)
+    driver = Driver(settings, agent.policies, store, registry, sandboxes.end)
     agent.hook = sandboxes.hook
-    return Client(settings.nri, sandboxes)
+    return [driver, Client(settings.nri, sandboxes)]
 
 
 def _pages(path: str, agent: Agent, broker: Broker, registry: metrics.Registry) -> list[HttpServer]:

@@ -19,7 +19,7 @@ from cni.ctl import snapshot
 from cni.errors import CniError
 from cni.lower import offload
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
-from cni.state.cdi import KIND
+from cni.state.cdi import CLAIM_KIND, KIND
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def uninstall(folder: str, run: str, cdi: str, *, state: bool, force: bool) -> I
     if not state:
         return
     for each in sorted(Path(cdi).glob("vmtap-*.json*")):
-        if KIND.encode() in each.read_bytes():
+        if any(kind.encode() in each.read_bytes() for kind in (KIND, CLAIM_KIND)):
             each.unlink()
             yield f"{each} is removed"
     for source in offload.restore(run):

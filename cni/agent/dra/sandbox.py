@@ -34,10 +34,11 @@ from cni.state.lookup import find_link
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from cni.agent.nri.client import Pod
     from cni.state.claims import Claim, ClaimDevice, Claims
+    from cni.state.record import Record
     from cni.state.store import Store
 
 CLAIM = "VMTAP_CLAIM"
@@ -55,8 +56,8 @@ class Sandbox:
 class Sandboxes:
     """Safe for threads: a claim's lock, which Prepare and Unprepare take too, keeps two from working on one claim.
 
-    answer: carries out a CNI request; its second argument is called before a wait. cni_path: the folder of the IPAM
-    plugins.
+    answer: carries out a CNI request; its second argument is called before a wait. attached: called with a claim and
+    the records of its devices before a container of it starts; raises CniError. cni_path: the folder of IPAM plugins.
     """
 
     def __init__(
@@ -64,11 +65,13 @@ class Sandboxes:
         store: Store,
         claims: Claims,
         answer: Callable[[Request, Callable[[], None]], Response],
+        attached: Callable[[Claim, Sequence[Record]], None],
         cni_path: str,
     ) -> None:
         self._store = store
         self._claims = claims
         self._answer = answer
+        self._report = attached
         self._cni_path = cni_path
 
     # The calls of the NRI plugin
@@ -153,7 +156,9 @@ class Sandboxes:
         The caller holds the claim's lock.
         """
         record = self._store.load(claim.attachment(device))
-        path = record.netns if record and _leads_to(record.netns, record.netns_id) else ""
+        if record is None:
+            return
+        path = record.netns if _leads_to(record.netns, record.netns_id) else ""
         response = self._answer(self._request("DEL", claim, device, path), keep_turn)
         if response.error:
             raise response.error
@@ -190,6 +195,8 @@ class Sandboxes:
             for device in claim.devices:
                 node = self._attached(claim, device, sandbox) or self._add(claim, device, sandbox, yield_turn)
                 found[f"/dev/tap{device.ifindex}"] = node
+            records = [self._store.load(claim.attachment(device)) for device in claim.devices]
+            self._report(claim, [record for record in records if record])
         return found
 
     def _add(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import tempfile
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -64,6 +66,11 @@ class Node:
         self.hook_path.parent.mkdir()
         self.hook_path.symlink_to(SHIM)
         self.nri = self.folder / "nri.sock"
+
+    def policy(self, **fields: Any) -> None:
+        """What may be attached from now on."""
+        entry = {"name": "wire", "source": {"dev": "eth1"}, **fields}
+        self.agent.policy.write_text(json.dumps({"interfaces": [entry]}))  # JSON is YAML
 
     @property
     def store(self) -> Store:
@@ -213,13 +220,27 @@ def event(kind: str, pod: Netns, name: str = "vm", **fields: Any) -> api.StateCh
 @pytest.fixture
 def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
     """With an agent that is started; nothing listens on its NRI socket."""
-    flags = ("--dra", "--nri", str(tmp_path / "nri.sock"), "--hook", str(tmp_path / "bin/vmtap-hook"))
-    agent = Agent(lab.node, tmp_path / "run", tmp_path / "interfaces.yaml", flags=flags)
-    made = Node(lab, tmp_path, agent)
-    agent.start()
-    yield made
-    if agent.process:
-        agent.end()
+    # The path of a socket has 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="kubelet-") as kubelet:
+        flags = {
+            "nri": tmp_path / "nri.sock",
+            "hook": tmp_path / "bin/vmtap-hook",
+            "node": "node",
+            "kubelet": f"{kubelet}/device-plugins",
+        }
+        agent = Agent(
+            lab.node,
+            tmp_path / "run",
+            tmp_path / "interfaces.yaml",
+            flags=("--dra", *(f"--{name}={value}" for name, value in flags.items())),
+            env={"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1"},
+        )
+        made = Node(lab, tmp_path, agent)
+        made.policy()
+        agent.start()
+        yield made
+        if agent.process:
+            agent.end(signal.SIGKILL)  # an orderly end waits for calls to the API server, which is not there
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import stat
@@ -82,9 +81,7 @@ def test_claims_that_cannot_be_read_do_not_fail_other_pods(node: Node, lab: Lab,
 
 
 def test_a_refused_attach_fails_the_sandbox_with_the_reason(node: Node, lab: Lab, plugin: Plugin) -> None:
-    node.agent.policy.write_text(
-        json.dumps({"interfaces": [{"name": "wire", "source": {"dev": "eth1"}, "modes": ["vepa"]}]})
-    )
+    node.policy(modes=["vepa"])
     pod, claim = lab.pod(), node.prepare()
     error = _run(plugin, pod)
     assert "ResourceClaim vms/vm-nic, request nic" in error
@@ -193,7 +190,7 @@ def test_the_end_of_a_namespace_ends_the_attachment_and_not_the_claim(node: Node
 
 def test_an_index_stays_reserved_until_the_claim_is_unprepared(node: Node, lab: Lab) -> None:
     claim = node.prepare()
-    node.agent.end()
+    node.agent.end(signal.SIGKILL)
     node.agent.flags += ("--reconcile-seconds", "1", "--metrics", "127.0.0.1:0")
     node.agent.start()
     shim = node.agent.shim()
@@ -224,7 +221,7 @@ def test_an_adopted_link_is_the_claims(node: Node, lab: Lab) -> None:
     with in_pod(pod):
         node.hook(claim, pod).ok()
         id = claim.attachment(claim.devices[0])
-        node.agent.end()
+        node.agent.end(signal.SIGKILL)
         (node.agent.run / "attachments" / f"{id}.json").unlink()
         node.agent.start()
         record = until(lambda: node.record(claim), "the link is not adopted")

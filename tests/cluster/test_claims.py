@@ -1,0 +1,308 @@
+"""Resource claims under a real API server, scheduler and kubelet: what is offered, prepared, refused and left."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cni.config.claim import DRIVER
+from cni.state.claims import Claim, Claims
+from lab.kubernetes.client import KUBECTL_PAUSE
+from lab.kubernetes.cluster import NODE
+from lab.process import LabError, wait_for
+from lab.wire import NIC
+from tests.cluster.conftest import CAPACITY, NAMESPACE, RUN, pod
+from tests.waiting import LIMIT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from lab.kubernetes.cluster import Cluster
+    from tests.cluster.conftest import Release
+
+GROUP = "resource.k8s.io/v1"
+REGISTRY = "/var/lib/kubelet/plugins_registry"
+ACCOUNT = f"system:serviceaccount:{NAMESPACE}:vmtap"
+
+
+def device_class(name: str, *expressions: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Of the driver's devices for which each CEL expression is true; `mine` stands for its attributes."""
+    mine = f'device.attributes["{DRIVER}"]'
+    texts = [f'device.driver == "{DRIVER}"', *(each.replace("mine", mine) for each in expressions)]
+    config = [{"opaque": {"driver": DRIVER, "parameters": parameters}}] if parameters else []
+    spec = {"selectors": [{"cel": {"expression": each}} for each in texts], "config": config}
+    return {"apiVersion": GROUP, "kind": "DeviceClass", "metadata": {"name": name}, "spec": spec}
+
+
+def template(name: str, class_name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A ResourceClaimTemplate with one request, called nic."""
+    opaque = (
+        [{"requests": ["nic"], "opaque": {"driver": DRIVER, "parameters": parameters}}] if parameters else []
+    )
+    devices = {"requests": [{"name": "nic", "exactly": {"deviceClassName": class_name}}], "config": opaque}
+    spec = {"spec": {"devices": devices}}
+    return {"apiVersion": GROUP, "kind": "ResourceClaimTemplate", "metadata": {"name": name}, "spec": spec}
+
+
+def claiming(name: str, template_name: str) -> dict[str, Any]:
+    """A pod whose container gets the device of a claim that is made of the template."""
+    document = pod(name)
+    document["spec"]["resourceClaims"] = [{"name": "net", "resourceClaimTemplateName": template_name}]
+    [container] = document["spec"]["containers"]
+    container["resources"] = {"claims": [{"name": "net"}]}
+    return document
+
+
+class Dra:
+    """The release with dra, and what claims leave on the node."""
+
+    def __init__(self, release: Release) -> None:
+        self.release = release
+        self.cluster: Cluster = release.cluster
+        self.claims = Claims(self.cluster.machine.path(RUN))
+
+    def slices(self) -> list[dict[str, Any]]:
+        found = self.cluster.get("resourceslices", f"--field-selector=spec.driver={DRIVER}")["items"]
+        return sorted(found, key=lambda each: str(each["metadata"]["name"]))
+
+    def devices(self) -> dict[str, dict[str, Any]]:
+        """Name → the values of the attributes."""
+        return {
+            each["name"]: {key: next(iter(value.values())) for key, value in each["attributes"].items()}
+            for of in self.slices()
+            for each in of["spec"].get("devices") or ()
+        }
+
+    def wait(self, wanted: Callable[[], object], what: str) -> None:
+        wait_for(wanted, lambda: f"{what}\n{self.cluster.story()}\n{self.log()}", pause=KUBECTL_PAUSE)
+
+    def log(self) -> str:
+        return self.release.kubectl("logs", "daemonset/vmtap", "-c", "agent", "--tail=40", check=False)
+
+    def wait_published(self, number: int) -> None:
+        self.wait(lambda: len(self.devices()) == number, f"there are not {number} devices")
+
+    def events(self, name: str) -> str:
+        events = self.cluster.get("events", f"--field-selector=involvedObject.name={name}")["items"]
+        return "\n".join(each["message"] for each in events)
+
+    def wait_event(self, name: str, words: str) -> None:
+        self.wait(lambda: words in self.events(name), f"no event of {name} has: {words}")
+
+    def wait_prepared(self, name: str) -> Claim:
+        self.wait(lambda: self._prepared(name), f"no claim of {name} is prepared")
+        [found] = self._prepared(name)
+        return found
+
+    def _prepared(self, name: str) -> list[Claim]:
+        return [each for each in self.claims.all() if each.pod_name == name]
+
+    def files(self) -> list[str]:
+        """What a claim may leave on the node."""
+        folders = (RUN / "claims", RUN / "metadata", RUN / "ifindex", RUN / "attachments", "/var/run/cdi")
+        paths = (path for folder in folders for path in self.cluster.machine.path(folder).glob("**/*"))
+        return sorted(str(path) for path in paths if not path.is_dir())
+
+    def delete(self, *names: str) -> None:
+        self.cluster.kubectl("delete", "pod", *names, f"--timeout={LIMIT}s")
+
+
+@pytest.fixture(scope="module")
+def with_dra(release: Release) -> Iterator[Dra]:
+    release.install(dra={"enabled": True})
+    made = Dra(release)
+    made.cluster.apply(device_class("vm-nic", 'mine.interface == "dataplane"'))
+    yield made
+    made.cluster.kubectl("delete", "deviceclass", "--all")
+    release.install(dra={"enabled": False})
+
+
+@pytest.fixture
+def dra(with_dra: Dra) -> Iterator[Dra]:
+    with_dra.wait_published(CAPACITY + 1)
+    before = with_dra.files()
+    yield with_dra
+    with_dra.cluster.kubectl("delete", "pod", "--all", f"--timeout={LIMIT}s")
+    with_dra.cluster.kubectl(
+        "delete", "resourceclaimtemplates,resourceclaims", "--all", f"--timeout={LIMIT}s"
+    )
+    with_dra.wait(lambda: with_dra.files() == before, f"not all of it is gone: {with_dra.files()}")
+
+
+def test_the_policy_is_in_slices_that_are_the_nodes(dra: Dra) -> None:
+    [only] = dra.slices()
+    spec, [owner] = only["spec"], only["metadata"]["ownerReferences"]
+    assert (spec["nodeName"], spec["pool"]["name"], spec["pool"]["resourceSliceCount"]) == (NODE, NODE, 1)
+    assert (owner["kind"], owner["uid"]) == ("Node", dra.cluster.get("node", NODE)["metadata"]["uid"])
+    devices = dra.devices()
+    assert {name.rpartition("-")[0] for name in devices} == {"dataplane", "narrow"}
+    first = devices["dataplane-0"]
+    assert (first["source"], first["type"], first["mtu"]) == (NIC, "ethernet", 1500)
+    assert first["bridge"] is first["vepa"] is first["pepa"] is first["carrier"] is True
+
+
+def test_slices_follow_the_policy(dra: Dra) -> None:
+    values = dra.release.values["interfaces"]
+    more = {"name": "one-more", "source": {"dev": NIC}, "modes": ["vepa"], "vlans": [7], "capacity": 200}
+    dra.release.install(interfaces=[*values, more])
+    dra.wait_published(CAPACITY + 201)
+    assert len(dra.slices()) == 2
+    assert {each["spec"]["pool"]["generation"] for each in dra.slices()} == {
+        dra.slices()[0]["spec"]["pool"]["generation"]
+    }
+    found = dra.devices()["one-more-199"]
+    assert (found["vlans"], found["bridge"], found["vepa"]) == (",7,", False, True)
+    dra.release.install(interfaces=values)
+    dra.wait_published(CAPACITY + 1)
+
+
+def test_a_claim_is_prepared_for_its_pod_and_leaves_nothing(dra: Dra) -> None:
+    before = dra.files()
+    dra.cluster.apply(
+        template("nic", "vm-nic", {"ifname": "net1", "mode": "bridge", "mac": "02:00:00:00:0d:01"}),
+        claiming("vm-a", "nic"),
+    )
+    claim = dra.wait_prepared("vm-a")
+    known = dra.cluster.get("pod", "vm-a")["metadata"]
+    assert (claim.pod_uid, claim.namespace) == (known["uid"], "default")
+    [device] = claim.devices
+    assert device.device.startswith("dataplane-")
+    assert (device.pool, device.ifname, device.mac) == (NODE, "net1", "02:00:00:00:0d:01")
+    assert device.config["interface"] == "dataplane"
+    spec = json.loads(dra.cluster.machine.path(f"/var/run/cdi/vmtap-claim-{claim.uid}.json").read_text())
+    [edits] = [each["containerEdits"] for each in spec["devices"]]
+    assert edits["deviceNodes"][0]["path"] == f"/dev/tap{device.ifindex}"
+    [mount] = edits["mounts"]
+    assert "/resourceclaimtemplates/net/nic/" in mount["containerPath"]
+    metadata = json.loads(dra.cluster.machine.path(mount["hostPath"]).read_text())
+    attributes = metadata["requests"][0]["devices"][0]["attributes"]
+    assert attributes["interface"] == {"string": "dataplane"}
+    dra.delete("vm-a")
+    dra.wait(lambda: dra.files() == before, "something of the claim is left")
+
+
+def test_selectors(dra: Dra) -> None:
+    dra.cluster.apply(
+        device_class(
+            "narrow", 'mine.interface == "narrow"', "mine.carrier && mine.vepa", parameters={"mode": "vepa"}
+        ),
+        device_class("fast", "mine.speed > 1000000"),
+        template("narrow", "narrow"),
+        template("fast", "fast"),
+        claiming("chosen", "narrow"),
+        claiming("nowhere", "fast"),
+    )
+    [device] = dra.wait_prepared("chosen").devices
+    assert (device.device, device.config["mode"]) == ("narrow-0", "vepa")
+    dra.wait_event("nowhere", "cannot allocate all claims")
+    dra.cluster.apply(claiming("second", "narrow"))  # the interface is full
+    dra.wait_event("second", "cannot allocate all claims")
+    dra.delete("chosen")
+    dra.wait_prepared("second")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        (
+            {"mtuu": 9000},
+            'parameters of the claim: mtuu: unknown key, its value is 9000; did you mean "mtu"?',
+        ),
+        ({"interface": "narrow"}, "the device that is allocated has it"),
+        (
+            {"ipam": {"type": "host-local"}},
+            "a claim may name an IPAM plugin only if ipamTypes of the policy lists it",
+        ),
+        ({"mode": "pepa", "queues": 0}, "queues: 0 is not allowed"),
+    ],
+    ids=["misspelt", "foreign", "delegate", "value"],
+)
+def test_a_wrong_parameter_is_an_event_of_the_pod(dra: Dra, parameters: dict[str, Any], words: str) -> None:
+    before = dra.files()
+    dra.cluster.apply(template("wrong", "vm-nic", parameters), claiming("vm-w", "wrong"))
+    dra.wait_event("vm-w", words)
+    assert dra.files() == before
+    dra.delete("vm-w")
+
+
+def test_a_kubelet_that_starts_again_and_slices_that_are_wiped(dra: Dra) -> None:
+    dra.cluster.apply(template("nic", "vm-nic"), claiming("stays", "nic"))
+    claim = dra.wait_prepared("stays")
+    uids = {each["metadata"]["uid"] for each in dra.slices()}
+    dra.cluster.kubelet.kill()
+    dra.cluster.kubelet.start()
+    dra.cluster.wait_node()
+    dra.wait(
+        lambda: (
+            len(dra.devices()) == CAPACITY + 1
+            and not {each["metadata"]["uid"] for each in dra.slices()} & uids
+        ),
+        "the slices were not published again",
+    )
+    assert [each.uid for each in dra.claims.all()] == [claim.uid]
+    dra.delete("stays")  # Unprepare, by a kubelet that has not prepared it
+
+
+def test_an_agent_that_starts_again_knows_its_claims(dra: Dra) -> None:
+    dra.cluster.apply(template("nic", "vm-nic"), claiming("stays", "nic"))
+    claim = dra.wait_prepared("stays")
+    dra.release.restart()
+    dra.wait_published(CAPACITY + 1)
+    assert len([*dra.cluster.machine.path(REGISTRY).glob(f"{DRIVER}-*")]) == 1
+    assert [each.uid for each in dra.claims.all()] == [claim.uid]
+    dra.delete("stays")
+
+
+def test_an_agent_writes_the_slices_of_its_own_node_only(dra: Dra) -> None:
+    """The admission policy, for the agent's account, with a token of no node, and the rights that it does not have."""
+    pool = {"name": "other", "generation": 1, "resourceSliceCount": 1}
+    foreign = {
+        "apiVersion": GROUP,
+        "kind": "ResourceSlice",
+        "metadata": {"name": "foreign"},
+        "spec": {"driver": DRIVER, "nodeName": "other", "pool": pool, "devices": []},
+    }
+    with pytest.raises(LabError, match="writes the ResourceSlices of its own node only"):
+        dra.cluster.kubectl("create", "-f", "-", f"--as={ACCOUNT}", stdin=json.dumps(foreign))
+    for words in (
+        ["list", "resourceclaims"],
+        ["get", "secrets"],
+        ["list", "pods"],
+        ["update", "resourceclaims"],
+    ):
+        assert dra.cluster.kubectl("auth", "can-i", *words, f"--as={ACCOUNT}", check=False).strip() == "no"
+
+
+_REPORT = """
+import sys
+from cni.agent.dra.driver import _server
+from cni.agent.dra.api import Api
+from cni.agent.dra.status import Status
+from cni.state.claims import Claims
+from cni.state.record import Record, boot_id
+[claim] = Claims("/run/vmtap").all()
+[device] = claim.devices
+record = Record(device.network, claim.uid, device.ifname, "/run/netns/x", (4, 1), 0, "macvtap", device.ifindex,
+    "02:00:00:00:0d:02", 1500, 1, boot_id(), ips=({"address": "10.1.0.5/24"},))
+status = Status(Api(*_server()), lambda uid: True)
+from cni.agent.dra.status import _document
+print(status._send(claim, _document(claim, [record])))
+"""
+
+
+def test_what_was_attached_is_reported_in_the_claims_status(dra: Dra) -> None:
+    """By the agent's own token, from its container."""
+    dra.cluster.apply(template("nic", "vm-nic", {"ifname": "net7"}), claiming("vm-r", "nic"))
+    claim = dra.wait_prepared("vm-r")
+    words = ["exec", "daemonset/vmtap", "-c", "agent", "--", "python", "-c", _REPORT]
+    assert "True" in dra.release.kubectl(*words)
+    [device] = dra.cluster.get("resourceclaim", claim.name)["status"]["devices"]
+    assert device["networkData"] == {
+        "interfaceName": "net7",
+        "hardwareAddress": "02:00:00:00:0d:02",
+        "ips": ["10.1.0.5/24"],
+    }
+    [ready] = device["conditions"]
+    assert (ready["type"], ready["status"]) == ("Ready", "True")
