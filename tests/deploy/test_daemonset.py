@@ -97,7 +97,12 @@ def test_the_agent_understands_the_config_map() -> None:
     data = yaml.safe_load((BASE / "configmap.yaml").read_text())["data"]
     settings = nodefile.parse("agent.yaml", data["agent.yaml"].encode(), schema.load("agent"))
     # Where metrics are served, where everything lies, and what claims need, is the pod's.
-    assert schema.load("agent")["properties"].keys() - settings.keys() == {"run", "policy", "metrics", *CLAIMS}
+    assert schema.load("agent")["properties"].keys() - settings.keys() == {
+        "run",
+        "policy",
+        "metrics",
+        *CLAIMS,
+    }
     nodefile.parse("interfaces.yaml", data["interfaces.yaml"].encode(), schema.load("policy"))
 
 
