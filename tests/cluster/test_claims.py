@@ -99,7 +99,8 @@ class Dra:
         return found
 
     def _prepared(self, name: str) -> list[Claim]:
-        cdi = self.cluster.machine.path("/run/cdi")  # not /var/run, a link that leads to the host; written last
+        # The spec is written last. Not /var/run: that is a link, which leads to the host here.
+        cdi = self.cluster.machine.path("/run/cdi")
         found = [each for each in self.claims.all() if each.pod_name == name]
         return [each for each in found if (cdi / f"vmtap-claim-{each.uid}.json").exists()]
 
