@@ -80,9 +80,7 @@ class Agent:
         self, settings: Settings, store: Store, registry: metrics.Registry, handover: Handover | None
     ) -> None:
         self.settings = settings
-        self.policies = Policies(
-            settings.policy, os.environ.get(VARIABLE), required=settings.device_plugin or settings.dra
-        )
+        self.policies = Policies(settings.policy, os.environ.get(VARIABLE), required=settings.device_plugin)
         self.allocations = _allocations(settings)
         self.groups = Cgroups(settings.cgroup)
         self.node = Node(

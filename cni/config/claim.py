@@ -125,14 +125,20 @@ def pod_of(claim: Mapping[str, Any]) -> tuple[str, str]:
     return _text(pod, "name"), _text(pod, "uid")
 
 
+def pod_claim(claim: Mapping[str, Any]) -> str | None:
+    """The claim's name in its pod if it was made of a template, else None."""
+    annotations = _object(claim, "metadata").get("annotations")
+    found = annotations.get(POD_CLAIM) if isinstance(annotations, dict) else None
+    return found if isinstance(found, str) and found and found.isascii() else None
+
+
 def allocated(claim: Mapping[str, Any]) -> list[Allocated]:
     """The driver's devices in the claim's allocation, in its order.
 
     Raises CniError 2 or 7 that names the parameter and its author, the class or the claim.
     """
     devices = _object(_object(_object(claim, "status"), "allocation"), "devices")
-    known = _object(claim, "metadata")
-    name = str((known.get("annotations") or {}).get(POD_CLAIM) or known.get("name"))
+    name = pod_claim(claim) or _text(_object(claim, "metadata"), "name")
     results = [each for each in _list(devices.get("results")) if each.get("driver") == DRIVER]
     bases = [_text(each, "request").partition("/")[0] for each in results]
     configs = [*_configs(devices, "FromClass"), *_configs(devices, "FromClaim")]
@@ -199,7 +205,7 @@ def _configs(devices: Mapping[str, Any], source: str) -> Iterator[tuple[str, lis
                 schema.explain(_rules(), parameters, unknown=UNSUPPORTED_FIELD, foreign=_foreign())
         except CniError as error:
             raise CniError(error.code, f"parameters of {author}: {error.msg}", error.details) from None
-        yield source, [str(name) for name in each.get("requests") or ()], dict(parameters)
+        yield source, _names(each.get("requests")), dict(parameters)
 
 
 def _merged(
@@ -244,13 +250,17 @@ def _object(document: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
+def _names(value: Any) -> list[str]:
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+
+
 def _list(value: Any) -> list[dict[str, Any]]:
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def _text(document: Mapping[str, Any], key: str) -> str:
     found = document.get(key)
-    if not isinstance(found, str) or not found:
+    if not isinstance(found, str) or not found or not found.isascii():
         raise _refusal(f"the claim's allocation has an entry without {key}")
     return found
 

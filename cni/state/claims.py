@@ -153,7 +153,7 @@ def decode(uid: str, data: bytes) -> Claim:
         claim = known(Claim, document, devices=devices)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"it is no claim: {reason(error)}") from None
-    if claim.uid != uid:
+    if claim.uid != uid or not is_id(uid):
         raise ValueError("its name is another claim's")
     return claim
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lab.kubernetes.cluster import Cluster
     from tests.cluster.conftest import Release
 
+EXAMPLES = Path(__file__).parents[2] / "deploy/examples/dra"
 GROUP = "resource.k8s.io/v1"
 REGISTRY = "/var/lib/kubelet/plugins_registry"
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:vmtap"
@@ -97,11 +99,14 @@ class Dra:
         return found
 
     def _prepared(self, name: str) -> list[Claim]:
-        return [each for each in self.claims.all() if each.pod_name == name]
+        # The spec is written last. Not /var/run: that is a link, which leads to the host here.
+        cdi = self.cluster.machine.path("/run/cdi")
+        found = [each for each in self.claims.all() if each.pod_name == name]
+        return [each for each in found if (cdi / f"vmtap-claim-{each.uid}.json").exists()]
 
     def files(self) -> list[str]:
         """What a claim may leave on the node."""
-        folders = (RUN / "claims", RUN / "metadata", RUN / "ifindex", RUN / "attachments", "/var/run/cdi")
+        folders = (RUN / "claims", RUN / "metadata", RUN / "ifindex", RUN / "attachments", "/run/cdi")
         paths = (path for folder in folders for path in self.cluster.machine.path(folder).glob("**/*"))
         return sorted(str(path) for path in paths if not path.is_dir())
 
@@ -113,7 +118,7 @@ class Dra:
 def with_dra(release: Release) -> Iterator[Dra]:
     release.install(dra={"enabled": True})
     made = Dra(release)
-    made.cluster.apply(device_class("vm-nic", 'mine.interface == "dataplane"'))
+    made.cluster.apply(device_class("any", 'mine.interface == "dataplane"'))
     yield made
     made.cluster.kubectl("delete", "deviceclass", "--all")
     release.install(dra={"enabled": False})
@@ -161,7 +166,7 @@ def test_slices_follow_the_policy(dra: Dra) -> None:
 def test_a_claim_is_prepared_for_its_pod_and_leaves_nothing(dra: Dra) -> None:
     before = dra.files()
     dra.cluster.apply(
-        template("nic", "vm-nic", {"ifname": "net1", "mode": "bridge", "mac": "02:00:00:00:0d:01"}),
+        template("nic", "any", {"ifname": "net1", "mode": "bridge", "mac": "02:00:00:00:0d:01"}),
         claiming("vm-a", "nic"),
     )
     claim = dra.wait_prepared("vm-a")
@@ -171,7 +176,7 @@ def test_a_claim_is_prepared_for_its_pod_and_leaves_nothing(dra: Dra) -> None:
     assert device.device.startswith("dataplane-")
     assert (device.pool, device.ifname, device.mac) == (NODE, "net1", "02:00:00:00:0d:01")
     assert device.config["interface"] == "dataplane"
-    spec = json.loads(dra.cluster.machine.path(f"/var/run/cdi/vmtap-claim-{claim.uid}.json").read_text())
+    spec = json.loads(dra.cluster.machine.path(f"/run/cdi/vmtap-claim-{claim.uid}.json").read_text())
     [edits] = [each["containerEdits"] for each in spec["devices"]]
     assert edits["deviceNodes"][0]["path"] == f"/dev/tap{device.ifindex}"
     [mount] = edits["mounts"]
@@ -203,6 +208,14 @@ def test_selectors(dra: Dra) -> None:
     dra.wait_prepared("second")
 
 
+def test_the_examples(dra: Dra) -> None:
+    for name in ("deviceclass", "claimtemplate", "vm-pod"):
+        dra.cluster.kubectl("apply", "-f", "-", stdin=(EXAMPLES / f"{name}.yaml").read_text())
+    [device] = dra.wait_prepared("vm-claim").devices
+    assert device.ifname == "net1"
+    assert (device.config["interface"], device.config["mode"]) == ("dataplane", "bridge")
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
@@ -221,14 +234,14 @@ def test_selectors(dra: Dra) -> None:
 )
 def test_a_wrong_parameter_is_an_event_of_the_pod(dra: Dra, parameters: dict[str, Any], words: str) -> None:
     before = dra.files()
-    dra.cluster.apply(template("wrong", "vm-nic", parameters), claiming("vm-w", "wrong"))
+    dra.cluster.apply(template("wrong", "any", parameters), claiming("vm-w", "wrong"))
     dra.wait_event("vm-w", words)
     assert dra.files() == before
     dra.delete("vm-w")
 
 
 def test_a_kubelet_that_starts_again_and_slices_that_are_wiped(dra: Dra) -> None:
-    dra.cluster.apply(template("nic", "vm-nic"), claiming("stays", "nic"))
+    dra.cluster.apply(template("nic", "any"), claiming("stays", "nic"))
     claim = dra.wait_prepared("stays")
     uids = {each["metadata"]["uid"] for each in dra.slices()}
     dra.cluster.kubelet.kill()
@@ -246,7 +259,7 @@ def test_a_kubelet_that_starts_again_and_slices_that_are_wiped(dra: Dra) -> None
 
 
 def test_an_agent_that_starts_again_knows_its_claims(dra: Dra) -> None:
-    dra.cluster.apply(template("nic", "vm-nic"), claiming("stays", "nic"))
+    dra.cluster.apply(template("nic", "any"), claiming("stays", "nic"))
     claim = dra.wait_prepared("stays")
     dra.release.restart()
     dra.wait_published(CAPACITY + 1)
@@ -294,7 +307,7 @@ print(status._send(claim, _document(claim, [record])))
 
 def test_what_was_attached_is_reported_in_the_claims_status(dra: Dra) -> None:
     """By the agent's own token, from its container."""
-    dra.cluster.apply(template("nic", "vm-nic", {"ifname": "net7"}), claiming("vm-r", "nic"))
+    dra.cluster.apply(template("nic", "any", {"ifname": "net7"}), claiming("vm-r", "nic"))
     claim = dra.wait_prepared("vm-r")
     words = ["exec", "daemonset/vmtap", "-c", "agent", "--", "python", "-c", _REPORT]
     assert "True" in dra.release.kubectl(*words)

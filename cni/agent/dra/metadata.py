@@ -15,7 +15,7 @@ import os
 import shutil
 from contextlib import suppress
 
-from cni.config.claim import DRIVER, POD_CLAIM
+from cni.config.claim import DRIVER, pod_claim
 from cni.errors import CniError, reason
 from cni.spec import IO_FAILURE
 
@@ -44,8 +44,7 @@ class Metadata:
 
         document: the ResourceClaim. attributes: of the devices, by name, as in a ResourceSlice.
         """
-        known = document.get("metadata") or {}
-        in_pod = (known.get("annotations") or {}).get(POD_CLAIM)
+        in_pod = pod_claim(document)
         place = f"resourceclaimtemplates/{in_pod}" if in_pod else f"resourceclaims/{claim.name}"
         bases = [each.request.partition("/")[0] for each in claim.devices]
         mounts = {}

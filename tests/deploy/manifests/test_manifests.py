@@ -139,6 +139,15 @@ def test_the_apis_understand_the_kustomizations(path: str) -> None:
         assert manifests.faults(document) == [], document["metadata"]
 
 
+EXAMPLES = sorted((DEPLOY / "examples/dra").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.name))
+def test_the_apis_understand_the_examples_of_claims(path: Path) -> None:
+    for document in manifests.objects(path.read_text()):
+        assert manifests.faults(document) == []
+
+
 def test_the_schemas_are_strict() -> None:
     """What is wrong is found: a misspelt field, a type, at any depth, and in a custom resource."""
     daemonset = of(kustomize("base"), "DaemonSet")
