@@ -319,3 +319,140 @@ def test_what_was_attached_is_reported_in_the_claims_status(dra: Dra) -> None:
     }
     [ready] = device["conditions"]
     assert (ready["type"], ready["status"]) == ("Ready", "True")
+
+
+# Pods that run
+
+INSIDE = "/var/run/kubernetes.io/dra-device-attributes/resourceclaimtemplates/net/nic"
+
+
+def inside(dra: Dra, name: str, script: str) -> str:
+    """The output of a script in the pod."""
+    return dra.cluster.kubectl("exec", name, "--", "/bin/busybox", "sh", "-euc", script).strip()
+
+
+def ready(dra: Dra, name: str) -> None:
+    try:
+        dra.cluster.wait(f"pod/{name}", "condition=Ready")
+    except LabError as error:
+        raise LabError(f"{error}\n{dra.log()}") from error
+
+
+def check_device(dra: Dra, name: str) -> str:
+    """major:minor of the pod's device node, which is that of its own link."""
+    major, minor = (
+        int(word, 16) for word in inside(dra, name, "busybox stat -c '0x%t 0x%T' /dev/tap*").split()
+    )
+    assert inside(dra, name, "busybox cat /sys/class/net/net1/macvtap/tap*/dev") == f"{major}:{minor}"
+    return f"{major}:{minor}"
+
+
+def state(dra: Dra, name: str) -> dict[str, Any]:
+    """The pod's only container."""
+    status = dra.cluster.get("pod", name)["status"]
+    [found] = status.get("containerStatuses") or [{}]
+    return dict(found)
+
+
+@pytest.fixture
+def runs(dra: Dra) -> str:
+    """A pod that runs, with the link net1 of its claim."""
+    dra.cluster.apply(template("nic", "any", {"ifname": "net1"}), claiming("runs", "nic"))
+    ready(dra, "runs")
+    check_device(dra, "runs")
+    return "runs"
+
+
+def away(dra: Dra) -> None:
+    """Ends the agent, until back()."""
+    dra.release.install(agent={"nodeSelector": {"kubernetes.io/os": "none"}})
+    dra.wait(
+        lambda: "vmtapd" not in " ".join(dra.cluster.machine.processes().values()), "the agent has not ended"
+    )
+
+
+def back(dra: Dra) -> None:
+    dra.release.install(agent={})
+    dra.wait_published(CAPACITY + 1)
+
+
+def test_a_pod_has_its_claims_device(dra: Dra, runs: str) -> None:
+    [claim] = dra.claims.all()
+    [record] = dra.release.records()
+    assert record["container_id"] == claim.uid
+    network = {"interfaceName": "net1", "hardwareAddress": record["mac"]}
+    metadata = json.loads(inside(dra, runs, f"busybox cat {INSIDE}/{DRIVER}-metadata.json"))
+    assert metadata["requests"][0]["devices"][0]["networkData"] == network
+    dra.wait(
+        lambda: dra.cluster.get("resourceclaim", claim.name)["status"].get("devices"),
+        "the claim's status is not reported",
+    )
+    [device] = dra.cluster.get("resourceclaim", claim.name)["status"]["devices"]
+    assert device["networkData"] == network
+
+
+def test_the_mac_stays_when_the_pod_is_made_again(dra: Dra, runs: str) -> None:
+    [before] = dra.release.records()
+    dra.delete(runs)
+    dra.cluster.apply(claiming(runs, "nic"))
+    ready(dra, runs)
+    [after] = dra.release.records()
+    assert after["container_id"] != before["container_id"]
+    assert after["mac"] == before["mac"]
+
+
+def test_a_container_and_the_runtime_start_again(dra: Dra, runs: str) -> None:
+    device = check_device(dra, runs)
+    dra.cluster.kubelet.kill()
+    dra.cluster.containerd.kill()
+    dra.cluster.containerd.start()
+    dra.cluster.kubelet.start()
+    echo = ["exec", runs, "--", "/bin/busybox", "echo", "up"]
+    dra.wait(lambda: "up" in dra.cluster.kubectl(*echo, check=False), "the kubelet does not work again")
+    dra.wait_published(CAPACITY + 1)
+    assert state(dra, runs)["restartCount"] == 0
+    dra.cluster.kubectl("exec", runs, "--", "/bin/busybox", "sh", "-euc", "kill -TERM 1", check=False)
+    dra.wait(lambda: state(dra, runs).get("restartCount") == 1, "the container did not start again")
+    ready(dra, runs)
+    assert check_device(dra, runs) == device
+
+
+def test_a_sandbox_is_made_again_while_the_agent_is_away(dra: Dra, runs: str) -> None:
+    """A pod that runs without its link, or with another pod's device, never happens."""
+    away(dra)
+    [first] = [pod for pod, alive in dra.cluster.cri.pods().items() if alive and _is(dra, pod, runs)]
+    dra.cluster.cri.stop_pod(first)
+    dra.wait(lambda: any(word in dra.events(runs) for word in ("Failed", "failed")), "nothing failed")
+    assert not state(dra, runs).get("ready")
+    assert "running" not in state(dra, runs).get("state", {})
+    back(dra)
+    ready(dra, runs)
+    check_device(dra, runs)
+
+
+def _is(dra: Dra, sandbox: str, name: str) -> bool:
+    logs = dra.cluster.run(["ctr", "containers", "info", sandbox])
+    return f'"io.kubernetes.cri.sandbox-name": "{name}"' in logs
+
+
+def test_a_pod_is_deleted_while_the_agent_is_away(dra: Dra, runs: str) -> None:
+    away(dra)
+    dra.cluster.kubectl("delete", "pod", runs, "--wait=false")
+    back(dra)
+    dra.cluster.kubectl("wait", f"pod/{runs}", "--for=delete", f"--timeout={LIMIT}s")
+
+
+def test_two_pods_do_not_share_a_claim(dra: Dra) -> None:
+    spec = template("x", "any", {"ifname": "net1"})["spec"]["spec"]
+    claim = {"apiVersion": GROUP, "kind": "ResourceClaim", "metadata": {"name": "one"}, "spec": spec}
+    pods = {name: claiming(name, "unused") for name in ("first", "second")}
+    for document in pods.values():
+        document["spec"]["resourceClaims"] = [{"name": "net", "resourceClaimName": "one"}]
+    dra.cluster.apply(claim, pods["first"])
+    ready(dra, "first")
+    device = check_device(dra, "first")
+    dra.cluster.apply(pods["second"])
+    dra.wait_event("second", "is prepared for pod default/first")
+    assert "running" not in state(dra, "second").get("state", {})
+    assert check_device(dra, "first") == device
+    assert len(dra.release.records()) == 1

@@ -78,7 +78,7 @@ class Metadata:
         return mounts
 
     def attached(self, claim: Claim, records: Sequence[Record]) -> None:
-        """Add what is known since the attach. A file that is missing stays so."""
+        """Add what is known since the attach. A file that is missing stays so, and one that has it already."""
         network = {
             (each.pool, each.device): network_data(record)
             for each in claim.devices
@@ -90,12 +90,15 @@ class Metadata:
             try:
                 with open(path, encoding="utf-8") as file:
                     document = json.load(file)
-                document["metadata"]["generation"] += 1
+                changed = False
                 for request in document["requests"]:
                     for device in request["devices"]:
-                        if found := network.get((device["pool"], device["name"])):
-                            device["networkData"] = found
-                _write(path, document)
+                        found = network.get((device["pool"], device["name"]))
+                        if found and device.get("networkData") != found:
+                            device["networkData"], changed = found, True
+                if changed:  # a container may be reading it
+                    document["metadata"]["generation"] += 1
+                    _write(path, document)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, TypeError, KeyError) as error:

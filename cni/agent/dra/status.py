@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _SOONEST, _LATEST = 1.0, 60.0
 """Seconds between attempts."""
 _STOP_SECONDS = 5.0
+_MOST = 4096
+"""Claims whose report is remembered."""
 
 
 class Status:
@@ -40,6 +42,8 @@ class Status:
         self._changed = threading.Condition()
         self._waiting: dict[str, tuple[Claim, dict[str, Any]]] = {}
         """By the claim's UID: only the last report counts."""
+        self._reported: dict[str, object] = {}
+        """By the claim's UID: what the API server has. Each container of the pod causes a report."""
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="dra-status", daemon=True)
 
@@ -55,8 +59,14 @@ class Status:
         self._thread.join(_STOP_SECONDS)
 
     def report(self, claim: Claim, records: Sequence[Record]) -> None:
-        """Have the attached devices reported. Does not block."""
+        """Have the attached devices reported, unless they were. Does not block."""
+        what = _essence(claim, records)
         with self._changed:
+            if self._reported.get(claim.uid) == what:
+                return
+            if len(self._reported) >= _MOST:
+                self._reported.clear()
+            self._reported[claim.uid] = what
             self._waiting[claim.uid] = claim, _document(claim, records)
             self._changed.notify_all()
 
@@ -95,6 +105,13 @@ class Status:
             return False
         log(INFO, "claim reported", **names)
         return True
+
+
+def _essence(claim: Claim, records: Sequence[Record]) -> object:
+    """What distinguishes a report from another one of the claim."""
+    return claim.pod_uid, sorted(
+        (record.id, record.ifname, record.mac, str(record.ips)) for record in records
+    )
 
 
 def _document(claim: Claim, records: Sequence[Record]) -> dict[str, Any]:

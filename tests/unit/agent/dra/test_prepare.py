@@ -161,6 +161,8 @@ def test_metadata_of_a_template_and_after_the_attach(node: Node, tmp_path: Path)
     }
     assert "networkData" not in after["requests"][0]["devices"][1]
     assert path.stat().st_ino == inode  # a container has it mounted
+    Metadata(f"{tmp_path}/run").attached(found, [record(found, found.devices[0])])
+    assert json.loads(path.read_text()) == after
     assert json.loads(Path(mounts[2][0]["hostPath"]).read_text())["requests"][0]["name"] == "b/x"
 
 

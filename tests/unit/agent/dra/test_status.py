@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,22 @@ def test_an_attached_device(api: StandIn) -> None:
     [ready] = found["conditions"]
     assert (ready["type"], ready["status"]) == ("Ready", "True")
     assert "shareID" not in found
+
+
+def test_the_same_is_reported_once(api: StandIn) -> None:
+    """Each container of a pod causes a report; a remade sandbox has another one."""
+    status = Status(api, lambda _: True)
+    status.start()
+    attached = record(CLAIM, DEVICE)
+    for _ in range(2):
+        status.report(CLAIM, [attached])
+        until(lambda: not status._waiting, "it is not reported")
+    status.report(CLAIM, [replace(attached, mac="02:00:00:00:00:02")])
+    until(lambda: len(api.calls) == 2, "the change is not reported")
+    status.report(replace(CLAIM, pod_uid="p2"), [attached])
+    until(lambda: len(api.calls) == 3, "another pod's is not reported")
+    status.stop()
+    assert api.calls == [PATCH] * 3
 
 
 def test_a_device_that_is_not_attached(api: StandIn) -> None:
