@@ -172,6 +172,12 @@ def allocated(claim: Mapping[str, Any]) -> list[Allocated]:
     return found
 
 
+def check(parameters: Any) -> None:
+    """Raise CniError 2 or 7 that names the field if the parameters of a class or a claim are not valid."""
+    if not schema.accepts(_rules(), parameters):
+        schema.explain(_rules(), parameters, unknown=UNSUPPORTED_FIELD, foreign=_foreign())
+
+
 def network_config(device: Allocated, entry: Interface, source: str | None = None) -> dict[str, Any]:
     """The device's network config. source: of the entry's devices the one that the allocated device is on."""
     return {
@@ -201,8 +207,7 @@ def _configs(devices: Mapping[str, Any], source: str) -> Iterator[tuple[str, lis
             continue
         parameters: Any = opaque.get("parameters")
         try:
-            if not schema.accepts(_rules(), parameters):
-                schema.explain(_rules(), parameters, unknown=UNSUPPORTED_FIELD, foreign=_foreign())
+            check(parameters)
         except CniError as error:
             raise CniError(error.code, f"parameters of {author}: {error.msg}", error.details) from None
         yield source, _names(each.get("requests")), dict(parameters)
