@@ -288,39 +288,6 @@ def test_an_agent_writes_the_slices_of_its_own_node_only(dra: Dra) -> None:
         assert dra.cluster.kubectl("auth", "can-i", *words, f"--as={ACCOUNT}", check=False).strip() == "no"
 
 
-_REPORT = """
-import sys
-from cni.agent.dra.driver import _server
-from cni.agent.dra.api import Api
-from cni.agent.dra.status import Status
-from cni.state.claims import Claims
-from cni.state.record import Record, boot_id
-[claim] = Claims("/run/vmtap").all()
-[device] = claim.devices
-record = Record(device.network, claim.uid, device.ifname, "/run/netns/x", (4, 1), 0, "macvtap", device.ifindex,
-    "02:00:00:00:0d:02", 1500, 1, boot_id(), ips=({"address": "10.1.0.5/24"},))
-status = Status(Api(*_server()), lambda uid: True)
-from cni.agent.dra.status import _document
-print(status._send(claim, _document(claim, [record])))
-"""
-
-
-def test_what_was_attached_is_reported_in_the_claims_status(dra: Dra) -> None:
-    """By the agent's own token, from its container."""
-    dra.cluster.apply(template("nic", "any", {"ifname": "net7"}), claiming("vm-r", "nic"))
-    claim = dra.wait_prepared("vm-r")
-    words = ["exec", "daemonset/vmtap", "-c", "agent", "--", "python", "-c", _REPORT]
-    assert "True" in dra.release.kubectl(*words)
-    [device] = dra.cluster.get("resourceclaim", claim.name)["status"]["devices"]
-    assert device["networkData"] == {
-        "interfaceName": "net7",
-        "hardwareAddress": "02:00:00:00:0d:02",
-        "ips": ["10.1.0.5/24"],
-    }
-    [ready] = device["conditions"]
-    assert (ready["type"], ready["status"]) == ("Ready", "True")
-
-
 # Pods that run
 
 INSIDE = "/var/run/kubernetes.io/dra-device-attributes/resourceclaimtemplates/net/nic"
