@@ -320,8 +320,14 @@ def _claims(
     def attached(claim: Claim, records: Sequence[Record]) -> None:
         driver.report(claim, records)
 
-    plugins = os.path.dirname(settings.hook)
-    sandboxes = Sandboxes(store, Claims(settings.run, _note), answer, attached, plugins)
+    sandboxes = Sandboxes(
+        store,
+        Claims(settings.run, _note),
+        answer,
+        attached,
+        cni_path=os.path.dirname(settings.hook),
+        cdi=settings.cdi,
+    )
     driver = Driver(settings, agent.policies, store, registry, sandboxes.end)
     agent.hook = sandboxes.hook
     return [driver, Client(settings.nri, sandboxes)]

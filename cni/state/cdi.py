@@ -3,8 +3,10 @@
 Of an attachment with a device of the kubelet's: ADD writes it when the device is there, with the device's numbers, so
 the runtime need not see the agent's file system. The runtime reads it later, at CreateContainer.
 
-Of a resource claim: Prepare writes it before there is a sandbox. It names the device nodes that ADD makes on the node,
-and the runtime looks at them at CreateContainer. Its hook asks the agent whether the sandbox has the claim's devices.
+Of a resource claim: Prepare writes it before there is a sandbox, with the numbers of /dev/null. The attach writes those
+of the links, and their end takes them out. A runtime caches the file until it changes, and with a node's path also what
+it has seen there (fillMissingInfo of container-device-interface): so the numbers are in the file. The hook, which asks
+the agent whether the sandbox has the claim's links, fails a container that was created with other numbers.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 KIND = "vmtap.dev/tap"
 CLAIM_KIND = "vmtap.dev/claim"
 _HOOK_SECONDS = 30
+_NULL = (1, 3)
+"""(major, minor) of /dev/null, for a device that is not attached: without numbers a runtime looks for a node."""
 _VERSION = "0.5.0"
 
 
@@ -45,7 +49,8 @@ def write(record: Record, device: tuple[int, int], owner: int, group: int) -> No
     """The file that record.cdi names, whole or not at all; device: (major, minor). Raises CniError 5."""
     assert record.cdi is not None  # noqa: S101 - the caller
     node = _node(record.ifindex, owner, group) | {"major": device[0], "minor": device[1]}
-    _write(record.cdi, KIND, [{"name": record.device_id, "containerEdits": {"deviceNodes": [node]}}])
+    edits = {"deviceNodes": [node]}
+    _write(record.cdi, {"kind": KIND, "devices": [{"name": record.device_id, "containerEdits": edits}]})
 
 
 def claim_name(uid: str, number: int) -> str:
@@ -58,19 +63,19 @@ def claim_path(folder: str, uid: str) -> str:
     return f"{folder}/vmtap-claim-{uid}.json"
 
 
-def write_claim(
-    folder: str, claim: Claim, nodes: Mapping[int, str], mounts: Mapping[int, tuple[str, str]], hook: str
-) -> None:
-    """The claim's file, whole or not at all. Raises CniError 5.
+def write_claim(folder: str, claim: Claim, mounts: Mapping[int, tuple[str, str]], hook: str) -> None:
+    """The claim's file, whole or not at all. A file that is there keeps its devices' numbers. Raises CniError 5.
 
-    nodes: interface index → path of the device node on the node. mounts: number of a device → (a file on the node, its
-    path in the container). hook: the path of vmtap-hook on the node, which runs once in each container that gets one of
-    the devices.
+    mounts: number of a device → (a file on the node, its path in the container). hook: the path of vmtap-hook on the
+    node, which runs once in each container that gets one of the devices.
     """
+    path = claim_path(folder, claim.uid)
+    before = {each["path"]: _numbers(each) for each in _nodes(_read(path))}
     devices = []
     for number, each in enumerate(claim.devices):
         node = _node(each.ifindex, each.config["owner"], each.config["group"])
-        edits: dict[str, Any] = {"deviceNodes": [node | {"hostPath": nodes[each.ifindex]}]}
+        major, minor = before.get(node["path"], _NULL)
+        edits: dict[str, Any] = {"deviceNodes": [node | {"major": major, "minor": minor}]}
         if number in mounts:
             source, target = mounts[number]
             options = ["ro", "nosuid", "nodev", "noexec", "bind"]
@@ -84,7 +89,47 @@ def write_claim(
             "timeout": _HOOK_SECONDS,
         }
     ]
-    _write(claim_path(folder, claim.uid), CLAIM_KIND, devices, {"containerEdits": {"hooks": hooks}})
+    _write(path, {"kind": CLAIM_KIND, "devices": devices, "containerEdits": {"hooks": hooks}})
+
+
+def set_devices(folder: str, uid: str, devices: Mapping[str, tuple[int, int] | None]) -> None:
+    """Write the (major, minor) of a claim's devices, by their path in a container, into its file. Raises CniError 5.
+
+    None: the device is not attached. A file that is missing stays so.
+    """
+    path = claim_path(folder, uid)
+    document = _read(path)
+    changed = False
+    for node in _nodes(document):
+        if node["path"] in devices:
+            numbers = devices[node["path"]] or _NULL
+            changed |= _numbers(node) != numbers
+            node["major"], node["minor"] = numbers
+    if changed:
+        _write(path, document)
+
+
+def _read(path: str) -> dict[str, Any]:
+    """A claim's file; {} without one. Raises CniError 5."""
+    try:
+        with open(path, "rb") as file:
+            document = json.loads(file.read())
+        return document if isinstance(document, dict) else {}
+    except FileNotFoundError:
+        return {}
+    except ValueError:  # not whole: it is written anew
+        return {}
+    except OSError as error:
+        raise CniError(IO_FAILURE, f"the CDI spec {path} cannot be read", reason(error)) from error
+
+
+def _numbers(node: Mapping[str, Any]) -> tuple[int, int]:
+    return node.get("major", _NULL[0]), node.get("minor", _NULL[1])
+
+
+def _nodes(document: dict[str, Any]) -> list[dict[str, Any]]:
+    devices = document.get("devices", ())
+    return [node for each in devices for node in each["containerEdits"].get("deviceNodes", ())]
 
 
 def _node(ifindex: int, owner: int, group: int) -> dict[str, Any]:
@@ -98,10 +143,8 @@ def _node(ifindex: int, owner: int, group: int) -> dict[str, Any]:
     }
 
 
-def _write(
-    path: str, kind: str, devices: list[dict[str, Any]], more: Mapping[str, Any] | None = None
-) -> None:
-    document = {"cdiVersion": _VERSION, "kind": kind, "devices": devices, **(more or {})}
+def _write(path: str, fields: Mapping[str, Any]) -> None:
+    document = {"cdiVersion": _VERSION, **fields}
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         # A runtime reads names that end with .json or .yaml only: never the temporary file.

@@ -60,7 +60,8 @@ class Container:
             its, ours = ("{}:{}".format(*each) for each in (found, device))
             raise CniError(
                 WRONG_DEVICE,
-                f"the container's {path} is device {its}, and the claim's link has {ours}: create the container again",
+                f"the container was created with device {its} at {path}, and the claim's link has {ours}: "
+                "create the container again",
             )
 
 

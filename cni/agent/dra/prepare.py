@@ -141,7 +141,7 @@ class Preparing:
     def _settle(self, claim: Claim, before: Claim | None, document: Mapping[str, Any]) -> Claim:
         """Reserve and write everything; undone if a step fails. Returns the claim with its interface indexes."""
         ids = [claim.attachment(each) for each in claim.devices]
-        kept = {before.attachment(each) for each in before.devices} if before else set()
+        kept = {before.attachment(each): each.ifindex for each in before.devices} if before else {}
         with ExitStack() as undo, ExitStack() as locks:
             for id in sorted(
                 ids
@@ -149,7 +149,7 @@ class Preparing:
                 locks.enter_context(self._store.locked(id))
             devices = []
             for id, each in zip(ids, claim.devices, strict=True):
-                index = self._store.reserve_ifindex(id)
+                index = self._store.reserve_ifindex(id, claimed=kept.get(id, 0))
                 if id not in kept:
                     undo.callback(self._store.forget_id, id, index)
                 devices.append(replace(each, ifindex=index))
@@ -160,8 +160,7 @@ class Preparing:
             if claim != before:
                 self._claims.save(claim)
             mounts = self._metadata.write(claim, document, self._attributes())
-            nodes = {each.ifindex: self._store.node(each.ifindex) for each in claim.devices}
-            cdi.write_claim(self._settings.cdi, claim, nodes, mounts, self._settings.hook)
+            cdi.write_claim(self._settings.cdi, claim, mounts, self._settings.hook)
             undo.pop_all()
         return claim
 

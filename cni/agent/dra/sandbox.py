@@ -29,6 +29,7 @@ from cni.spec import (
     TRY_AGAIN_LATER,
     WRONG_DEVICE,
 )
+from cni.state import cdi
 from cni.state.lock import keep_turn
 from cni.state.lookup import find_link
 
@@ -57,7 +58,8 @@ class Sandboxes:
     """Safe for threads: a claim's lock, which Prepare and Unprepare take too, keeps two from working on one claim.
 
     answer: carries out a CNI request; its second argument is called before a wait. attached: called with a claim and
-    the records of its devices before a container of it starts; raises CniError. cni_path: the folder of IPAM plugins.
+    the records of its devices before a container of it starts; raises CniError. cni_path: the folder of IPAM plugins;
+    cdi: that of CDI files.
     """
 
     def __init__(
@@ -66,13 +68,16 @@ class Sandboxes:
         claims: Claims,
         answer: Callable[[Request, Callable[[], None]], Response],
         attached: Callable[[Claim, Sequence[Record]], None],
+        *,
         cni_path: str,
+        cdi: str,
     ) -> None:
         self._store = store
         self._claims = claims
         self._answer = answer
         self._report = attached
         self._cni_path = cni_path
+        self._cdi = cdi
 
     # The calls of the NRI plugin
 
@@ -158,6 +163,7 @@ class Sandboxes:
         record = self._store.load(claim.attachment(device))
         if record is None:
             return
+        cdi.set_devices(self._cdi, claim.uid, {_path(device): None})
         path = record.netns if _leads_to(record.netns, record.netns_id) else ""
         response = self._answer(self._request("DEL", claim, device, path), keep_turn)
         if response.error:
@@ -185,7 +191,7 @@ class Sandboxes:
 
         Raises CniError; what was attached before stays for the next try, and ends with the sandbox.
         """
-        found = {}
+        found: dict[str, tuple[int, int]] = {}
         with self._locked(uid, yield_turn):
             claim = self._claims.load(uid)
             if claim is None or claim.pod_uid != pod_uid:
@@ -194,7 +200,8 @@ class Sandboxes:
                 )
             for device in claim.devices:
                 node = self._attached(claim, device, sandbox) or self._add(claim, device, sandbox, yield_turn)
-                found[f"/dev/tap{device.ifindex}"] = node
+                found[_path(device)] = node
+            cdi.set_devices(self._cdi, uid, found)
             records = [self._store.load(claim.attachment(device)) for device in claim.devices]
             self._report(claim, [record for record in records if record])
         return found
@@ -282,6 +289,11 @@ def _leads_to(path: str, identity: tuple[int, int]) -> bool:
         status = os.stat(path)
         return (status.st_dev, status.st_ino) == identity
     return False
+
+
+def _path(device: ClaimDevice) -> str:
+    """The path of the device's node in a container."""
+    return f"/dev/tap{device.ifindex}"
 
 
 def _name(claim: Claim) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cni.agent.nri import nri_pb2 as api
+from cni.state import cdi
 from cni.state.claims import Claim, ClaimDevice, Claims
 from cni.state.store import Store
 from tests.agent.conftest import SHIM, Agent
@@ -107,7 +108,14 @@ class Node:
         ]
         claim = replace(claim, devices=tuple(reserved))
         self.claims.save(claim)
+        cdi.write_claim(str(self.folder / "cdi"), claim, {}, str(self.hook_path))
         return claim
+
+    def given(self, claim: Claim) -> tuple[int, int]:
+        """(major, minor) that the next container gets for the claim's first device."""
+        document = json.loads(Path(cdi.claim_path(str(self.folder / "cdi"), claim.uid)).read_text())
+        [made] = document["devices"][0]["containerEdits"]["deviceNodes"]
+        return made["major"], made["minor"]
 
     def record(self, claim: Claim) -> Record | None:
         """The record of the claim's first device."""
@@ -227,6 +235,7 @@ def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
             "hook": tmp_path / "bin/vmtap-hook",
             "node": "node",
             "kubelet": f"{kubelet}/device-plugins",
+            "cdi": tmp_path / "cdi",
         }
         agent = Agent(
             lab.node,

@@ -50,9 +50,10 @@ def test_a_sandboxs_life(node: Node, lab: Lab, plugin: Plugin) -> None:
     record = node.record(claim)
     assert record
     assert (record.claim, record.netns, record.pod) == (True, str(pod.path), ("vms", "vm"))
-    assert node.device(claim) == node.link(claim, pod)
+    assert node.device(claim) == node.given(claim) == node.link(claim, pod)
     node.hook(claim, pod).ok()
     assert _stop(plugin, pod) == ""
+    assert node.given(claim) == (1, 3)
     assert not {"net0", "net1"} & pod.links().keys()
     assert node.record(claim) is None
     assert node.device(claim) is None
@@ -159,7 +160,8 @@ def test_a_dead_driver_and_a_remade_sandbox_never_give_another_pods_device(node:
     link = node.link(claim, second)
     assert link == node.device(claim)
     assert link != left
-    refused.refused(f"is device {left[0]}:{left[1]}" if left else "", "create the container again")
+    refused.refused(f"device {left[0]}:{left[1]}" if left else "", "create the container again")
+    assert node.given(claim) == link
     node.hook(claim, second).ok()  # with the node that there is now
 
 

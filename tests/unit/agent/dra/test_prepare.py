@@ -117,7 +117,7 @@ def test_the_cdi_spec(node: Node) -> None:
     assert (spec["kind"], device["name"]) == ("vmtap.dev/claim", f"{UID}-0")
     [made] = device["containerEdits"]["deviceNodes"]
     assert made["path"] == f"/dev/tap{index}"
-    assert made["hostPath"] == node.store.node(index)
+    assert (made["type"], made["major"], made["minor"]) == ("c", 1, 3)
     assert (made["fileMode"], made["uid"], made["gid"]) == (0o660, 107, 107)
     [mount] = device["containerEdits"]["mounts"]
     inside = "/var/run/kubernetes.io/dra-device-attributes/resourceclaims/c/nic/vmtap.dev-metadata.json"
@@ -196,6 +196,23 @@ def test_it_is_idempotent_and_restores_what_is_gone(node: Node) -> None:
     assert node.ended == []
 
 
+def test_a_later_call_keeps_the_index_though_an_earlier_candidate_is_free(node: Node) -> None:
+    def index() -> int:
+        node.prepare()
+        claim = node.claims.load(UID)
+        assert claim
+        return claim.devices[0].ifindex
+
+    first = index()
+    node.preparing.unprepare(UID)
+    taken = node.store.folder + f"/ifindex/{first}"
+    os.symlink("another", taken)
+    second = index()
+    assert second != first
+    os.unlink(taken)
+    assert index() == second
+
+
 def test_unprepare_leaves_nothing(node: Node) -> None:
     before = node.files()
     node.prepare()
@@ -245,7 +262,9 @@ def test_a_step_that_fails_is_undone(node: Node, step: str, monkeypatch: pytest.
             patched.setattr(cdi, "write_claim", fail)
         else:
             reserve, calls = node.store.reserve_ifindex, iter((False, True))
-            patched.setattr(node.store, "reserve_ifindex", lambda id: fail() if next(calls) else reserve(id))
+            patched.setattr(
+                node.store, "reserve_ifindex", lambda id, **_: fail() if next(calls) else reserve(id)
+            )
         assert "full" in node.refusal()
     assert node.files() == before
     node.prepare()
