@@ -163,6 +163,17 @@ def test_slices_follow_the_policy(dra: Dra) -> None:
     dra.wait_published(CAPACITY + 1)
 
 
+def test_slices_follow_the_link(dra: Dra) -> None:
+    """The devices stay, and show that they have no carrier."""
+    for state_of_link, carrier in (("down", False), ("up", True)):
+        dra.cluster.lab.node.ip(f"link set {NIC} {state_of_link}")
+        dra.wait(
+            lambda carrier=carrier: {each["carrier"] for each in dra.devices().values()} == {carrier},  # type: ignore[misc]
+            f"the link is {state_of_link}, and the slices do not show it",
+        )
+    assert len(dra.devices()) == CAPACITY + 1
+
+
 def test_a_claim_is_prepared_for_its_pod_and_leaves_nothing(dra: Dra) -> None:
     before = dra.files()
     dra.cluster.apply(
