@@ -163,6 +163,17 @@ def test_slices_follow_the_policy(dra: Dra) -> None:
     dra.wait_published(CAPACITY + 1)
 
 
+def test_slices_follow_the_link(dra: Dra) -> None:
+    """The devices stay, and show that they have no carrier."""
+    for state_of_link, carrier in (("down", False), ("up", True)):
+        dra.cluster.lab.node.ip(f"link set {NIC} {state_of_link}")
+        dra.wait(
+            lambda carrier=carrier: {each["carrier"] for each in dra.devices().values()} == {carrier},  # type: ignore[misc]
+            f"the link is {state_of_link}, and the slices do not show it",
+        )
+    assert len(dra.devices()) == CAPACITY + 1
+
+
 def test_a_claim_is_prepared_for_its_pod_and_leaves_nothing(dra: Dra) -> None:
     before = dra.files()
     dra.cluster.apply(
@@ -286,39 +297,6 @@ def test_an_agent_writes_the_slices_of_its_own_node_only(dra: Dra) -> None:
         ["update", "resourceclaims"],
     ):
         assert dra.cluster.kubectl("auth", "can-i", *words, f"--as={ACCOUNT}", check=False).strip() == "no"
-
-
-_REPORT = """
-import sys
-from cni.agent.dra.driver import _server
-from cni.agent.dra.api import Api
-from cni.agent.dra.status import Status
-from cni.state.claims import Claims
-from cni.state.record import Record, boot_id
-[claim] = Claims("/run/vmtap").all()
-[device] = claim.devices
-record = Record(device.network, claim.uid, device.ifname, "/run/netns/x", (4, 1), 0, "macvtap", device.ifindex,
-    "02:00:00:00:0d:02", 1500, 1, boot_id(), ips=({"address": "10.1.0.5/24"},))
-status = Status(Api(*_server()), lambda uid: True)
-from cni.agent.dra.status import _document
-print(status._send(claim, _document(claim, [record])))
-"""
-
-
-def test_what_was_attached_is_reported_in_the_claims_status(dra: Dra) -> None:
-    """By the agent's own token, from its container."""
-    dra.cluster.apply(template("nic", "any", {"ifname": "net7"}), claiming("vm-r", "nic"))
-    claim = dra.wait_prepared("vm-r")
-    words = ["exec", "daemonset/vmtap", "-c", "agent", "--", "python", "-c", _REPORT]
-    assert "True" in dra.release.kubectl(*words)
-    [device] = dra.cluster.get("resourceclaim", claim.name)["status"]["devices"]
-    assert device["networkData"] == {
-        "interfaceName": "net7",
-        "hardwareAddress": "02:00:00:00:0d:02",
-        "ips": ["10.1.0.5/24"],
-    }
-    [ready] = device["conditions"]
-    assert (ready["type"], ready["status"]) == ("Ready", "True")
 
 
 # Pods that run

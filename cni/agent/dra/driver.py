@@ -48,6 +48,7 @@ _STOP_SECONDS = 10.0
 _AFTER_REGISTRATION = (0.0, 2.0, 10.0, 40.0)
 """When the slices are compared. A kubelet that starts wipes them at once, and tries that again if it fails."""
 _AGAIN = 300.0
+_REST_SECONDS = 2.0
 _SOONEST, _LATEST = 1.0, 60.0
 """Seconds until a step that failed is tried again."""
 
@@ -92,6 +93,8 @@ class Driver:
         """The devices, as JSON, of the last comparison that succeeded."""
         self._due: list[float] = []
         """When to compare next, by time.monotonic(), sorted."""
+        self._rest = 0.0
+        """Until when the slices are not written again, by time.monotonic(): a carrier may come and go all the time."""
         self._failures = 0
         self._sockets: Sockets | None = None
         self._stopping = False
@@ -167,7 +170,8 @@ class Driver:
                 ) as error:  # the thread must survive: the API server and the kubelet come and go
                     self._failures += 1
                     pause = min(_LATEST, _SOONEST * 2.0 ** (self._failures - 1))
-                    self._due = [time.monotonic() + pause]
+                    self._rest = time.monotonic() + pause
+                    self._due = [self._rest]
                     known = isinstance(error, OSError | CniError | RuntimeError)
                     log(
                         WARNING if known else ERROR,
@@ -210,11 +214,14 @@ class Driver:
         self._compute()
         devices = json.dumps(self._pool.devices)
         now = time.monotonic()
-        if devices == self._published and self._due and self._due[0] > now:
+        if devices != self._published:
+            self._due = sorted([*self._due, max(now, self._rest)])
+        if self._due[0] > now:
             return
         self._due = [each for each in self._due if each > now]
         try:
-            self._publishing.publish(self._pool.devices)
+            if self._publishing.publish(self._pool.devices):
+                self._rest = time.monotonic() + _REST_SECONDS
         except BaseException:
             self._failed_publications.inc()
             self._published = None
