@@ -27,23 +27,29 @@ from cni.agent.policies import VARIABLE, Policies
 from cni.agent.reconcile.runner import Reconciler
 from cni.agent.settings import load as load_settings
 from cni.agent.vepa_warning import VepaWarning
+from cni.agent.wire import HOOK
 from cni.attach.call import Node, Request
 from cni.errors import CniError, reason
 from cni.kernel import packet
 from cni.kernel.netns import libc
 from cni.kernel.rtnl import Host
+from cni.plugin import Response
+from cni.spec import PLUGIN_NOT_AVAILABLE
+from cni.state.claims import Claims
 from cni.state.lock import keep_turn
 from cni.state.store import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cni.agent.deviceplugin.allocations import Allocations
     from cni.agent.deviceplugin.offering import DevicePlugin
+    from cni.agent.dra.driver import Driver
+    from cni.agent.nri.client import Client
     from cni.agent.server import Reply
     from cni.agent.settings import Settings
-    from cni.plugin import Response
+    from cni.state.claims import Claim
     from cni.state.record import Record
 
 
@@ -54,11 +60,17 @@ _SPARE_HOSTS = 8
 _M_ARENA_MAX = -8  # malloc.h
 _ARENAS = 2
 """glibc gives nearly every thread an arena; the dozens with the device plugin took 2 to 7 MB of 45."""
-_COMMANDS = ("ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION")
+_COMMANDS = ("ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION", "HOOK")
 
 
 def _no_reply(response: Response, stderr: bytes) -> None:
     """The reply to a pending DEL, whose shim has ended."""
+
+
+def _no_hook(request: Request, yield_turn: Callable[[], None]) -> Response:
+    return Response(
+        b"", 1, CniError(PLUGIN_NOT_AVAILABLE, "dra is off in the agent's settings: no claim is attached")
+    )
 
 
 class Agent:
@@ -84,6 +96,8 @@ class Agent:
             cgroup=self.groups.find,
             handover=handover is not None,
         )
+        self.hook: Callable[[Request, Callable[[], None]], Response] = _no_hook
+        """Answers the hook of a container that gets a device of a resource claim."""
         self._handover = handover
         self._warn = VepaWarning(settings.run)
         self._hosts: list[Host] = []
@@ -108,16 +122,9 @@ class Agent:
     ) -> Response:
         """Carry out one request. reply: called with the response; yield_turn: see plugin.handle."""
         begin = time.monotonic()
-        try:
-            host = self._hosts.pop()
-        except IndexError:
-            host = Host()
         self._in_flight.inc()
-        response = plugin.handle(request, self.node, host, yield_turn)
-        if len(self._hosts) < _SPARE_HOSTS:
-            self._hosts.append(host)
-        else:
-            host.close()
+        carry_out = self.hook if request.called_as == HOOK else self._handle
+        response = carry_out(request, yield_turn)
         seconds = time.monotonic() - begin
         stderr = b""
         fields: dict[str, object] = {"ms": round(seconds * 1000, 2)}
@@ -135,6 +142,18 @@ class Agent:
             ifname=request.env.get("CNI_IFNAME"),
             **fields,
         )
+        return response
+
+    def _handle(self, request: Request, yield_turn: Callable[[], None]) -> Response:
+        try:
+            host = self._hosts.pop()
+        except IndexError:
+            host = Host()
+        response = plugin.handle(request, self.node, host, yield_turn)
+        if len(self._hosts) < _SPARE_HOSTS:
+            self._hosts.append(host)
+        else:
+            host.close()
         return response
 
     def _added(self, record: Record, pod_netns: int) -> None:
@@ -216,21 +235,22 @@ def _run(settings: Settings) -> int:
     )
     broker = Broker(settings.run, registry)
     broker.start()
-    offering = _device_plugin(settings, agent.policies, store, registry)
+    plugin = _device_plugin(settings, agent.policies, store, registry)
+    parts = [*filter(None, (plugin,)), *_claims(settings, agent, store, registry)]
     gc.collect()
     gc.freeze()  # these objects stay: collections need not visit them
     gc.set_threshold(_GC_THRESHOLD)
     serving.start()
-    if offering:
-        offering.start()
+    for part in parts:
+        part.start()
     pages = _pages(path, agent, broker, registry)
     _notify("READY=1")
     log(INFO, "ready", socket=path)
     number = signal.sigwait((signal.SIGTERM, signal.SIGINT))
     _notify("STOPPING=1")
     log(INFO, "ending", signal=signal.Signals(number).name)
-    if offering:
-        offering.stop()
+    for part in parts:
+        part.stop()
     broker.stop()
     if not serving.stop(settings.drain_seconds):
         log(WARNING, "requests were still in flight; the reconciler will repair what they leave")
@@ -239,8 +259,8 @@ def _run(settings: Settings) -> int:
     if handover:
         handover.stop()
     reconciler.stop()
-    for each in pages:
-        each.stop()
+    for page in pages:
+        page.stop()
     return 0
 
 
@@ -284,6 +304,38 @@ def _device_plugin(
     from cni.agent.deviceplugin.offering import DevicePlugin  # noqa: PLC0415 - gRPC is 25 MB
 
     return DevicePlugin(settings, policies, store, registry)
+
+
+def _claims(
+    settings: Settings, agent: Agent, store: Store, registry: metrics.Registry
+) -> list[Driver | Client]:
+    """The driver of Dynamic Resource Allocation and the NRI plugin, if the settings have dra on; sets the agent's hook.
+
+    Raises CniError, OSError.
+    """
+    if not settings.dra:
+        return []
+    from cni.agent.dra.driver import Driver  # noqa: PLC0415 - gRPC is 25 MB
+    from cni.agent.dra.sandbox import Sandboxes  # noqa: PLC0415
+    from cni.agent.nri.client import Client  # noqa: PLC0415
+
+    def answer(request: Request, yield_turn: Callable[[], None]) -> Response:
+        return agent.answer(request, yield_turn=yield_turn)
+
+    def attached(claim: Claim, records: Sequence[Record]) -> None:
+        driver.report(claim, records)
+
+    sandboxes = Sandboxes(
+        store,
+        Claims(settings.run, _note),
+        answer,
+        attached,
+        cni_path=os.path.dirname(settings.hook),
+        cdi=settings.cdi,
+    )
+    driver = Driver(settings, agent.policies, store, registry, sandboxes.end)
+    agent.hook = sandboxes.hook
+    return [driver, Client(settings.nri, sandboxes)]
 
 
 def _pages(path: str, agent: Agent, broker: Broker, registry: metrics.Registry) -> list[HttpServer]:

@@ -36,7 +36,11 @@ class Settings:
     pod_resources: str
     device_route: str
     cdi: str
+    dra: bool
+    node: str
+    hook: str
     broker_mount: bool
+    nri: str
     cgroup: str
     log_level: str
 

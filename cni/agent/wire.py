@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-_HEAD = struct.Struct("=IIII")  # magic, called as macvtap?, length of env, length of stdin
+_HEAD = struct.Struct("=IIII")  # magic, called as, length of env, length of stdin
 _TAIL = struct.Struct("=iII")  # exit status, length of stdout, length of stderr
 _MAGIC = 0x31746D76  # "vmt1"
+HOOK = "vmtap-hook"
+"""The shim's name as a container's hook: Request.called_as."""
+_NAMES = ("vmtap", "macvtap", HOOK)
 _FIRST_BYTES = 1 << 14
 """Read by the first call: nearly every request is smaller."""
 _PROMPT_SECONDS = 0.05
@@ -124,21 +127,21 @@ def _twice(read: Callable[[], T], late: Callable[[], None] | None) -> T:
 
 
 def _check(head: bytes) -> int:
-    magic, _, env_length, stdin_length = _HEAD.unpack(head)
-    if magic != _MAGIC or env_length > ENV_LIMIT or stdin_length > STDIN_LIMIT:
+    magic, called_as, env_length, stdin_length = _HEAD.unpack(head)
+    if magic != _MAGIC or called_as >= len(_NAMES) or env_length > ENV_LIMIT or stdin_length > STDIN_LIMIT:
         raise WireError("the head is not that of a request")
     return int(env_length + stdin_length)
 
 
 def _request(head: bytes, body: bytes, netns: int | None) -> Request:
-    _, as_macvtap, env_length, _ = _HEAD.unpack(head)
+    _, called_as, env_length, _ = _HEAD.unpack(head)
     env: dict[str, str] = {}
     if body.count(b"\0", 0, env_length) > _MOST_VARIABLES:
         raise WireError(f"the environment has more than {_MOST_VARIABLES} variables")
     for entry in body[:env_length].split(b"\0")[:-1]:
         name, _, value = entry.decode(errors="surrogateescape").partition("=")
         env.setdefault(name, value)
-    return Request(env, body[env_length:], "macvtap" if as_macvtap else "vmtap", netns)
+    return Request(env, body[env_length:], _NAMES[called_as], netns)
 
 
 def _exactly(connection: _socket.socket, length: int, late: Callable[[], None] | None) -> bytes:

@@ -122,7 +122,9 @@ def _undo(call: Call, record: Record | None, error: BaseException, *, delegated:
     if record:
         undone = end_for(call, _latest(call, record), delegated=delegated)
     else:
-        undone = attempt(call.node.store.forget_id, call.id, call.conf.device_index)
+        undone = attempt(
+            call.node.store.forget_id, call.id, call.conf.device_index, keep=call.request.ifindex
+        )
     if undone and isinstance(error, CniError):
         left = "; ".join(map(str, undone))
         raise CniError(error.code, error.msg, f"{error.details} (undoing it: {left})".strip()) from error
@@ -145,7 +147,7 @@ def _record(call: Call, grant: Grant, plan: Plan, nsid: int) -> Record:
         device_id is not None or conf.owner is not None or conf.group is not None
     )
     ifindex = store.reserve_ifindex(
-        call.id, device_id
+        call.id, device_id, call.request.ifindex
     )  # last: the caller cannot undo a reservation without a record
     return Record(
         network=conf.name,
@@ -171,6 +173,7 @@ def _record(call: Call, grant: Grant, plan: Plan, nsid: int) -> Record:
         device_id=device_id,
         cdi=cdi.path(call.node.cdi, device_id) if call.node.cdi and device_id else None,
         port=plan.port,
+        claim=call.request.ifindex != 0,
     )
 
 

@@ -30,9 +30,11 @@ class Request:
     stdin: bytes
     """The network config."""
     called_as: str = "vmtap"
-    """The executable's name: "vmtap" or "macvtap"."""
+    """The executable's name: "vmtap" or "macvtap"; "vmtap-hook" for a container's hook, which is no CNI request."""
     netns: int | None = None
     """An fd of CNI_NETNS where the caller has opened it; one of O_PATH will do."""
+    ifindex: int = 0
+    """The interface index that a resource claim has reserved, and keeps, for the attachment; 0: ADD reserves one."""
 
 
 @dataclass(frozen=True)

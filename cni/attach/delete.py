@@ -82,7 +82,7 @@ def _delete(call: Call) -> list[CniError]:
             failed += attempt(_remove_unrecorded, call)
             if not link_last:
                 failed += _release(delegate, None, tolerant=True)
-            failed += attempt(store.forget_id, call.id, call.conf.device_index)
+            failed += attempt(store.forget_id, call.id, call.conf.device_index, keep=call.request.ifindex)
             failed += attempt(store.minors.detach, call.id)
     return failed
 
@@ -175,10 +175,10 @@ def delegate_of(
     return Delegate(kind, config, env, node.delegate_seconds, yield_turn, node.delegate_stderr)
 
 
-def attempt(step: Any, *args: object) -> list[CniError]:
+def attempt(step: Any, *args: object, **options: object) -> list[CniError]:
     """Run one step of a clean-up that must go on. Returns the error, if there is one."""
     try:
-        step(*args)
+        step(*args, **options)
     except CniError as error:
         return [error]
     except OSError as error:

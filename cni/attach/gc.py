@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cni.attach.delete import attempt, end_for, raise_all
+from cni.state.claims import Claims
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ def collect(call: Call) -> None:
         indexes: dict[str, list[int]] = {id: [] for id in store.recorded()}
         for number, id in store.reserved():
             indexes.setdefault(id, []).append(number)
+        for id in Claims(
+            store.folder
+        ).reserved():  # read last: a claim's index is reserved before its file is there
+            indexes.pop(id, None)
         for id, numbers in sorted(indexes.items()):
             failed += attempt(_collect, call, valid, id, numbers)
     if delegate := call.delegate_after_add(None):
@@ -33,10 +38,15 @@ def collect(call: Call) -> None:
 
 
 def _collect(call: Call, valid: frozenset[tuple[str, str]], id: str, numbers: Iterable[int]) -> None:
-    """End the attachment of that id, unless it is valid or another network's. numbers: the indexes that it holds."""
+    """End the attachment of that id, unless it is valid, another network's or a resource claim's.
+
+    numbers: the indexes that it holds.
+    """
 
     def stays(record: Record) -> bool:
-        return record.network != call.conf.name or (record.container_id, record.ifname) in valid
+        return (
+            record.claim or record.network != call.conf.name or (record.container_id, record.ifname) in valid
+        )
 
     store = call.node.store
     # Looked at without its lock first: an ADD of another network may hold that for long.

@@ -37,7 +37,7 @@ def make(call: Call, record: Record, create: Callable[[], None]) -> tuple[int, i
     # After the create: whoever had the minor entered it before its link could end.
     if not record.node and not call.node.store.minors.all():
         return None
-    pod = minors.pod(call.arguments, record.container_id, record.device_id)
+    pod = minors.pod(call.arguments, record)
     device = _device(call, record)
     if device[1] in _others(call, record, pod):
         device = _make_again(call, record, create, pod, device[0])

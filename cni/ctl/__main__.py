@@ -151,8 +151,9 @@ def make_parser() -> argparse.ArgumentParser:
         dest="names",
         action="append",
         default=["vmtap"],
-        choices=("macvtap",),
-        help="install it under this name, too: macvtap, for network configs of kubevirt/macvtap-cni",
+        choices=("macvtap", "vmtap-hook"),
+        help="install it under this name, too: macvtap, for network configs of kubevirt/macvtap-cni; vmtap-hook, for "
+        "containers with a device of a resource claim",
     )
     made = command("uninstall", "remove the shim from that folder")
     made.add_argument("--bin-dir", metavar="FOLDER", default=BIN_DIR, help=f"default: {BIN_DIR}")

@@ -19,14 +19,16 @@ from cni.ctl import snapshot
 from cni.errors import CniError
 from cni.lower import offload
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
-from cni.state.cdi import KIND
+from cni.state.cdi import CLAIM_KIND, KIND
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-NAMES = ("vmtap", "macvtap")
-"""The names by which a network config may call the plugin: its own, and that of kubevirt/macvtap-cni."""
+NAMES = ("vmtap", "macvtap", "vmtap-hook")
+"""The plugin's own name, and that of kubevirt/macvtap-cni, by which network configs call it; and the hook's, by which
+containers with a device of a resource claim do.
+"""
 _SHIM = Path(cni.__file__).with_name("shim") / "vmtap"
 _MARK = b"a CNI plugin that puts a VM on a NIC"
 """A byte string that every version of the shim contains (cni/shim/vmtap.c)."""
@@ -70,7 +72,7 @@ def uninstall(folder: str, run: str, cdi: str, *, state: bool, force: bool) -> I
     if not state:
         return
     for each in sorted(Path(cdi).glob("vmtap-*.json*")):
-        if KIND.encode() in each.read_bytes():
+        if any(kind.encode() in each.read_bytes() for kind in (KIND, CLAIM_KIND)):
             each.unlink()
             yield f"{each} is removed"
     for source in offload.restore(run):

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from cni.attach import result
-from cni.config import decoding, netconf, nodefile, policy, schema
+from cni.config import claim, decoding, netconf, nodefile, policy, schema
 from cni.ctl import manifests
 from cni.errors import CniError, reason
 from cni.spec import INVALID_NETWORK_CONFIG
@@ -158,7 +158,14 @@ def _ours(document: dict[str, Any]) -> Iterator[tuple[bool, dict[str, Any]]]:
 def _manifest(documents: list[Any], rules: Policy | None) -> Iterator[str]:
     """The faults of what is vmtap's in the objects; that nothing is, is one."""
     ours = 0
-    for document in filter(manifests.is_one, documents):
+    for document in (each for one in filter(manifests.is_one, documents) for each in manifests.objects(one)):
+        for where, parameters in manifests.parameters(document):
+            ours += 1
+            try:
+                claim.check(parameters)
+            except CniError as error:
+                for each in _faults(where, error):
+                    yield f"{where}: {each}"
         for part in manifests.parts(document):
             try:
                 if not isinstance(part.text, str):
@@ -173,7 +180,10 @@ def _manifest(documents: list[Any], rules: Policy | None) -> Iterator[str]:
                 for each in _faults(part.where, error):
                     yield f"{part.where}: {each}"
     if not ours:
-        yield f"no network in it is of type {' or '.join(TYPES)}, and no ConfigMap has a file of vmtap"
+        yield (
+            f"no network in it is of type {' or '.join(TYPES)}, no ConfigMap has a file of vmtap, and no claim or "
+            f"class has parameters for {claim.DRIVER}"
+        )
 
 
 def _kind_of(part: manifests.Part, text: bytes) -> str | None:

@@ -1,15 +1,19 @@
 /* vmtap, the CNI executable of a node: sends the request to the resident agent and prints the agent's answer.
  *
  * A static executable of one source file, so that one call of a compiler builds it. It has no dependencies: the host
- * need not have Python, which the agent is written in, and Multus runs plugins chrooted into the host. Parses no JSON
- * and decides nothing, except while the agent is away (see below).
+ * need not have Python, which the agent is written in, and Multus runs plugins chrooted into the host. Decides nothing,
+ * except while the agent is away (see below).
  *
- * Request:  struct head { magic, called as macvtap?, length of env, length of stdin }, the environment (each entry
- *           ends with a NUL), stdin. The first byte carries, by SCM_RIGHTS, an fd of CNI_NETNS if that can be opened.
+ * Request:  struct head { magic, called as, length of env, length of stdin }, the environment (each entry ends with a
+ *           NUL), stdin. The first byte carries, by SCM_RIGHTS, an fd of CNI_NETNS if that can be opened.
  * Answer:   struct tail { exit status, length of stdout, length of stderr }, stdout, stderr.
  * The lengths precede the data. cni/agent/wire.py implements the agent's side.
  *
  * `vmtap --supervise PARENT PROGRAM` does something else: see supervise().
+ *
+ * Under the name vmtap-hook it is an OCI hook, createRuntime: `vmtap-hook CLAIM-UID`, with the container's state on
+ * stdin. The agent gets the container's config.json as stdin and an fd of its network namespace, and an environment of
+ * CNI_COMMAND=HOOK and VMTAP_CLAIM. Without an answer, and if it is an error, the container is not started.
  *
  * If the agent does not answer within VMTAP_WAIT seconds (ADD 20, others 5): ADD, CHECK and GC fail with code 11 (try
  * again later), STATUS with 50; VERSION is answered here. DEL succeeds, so that pods can always be deleted: the request
@@ -49,7 +53,8 @@
 #define TRIES 3 /* connections that the agent closes without an answer before it counts as away */
 #define VERSIONS "\"0.1.0\",\"0.2.0\",\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\""
 
-struct head { uint32_t magic, called_as_macvtap, env_length, stdin_length; };
+enum { VMTAP, MACVTAP, HOOK };
+struct head { uint32_t magic, called_as, env_length, stdin_length; };
 struct tail { int32_t status; uint32_t stdout_length, stderr_length; };
 
 extern char **environ;
@@ -141,37 +146,88 @@ static int write_all(int fd, const char *data, size_t length)
     return 0;
 }
 
-/* Print an error object (SPEC section 5, "Error"), and the message on stderr; returns 1. It must not need escapes. */
+/* Print an error object (SPEC section 5, "Error"), unless for a hook, and the message on stderr; returns 1. It must not
+ * need escapes. */
 static int fail(int code, const char *message)
 {
     char text[512], number[24];
     join(text, sizeof text, "{\"cniVersion\":\"1.1.0\",\"code\":", decimal(number, (uint64_t)code), ",\"msg\":\"",
          message, "\"}\n", NULL);
-    write_all(1, text, strlen(text));
+    if (head.called_as != HOOK)
+        write_all(1, text, strlen(text));
     join(text, sizeof text, "vmtap: ", message, "\n", NULL);
     write_all(2, text, strlen(text));
     return 1;
 }
 
-/* Read stdin to its end into input. 0, or a CNI error code: 5 if it fails or takes too long, 6 if it is too large. */
-static int read_input(void)
+/* Read fd to its end into input. 0, or a CNI error code: 5 if it fails or takes too long, 6 if it is too large. */
+static int read_input(int fd)
 {
     int64_t until = now_ms() + INPUT_SECONDS * 1000;
-    struct pollfd p = {.fd = 0, .events = POLLIN};
+    struct pollfd p = {.fd = fd, .events = POLLIN};
+    head.stdin_length = 0;
     while (head.stdin_length <= INPUT_MAX) {
         int64_t left = until - now_ms();
         if (left <= 0 || (poll(&p, 1, (int)left) == 0))
             return 5;
-        ssize_t n = read(0, input + head.stdin_length, INPUT_MAX + 1 - head.stdin_length);
+        ssize_t n = read(fd, input + head.stdin_length, INPUT_MAX + 1 - head.stdin_length);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
             return 5;
-        if (n == 0)
+        if (n == 0) {
+            input[head.stdin_length] = 0;
             return 0;
+        }
         head.stdin_length += (uint32_t)n;
     }
     return 6;
+}
+
+/* The value of a member of the JSON object text, which may be invalid; "" without it. name needs no escapes. */
+static const char *member(const char *text, const char *name)
+{
+    size_t length = strlen(name);
+    int depth = 0;
+    for (const char *at = text; *at; at++) {
+        depth += (*at == '{' || *at == '[') - (*at == '}' || *at == ']');
+        if (*at != '"')
+            continue;
+        const char *begin = ++at;
+        while (*at && *at != '"')
+            at += *at == '\\' && at[1] ? 2 : 1;
+        if (!*at)
+            break;
+        const char *value = at + 1 + strspn(at + 1, " \t\r\n");
+        if (depth == 1 && *value == ':' && (size_t)(at - begin) == length && !memcmp(begin, name, length))
+            return value + 1 + strspn(value + 1, " \t\r\n");
+    }
+    return "";
+}
+
+/* Read a container's state (OCI runtime specification, "State") from stdin, and its config.json into input; write the
+ * path of its network namespace to netns. 0, or a CNI error code. */
+static int read_container(char netns[64])
+{
+    char config[PATH_MAX], pid[24];
+    int code = read_input(0);
+    if (code)
+        return code;
+    const char *bundle = member(input, "bundle");
+    long process = strtol(member(input, "pid"), NULL, 10);
+    size_t length = *bundle == '"' ? strcspn(++bundle, "\"\\") : 0;
+    if (process <= 0 || !length || bundle[length] != '"' || length >= sizeof config)
+        return 6;
+    input[(size_t)(bundle - input) + length] = 0;
+    if (!join(config, sizeof config, bundle, "/config.json", NULL))
+        return 6;
+    join(netns, 64, "/proc/", decimal(pid, (uint64_t)process), "/ns/net", NULL);
+    int fd = open(config, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return 5;
+    code = read_input(fd);
+    close(fd);
+    return code;
 }
 
 /* A connection to the unix socket at path, or -1. */
@@ -411,7 +467,9 @@ int main(int argc, char **argv)
         return supervise(argv[2], argv + 3);
     const char *name = argc > 0 && strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argc > 0 ? argv[0] : "";
     const char *folder = getenv("VMTAP_RUN");
-    char agent[512], path[512]; /* more than connect(2) takes, and all on one page */
+    /* The paths are longer than connect(2) takes, and all on one page. */
+    char agent[512], path[512], claim[80], container[64], *const hooks[] = {"CNI_COMMAND=HOOK", claim, NULL};
+    head.called_as = !strcmp(name, "macvtap") ? MACVTAP : !strcmp(name, "vmtap-hook") ? HOOK : VMTAP;
     signal(SIGPIPE, SIG_IGN); /* a closed stdout must be an error of write(2), upon which an ADD is undone */
     if (!folder || !*folder)
         folder = getenv("VMTAP_STATE"); /* a deprecated alias */
@@ -419,9 +477,16 @@ int main(int argc, char **argv)
         folder = VMTAP_RUN;
     if (getenv("CNI_COMMAND"))
         command = getenv("CNI_COMMAND");
+    char *const *variables = environ;
+    if (head.called_as == HOOK) {
+        if (argc < 2 || !join(claim, sizeof claim, "VMTAP_CLAIM=", argv[1], NULL))
+            return fail(4, "vmtap-hook needs the UID of a resource claim");
+        command = "HOOK";
+        variables = hooks;
+    }
     int any = 0;
     char *end = env, *verb = env;
-    for (char **e = environ; *e; e++) {
+    for (char *const *e = variables; *e; e++) {
         size_t length = strlen(*e) + 1;
         any |= !strncmp(*e, "CNI_", 4);
         if (length > (size_t)(env + ENV_MAX - end))
@@ -440,23 +505,25 @@ int main(int argc, char **argv)
     if (!join(agent, sizeof agent, folder, "/agent", NULL) || !join(path, sizeof path, agent, "/cni.sock", NULL))
         return fail(4, "VMTAP_RUN is too long");
     input = end;
-    head.called_as_macvtap = !strcmp(name, "macvtap");
     head.env_length = (uint32_t)(end - env);
-    int code = read_input();
+    int code = head.called_as == HOOK ? read_container(container) : read_input(0);
+    if (code && head.called_as == HOOK)
+        return fail(code, "the container's state on stdin, or its config.json, cannot be read");
     if (code == 6 && !strcmp(command, "DEL")) {
         code = 0;
+        input[0] = 0;
         head.stdin_length = 0; /* no ADD has accepted it, and container id and ifname name the attachment */
     }
     if (code)
         return fail(code, code == 6 ? "the network config is larger than 1 MiB"
                                     : "the network config on stdin did not end");
-    input[head.stdin_length] = 0; /* for print_version */
     memcpy(request, &head, sizeof head);
 
-    int64_t begin = now_ms(), until = begin + seconds("VMTAP_DEADLINE", 120);
+    /* A hook is given 30 seconds, and its message is lost if it is killed. */
+    int64_t begin = now_ms(), until = begin + seconds("VMTAP_DEADLINE", head.called_as == HOOK ? 25 : 120);
     /* An upgrade leaves a node without an agent for a second, a busy node for more: an ADD waits for the new one. */
-    int64_t wait = seconds("VMTAP_WAIT", strcmp(command, "ADD") ? 5 : 20);
-    const char *netns_path = getenv("CNI_NETNS");
+    int64_t wait = seconds("VMTAP_WAIT", strcmp(command, "ADD") && head.called_as != HOOK ? 5 : 20);
+    const char *netns_path = head.called_as == HOOK ? container : getenv("CNI_NETNS");
     int netns = netns_path && *netns_path ? open_netns(netns_path) : -1;
     int fd = connect_agent(agent, path, begin + wait); /* late: the agent that it wakes finds the request */
 

@@ -24,6 +24,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from cni.state.record import Record
+
 MOST = 1024
 """Entries at most."""
 
@@ -121,8 +123,8 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
-def pod(arguments: Mapping[str, str], container_id: str, device_id: str | None) -> str:
+def pod(arguments: Mapping[str, str], record: Record) -> str:
     """What names the pod of an attachment in an entry. arguments: CNI_ARGS."""
-    if not device_id or not arguments.get("K8S_POD_NAME"):
+    if not (record.device_id or record.claim) or not arguments.get("K8S_POD_NAME"):
         return ""
-    return arguments.get("K8S_POD_UID") or container_id
+    return arguments.get("K8S_POD_UID") or record.container_id

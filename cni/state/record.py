@@ -117,6 +117,9 @@ class Record:
     vf: VirtualFunction | None = None
     port: Port | None = None
     """What is in force at the link; None: nothing."""
+    claim: bool = False
+    """Whether it is a device of a resource claim (claims.py): container_id is the claim's UID, and the claim keeps the
+    reservation of ifindex when the attachment ends."""
 
     @property
     def id(self) -> str:
@@ -186,14 +189,14 @@ def decode(id: str, data: bytes) -> Record:
     try:
         document = json.loads(data)
         if document.get("vlan"):
-            document["vlan"] = _known(VlanDevice, document["vlan"])
+            document["vlan"] = known(VlanDevice, document["vlan"])
         if document.get("port"):
-            document["port"] = _known(Port, _tuples(document["port"]))
+            document["port"] = known(Port, _tuples(document["port"]))
         if document.get("vf"):
             document["vf"] = _function(document["vf"])
         for name in {"netns_id", "ips", "routes"} & document.keys():  # JSON has no tuples
             document[name] = tuple(document[name])
-        record = _known(Record, document)
+        record = known(Record, document)
         if record.id == id:
             return record
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -203,25 +206,26 @@ def decode(id: str, data: bytes) -> Record:
 
 def _function(document: dict[str, Any]) -> VirtualFunction:
     for name in ("before", "made"):
-        document[name] = _known(VfSettings, _tuples(document[name]))
-    document["link"] = _known(VfLink, document["link"])
-    return _known(VirtualFunction, document)
+        document[name] = known(VfSettings, _tuples(document[name]))
+    document["link"] = known(VfLink, document["link"])
+    return known(VirtualFunction, document)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
 
 
-def _known(kind: type[T], document: dict[str, Any]) -> T:
-    """Make the dataclass, without keys that this version does not know: another one may have written the record.
+def known(kind: type[T], document: dict[str, Any], **made: Any) -> T:
+    """Make the dataclass, without keys that this version does not know: another one may have written the file.
 
-    Raises TypeError if a field is missing or has another type than it declares.
+    made: fields that the caller has decoded. Raises TypeError if a field is missing or has another type than it
+    declares.
     """
     declared = kind.__annotations__
     for name in declared.keys() & document.keys():
         if not _fits(document[name], declared[name]):
             raise TypeError(f"{name} is not {declared[name]}")
-    return kind(**{name: document[name] for name in declared if name in document})
+    return kind(**{name: document[name] for name in declared if name in document}, **made)
 
 
 _KINDS = {

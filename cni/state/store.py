@@ -12,6 +12,7 @@ reconciler finds what is left. DEL also works without a record. Must not touch t
     FOLDER/minors/N             who may have a device node of minor N (state/minors.py)
     FOLDER/holders/ID           the processes that have got fds of the attachment (agent/holders.py)
     FOLDER/elsewhere/ID         the VM of that attachment was heard from the wire (agent/handover.py)
+    FOLDER/claims/UID.json      a resource claim that a kubelet has had prepared (state/claims.py)
     FOLDER/probes/SOURCE.json   the last probe of a source (state/probe_results.py)
     FOLDER/pending/NAME         a DEL that the shim left while the agent was away (shim/vmtap.c)
     FOLDER/agent, launcher      the folders of the agent's sockets
@@ -175,20 +176,26 @@ class Store:
         return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
     def forget(self, record: Record) -> None:
-        """Remove the record and all that its id has reserved. Without a record this does nothing."""
-        self.forget_id(record.id, record.ifindex)
+        """Remove the record and all that its id has reserved, but for the index of a resource claim's device.
 
-    def forget_id(self, id: str, *numbers: int) -> None:
+        Without a record this does nothing.
+        """
+        self.forget_id(record.id, record.ifindex, keep=record.ifindex if record.claim else 0)
+
+    def forget_id(self, id: str, *numbers: int, keep: int = 0) -> None:
         """Remove the record of that id and all that the id has reserved, where the record may not be readable.
 
-        numbers: interface indexes that it may have reserved besides those that are derived from the id.
+        numbers: interface indexes that it may have reserved besides those that are derived from the id. keep: the one
+        whose reservation stays, without its device node.
         """
         with _io(self.folder):
             for suffix in ("json", "new"):
                 _unlink(self._path(id, suffix))
             _unlink(f"{self.holders}/{id}")
             _unlink(f"{self._elsewhere}/{id}")
-            for number in (*numbers, *_candidates(id)):
+            if keep and self.reserved_by(keep) == id:
+                self.remove_node(keep)
+            for number in {*numbers, *_candidates(id)} - {keep}:
                 self.release(number, id)
             for pci in os.listdir(self.functions) if os.path.isdir(self.functions) else []:
                 self.release_function(pci, id)
@@ -213,11 +220,11 @@ class Store:
                 if id not in keep:
                     _unlink(f"{self._elsewhere}/{id}")
 
-    def reserve_ifindex(self, id: str, device_id: str | None = None) -> int:
+    def reserve_ifindex(self, id: str, device_id: str | None = None, claimed: int = 0) -> int:
         """Reserve an interface index that no other attachment on this host has, until forget().
 
-        device_id: the kubelet's device, whose own index is reserved (deviceid.py). Raises CniError 11 if another
-        attachment still has it.
+        device_id: the kubelet's device, whose own index is reserved (deviceid.py). claimed: the one that a resource
+        claim has reserved. Raises CniError 11 if another attachment still has it.
         """
         with _io(self._ifindex):
             if number := deviceid.index_of(device_id):
@@ -230,7 +237,7 @@ class Store:
                     TRY_AGAIN_LATER,
                     f"deviceID {device_id}: {owner} has it still; try again when that has ended",
                 )
-            for number in _candidates(id):
+            for number in (claimed,) if claimed else _candidates(id):
                 if self._hold(number, id):
                     return number
         raise CniError(TRY_AGAIN_LATER, "no free interface index was found; try again")

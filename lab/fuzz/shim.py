@@ -23,7 +23,7 @@ _WORDS = (
     "DEL",
     "STATUS",
 )
-_JSON = ('\\"cniVersion\\"', '\\"1.1.0\\"', "VERSION", "\\x00")
+_JSON = ('\\"cniVersion\\"', '\\"1.1.0\\"', "VERSION", '\\"pid\\":', '\\"bundle\\":\\"/b\\"', "\\x00")
 
 
 def fuzzer(folder: Path, seconds: float, megabytes: int, seeds: Iterable[Path]) -> list[str]:

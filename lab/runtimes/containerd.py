@@ -60,7 +60,8 @@ class Containerd(Program):
 
     folder: for config, log and images; netconf: the folder of network configs, all of which each pod gets, in the
     order of their names: eth0, eth1 …; plugins: the folder of CNI plugins; env: for containerd, and so for the CNI
-    plugins that it runs; its PATH finds containerd, ctr and runc; logs: the folder of the containers' output.
+    plugins that it runs; its PATH finds containerd, ctr and runc; logs: the folder of the containers' output; more: the
+    end of its config.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class Containerd(Program):
         plugins: Word,
         env: Mapping[str, str],
         logs: str = LOGS,
+        more: str = "",
     ) -> None:
         config = folder / "containerd.toml"
-        config.write_text(_CONFIG.format(sandbox=SANDBOX, plugins=plugins, netconf=netconf))
+        config.write_text(_CONFIG.format(sandbox=SANDBOX, plugins=plugins, netconf=netconf) + more)
         super().__init__(machine.popen, ["containerd", "--config", config], folder / "containerd.log", env)
         self.machine = machine
         self.cri = Cri(machine.path(SOCKET), machine.cgroup, logs)

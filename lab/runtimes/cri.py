@@ -45,6 +45,8 @@ class Container:
     env: Mapping[str, str] = field(default_factory=dict)
     mounts: Sequence[api.Mount] = ()
     devices: Sequence[api.Device] = ()
+    cdi: Sequence[str] = ()
+    """Qualified names of CDI devices."""
     user: int | None = None
     group: int | None = None
     drop: Sequence[str] = ()
@@ -156,6 +158,7 @@ class Cri(Closing):
             envs=[api.KeyValue(key=key, value=value) for key, value in container.env.items()],
             mounts=container.mounts,
             devices=container.devices,
+            CDI_devices=[api.CDIDevice(name=each) for each in container.cdi],
             log_path=f"{name}.log",
             linux=api.LinuxContainerConfig(security_context=context),
         )

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,14 @@ import pytest
 from cni.kernel import netns
 from cni.kernel.rtnl import Rtnl
 from cni.port import filter as filters
+from cni.state.claims import Claims
 from cni.state.record import Record, identifier
 from cni.state.store import IFINDEX_BASE, Store
 from lab.wire import BRIDGE, NIC
 from tests.agent.conftest import Agent
 from tests.fakeipam import FakeIpam
 from tests.runner import config
+from tests.unit.state.test_claims import CLAIM, DEVICE
 from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
@@ -356,6 +358,22 @@ def test_leftovers_of_kills_are_removed_and_nothing_else(node: Node) -> None:
     assert sorted(node.left()) == sorted([*used, "vth0000000a"])
     assert {"net1", "net2"} <= pod.links().keys()
     assert f"vtp{orphan:08x}" not in pod.links()
+
+
+def test_the_index_of_a_prepared_claim_stays_reserved(node: Node) -> None:
+    device = replace(DEVICE, ifindex=0)
+    claim = replace(CLAIM, devices=(device,))
+    number = node.store.reserve_ifindex(claim.attachment(device))
+    stale = node.store.reserve_ifindex(identifier("claim-nic", "unprepared", "net1"))
+    Claims(node.agent.run).save(claim)
+    node.kill()
+    node.agent.start()
+    assert node.hears("leftover removed")["kind"] == "state"
+    node.agent.end()
+    assert dict(node.store.reserved()) == {number: claim.attachment(device)}
+    assert stale != number
+    node.store.forget_id(claim.attachment(device), number)
+    Claims(node.agent.run).remove(claim.uid)
 
 
 PORTS = f"""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tests.cluster.conftest import Release
 
 EXAMPLE = Path(__file__).parents[2] / "deploy/examples/vm-pod.yaml"
+CLAIMS = Path(__file__).parents[2] / "deploy/examples/dra"
 ADDRESS, PEER = "10.77.0.5", "10.77.0.254"
 
 
@@ -73,18 +74,21 @@ def shared(release: Release) -> Path:
 
 
 @pytest.mark.vm
-@pytest.mark.parametrize("route", ["device", "broker"])
+@pytest.mark.parametrize("route", ["device", "broker", "claim"])
 def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release, shared: Path, route: str) -> None:
-    """The example pod in the launcher's image: on the device that its container has got, or by the agent's broker."""
+    """The example pod in the launcher's image: on the device that its container has got, by the broker, by a claim."""
     cluster = release.cluster
-    release.install(broker={"enabled": route == "broker"})
+    release.install(broker={"enabled": route == "broker"}, dra={"enabled": route == "claim"})
     release.wait_resource(
         "dataplane", CAPACITY
     )  # a kubelet refuses a pod for good whose device nobody offers just now
     before = release.traces()
-    document = _vm()
+    document = _vm(CLAIMS / "vm-pod.yaml" if route == "claim" else EXAMPLE)
     if route == "device":
         _on_its_device(document["spec"])
+    if route == "claim":
+        for file in ("deviceclass", "claimtemplate"):
+            cluster.kubectl("apply", "-f", "-", stdin=(CLAIMS / f"{file}.yaml").read_text())
     name = document["metadata"]["name"] = f"vm-{route}"  # the kubelet keeps a pod's logs for a while
     cluster.apply(document)
     cluster.wait(f"pod/{name}", "condition=Ready")
@@ -97,7 +101,9 @@ def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release, shared: Path,
         _unprivileged(release)
     cluster.kubectl("delete", "pod", name, f"--timeout={LIMIT}s")
     release.left(before)
-    release.install(broker={"enabled": False})
+    if route == "claim":
+        cluster.kubectl("delete", "deviceclass,resourceclaimtemplate", "vm-nic")
+    release.install(broker={"enabled": False}, dra={"enabled": False})
 
 
 def _on_its_device(spec: dict[str, Any]) -> None:
@@ -114,13 +120,14 @@ def _on_its_device(spec: dict[str, Any]) -> None:
     spec["volumes"] = [each for each in spec["volumes"] if each["name"] != "vmtap"]
 
 
-def _vm() -> dict[str, Any]:
+def _vm(example: Path) -> dict[str, Any]:
     """The example's pod; its guest, and the channel to it, are in folders of the node, where the test finds them."""
-    document: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
+    document: dict[str, Any] = yaml.safe_load(example.read_text())
     spec = document["spec"]
     [container] = spec["containers"]
     container["image"] = images.NAMES["launcher"]
-    container["resources"]["limits"] = {f"{RESOURCES}/dataplane": 1}
+    if "resourceClaims" not in spec:
+        container["resources"]["limits"] = {f"{RESOURCES}/dataplane": 1}
     container["volumeMounts"].append({"name": "guest", "mountPath": "/guest", "readOnly": True})
     volumes = [each for each in spec["volumes"] if each["name"] != "channel"]
     for name in ("guest", "channel"):

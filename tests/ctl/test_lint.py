@@ -153,7 +153,36 @@ def test_one_object(tmp_path: Path) -> None:
     assert "give a string" in faults(tmp_path, json.dumps(nad("") | {"spec": {"config": GOOD}}))[0]
 
 
+def claim_kind(kind: str, parameters: object, driver: str = "vmtap.dev") -> dict[str, Any]:
+    """A DeviceClass, ResourceClaim or ResourceClaimTemplate with the parameters."""
+    spec: dict[str, Any] = {"config": [{"opaque": {"driver": driver, "parameters": parameters}}]}
+    if kind != "DeviceClass":
+        spec = {"devices": spec}
+    if kind == "ResourceClaimTemplate":
+        spec = {"spec": spec}
+    return {"apiVersion": "resource.k8s.io/v1", "kind": kind, "metadata": {"name": "nic"}, "spec": spec}
+
+
+@pytest.mark.parametrize("kind", ["DeviceClass", "ResourceClaim", "ResourceClaimTemplate"])
+def test_parameters_of_claims(tmp_path: Path, kind: str) -> None:
+    bad = claim_kind(kind, {"mtuu": 1500, "vlan": 9999})
+    for text in shapes(OTHER, bad).values():
+        first, second = faults(tmp_path, text)
+        assert first.startswith(f"{kind} nic: spec.")
+        assert "config[0].opaque.parameters: mtuu: unknown key" in first
+        assert "vlan: 9999 is not allowed" in second
+    assert not faults(tmp_path, yaml.safe_dump(claim_kind(kind, {"mtu": 1500, "ifname": "net1"})))
+    assert (
+        "no claim or class has parameters"
+        in faults(tmp_path, json.dumps(claim_kind(kind, {}, "gpu.example")))[0]
+    )
+    for broken in ({"spec": 7}, {"spec": {"config": 7, "devices": [], "spec": None}}):
+        assert "no claim or class" in faults(tmp_path, json.dumps(bad | broken))[0]
+
+
 def test_the_manifests_of_the_project() -> None:
+    for name in ("deviceclass", "claimtemplate"):
+        assert product.check(str(ROOT / f"deploy/examples/dra/{name}.yaml")).faults == ()
     for file in sorted((ROOT / "deploy/kubevirt").glob("*.yaml")):
         if "NetworkAttachmentDefinition" in file.read_text():
             assert product.check(str(file)).faults == ()

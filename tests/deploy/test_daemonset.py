@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 BASE = ROOT / "deploy/kustomize/base"
 CHART = ROOT / "deploy/helm/vmtap"
 POD: dict[str, Any] = yaml.safe_load((BASE / "daemonset.yaml").read_text())["spec"]["template"]["spec"]
+CLAIMS = {"dra", "node", "hook", "nri"}
+"""Settings that are flags of the component dra, so that it composes with others."""
 AGENT: dict[str, Any] = POD["containers"][0]
 CAPABILITIES: list[str] = AGENT["securityContext"]["capabilities"]["add"]
 VALUES: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -94,8 +96,13 @@ def test_the_installer_is_a_command_of_ours() -> None:
 def test_the_agent_understands_the_config_map() -> None:
     data = yaml.safe_load((BASE / "configmap.yaml").read_text())["data"]
     settings = nodefile.parse("agent.yaml", data["agent.yaml"].encode(), schema.load("agent"))
-    # Where metrics are served, and where everything lies, is the pod's.
-    assert schema.load("agent")["properties"].keys() - settings.keys() == {"run", "policy", "metrics"}
+    # Where metrics are served, where everything lies, and what claims need, is the pod's.
+    assert schema.load("agent")["properties"].keys() - settings.keys() == {
+        "run",
+        "policy",
+        "metrics",
+        *CLAIMS,
+    }
     nodefile.parse("interfaces.yaml", data["interfaces.yaml"].encode(), schema.load("policy"))
 
 

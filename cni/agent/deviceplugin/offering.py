@@ -23,7 +23,6 @@ import gc
 import os
 import select
 import socket
-import stat
 import threading
 import time
 from contextlib import ExitStack, closing, suppress
@@ -36,6 +35,7 @@ from cni.agent.deviceplugin.pci import PciEvents
 from cni.agent.deviceplugin.registration import Registration
 from cni.agent.deviceplugin.served import LATEST, Served
 from cni.agent.deviceplugin.serving import HEALTHY, UNHEALTHY, Answers, Resource
+from cni.agent.deviceplugin.sockets import sweep
 from cni.agent.inotify import Folders
 from cni.agent.log import log
 from cni.errors import CniError, reason
@@ -141,7 +141,7 @@ class DevicePlugin:
         for each in (self._links, self._pci, self._folders, self._woken):
             poll.register(each, select.POLLIN)
         with self._stack:
-            self._sweep()
+            sweep(self._folder, _PREFIX)
             while not self._stopping:
                 try:
                     due = self._look()
@@ -302,14 +302,6 @@ class DevicePlugin:
             log(WARNING, "not registered; tried again", error=error, seconds=pause, **self._fields(served))
         served.error = error
 
-    def _sweep(self) -> None:
-        """Remove the sockets of agents that were killed."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            for name in os.listdir(self._folder):
-                path = f"{self._folder}/{name}"
-                if name.startswith(_PREFIX) and stat.S_ISSOCK(os.lstat(path).st_mode) and _dead(path):
-                    os.unlink(path)
-
     # Names and numbers for logs and metrics
 
     def _name(self, interface: str) -> str:
@@ -354,15 +346,3 @@ def _identity(path: str) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_ctime_ns
-
-
-def _dead(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            pass
-        return False

@@ -17,6 +17,7 @@ from cni.kernel.rtnl import Rtnl
 from cni.lower import unrecorded
 from cni.port import guard
 from cni.state import cdi, deviceid
+from cni.state.claims import Claims
 from cni.state.lookup import namespace_paths, opened_netns
 from cni.state.port_profile import Port
 from cni.state.record import HANDOVER_GROUP, Record, boot_id, identifier, parse_alias
@@ -37,6 +38,7 @@ class Links:
 
     def __init__(self, node: Node, workers: Workers, registry: Registry) -> None:
         self._store = node.store
+        self._claims = Claims(node.store.folder)
         self._policy = node.policy
         self._allocated = node.allocated
         self._cdi = node.cdi
@@ -89,6 +91,8 @@ class Links:
             if link is None or link.alias != seen.alias or self._store.load(id):
                 return
             record = self._record_of(host, nsid, link)
+            if record:
+                record = self._of_claim(record)
             if record and _has_filters(record):
                 record = replace(record, port=Port())
             if record and link.index >= deviceid.BASE and self._allocated:
@@ -149,6 +153,18 @@ class Links:
             vlan=lower.vlan,
             vf=lower.vf,
         )
+
+    def _of_claim(self, record: Record) -> Record:
+        """The record as one of a resource claim's device, if a prepared claim has its id and index."""
+        claim = self._claims.load(record.container_id)
+        for device in claim.devices if claim else ():
+            if (device.network, device.ifname, device.ifindex) == (
+                record.network,
+                record.ifname,
+                record.ifindex,
+            ):
+                return replace(record, claim=True, args=device.args)
+        return record
 
     def _of_device(self, record: Record, device_id: str | None) -> Record | None:
         """The record with the kubelet's device of its index; None if the kubelet has allocated no such device.

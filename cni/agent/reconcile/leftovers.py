@@ -4,6 +4,7 @@ devices.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from functools import partial
 from logging import INFO
@@ -14,6 +15,7 @@ from cni.kernel import bridge_port, nft
 from cni.kernel.rtnl import Rtnl
 from cni.lower import unrecorded as lower
 from cni.port import filter as filters
+from cni.state.claims import Claims
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ class Leftovers:
 
     def __init__(self, node: Node, workers: Workers, registry: Registry) -> None:
         self._store = node.store
+        self._claims = Claims(node.store.folder)
         self._delete_link = node.delete_link
         self._workers = workers
         self._removed = registry.counter(
@@ -45,9 +48,13 @@ class Leftovers:
             numbers: dict[str, list[int]] = {id: [] for id in self._store.unfinished()}
             for number, id in self._store.reserved():
                 numbers.setdefault(id, []).append(number)
+            claimed = self._claims.reserved()
             kept = {*self._store.recorded(), *unrecorded}  # read last: an ADD meanwhile has a record by now
             for id in numbers.keys() - kept:
-                self._workers.submit(id, partial(self._forget, id, numbers[id]))
+                if id not in claimed:
+                    self._workers.submit(id, partial(self._forget, id, numbers[id]))
+                elif os.path.lexists(self._store.node(claimed[id])):
+                    self._workers.submit(id, partial(self._remove_node, id, claimed[id]))
             for link in links:
                 tap, id = bridge_port.tap_of(link.name), id_of(link.alias) or ""
                 if tap is not None and id and id not in kept and link.kind == "veth":
@@ -65,11 +72,20 @@ class Leftovers:
     def _forget(self, id: str, numbers: list[int]) -> None:
         """Remove what the state folder has of an attachment without a record. numbers: its interface indexes."""
         with self._store.locked(id, wait=False):
-            if self._store.load(id):
+            if self._store.load(id) or id in self._claims.reserved():
                 return
             self._store.forget_id(id, *numbers)
         self._removed.inc("state")
         log(INFO, "leftover removed", kind="state", id=id)
+
+    def _remove_node(self, id: str, number: int) -> None:
+        """Remove the device node of a claim that is not attached: its minor may be another pod's by now."""
+        with self._store.locked(id, wait=False):
+            if self._store.load(id):
+                return
+            self._store.remove_node(number)
+        self._removed.inc("node")
+        log(INFO, "leftover removed", kind="node", ifindex=number)
 
     def _remove_port(self, id: str, tap: int, seen: Link) -> None:
         """Remove the bridge port of an attachment whose tap, of that index, is gone."""

@@ -72,7 +72,7 @@ class Minors:
                 ):
                     minor = os.minor(os.stat(record.node).st_rdev)
                     arguments = netconf.arguments(record.args, command="DEL")
-                    pod = minors.pod(arguments, record.container_id, record.device_id)
+                    pod = minors.pod(arguments, record)
                     if self._store.minors.get(minor) is None:
                         self._store.minors.give(minor, Given(record.id, record.boot_id, pod))
 

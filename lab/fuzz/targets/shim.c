@@ -5,8 +5,9 @@
  * succeeds at once. Time passes only in poll(2).
  *
  * Besides what the sanitizers see, it must hold that: each request and each pending file has the layout of struct head;
- * without an answer of the agent stdout gets nothing or one line of JSON, and DEL succeeds; an ADD whose answer cannot
- * be printed is undone; every socket and file is closed, no pending file stays half-written under its final name.
+ * without an answer of the agent stdout gets nothing or one line of JSON, DEL succeeds, and a hook fails; an ADD whose
+ * answer cannot be printed is undone; every socket and file is closed, no pending file stays half-written under its
+ * final name.
  */
 #define _GNU_SOURCE
 #include <assert.h>
@@ -33,14 +34,14 @@
 struct slice { const uint8_t *at, *end; };
 struct stream { uint8_t data[KEPT]; size_t length; int open; };
 
-enum { CALLED_AS_MACVTAP = 1, WITHOUT_ARGV = 2, LARGE_STDIN = 4 };
-enum { NETNS = 10, NOTIFY, FILE_FD, SOCKET };
+enum { CALLED_AS_MACVTAP = 1, WITHOUT_ARGV = 2, LARGE_STDIN = 4, CALLED_AS_HOOK = 8, WITH_CLAIM = 16 };
+enum { NETNS = 10, NOTIFY, FILE_FD, SOCKET, CONFIG };
 
 static struct slice outcomes, stdin_bytes, answers;
 static struct stream out, messages, file, sent;
 static size_t stdin_left;
 static int64_t clock_ms;
-static int notify_open, stdin_ended, answered, tries, no_memory, undo_since, half_written, kept_pending, disk_failed;
+static int hook, config_open, notify_open, stdin_ended, answered, tries, no_memory, undo_since, half_written, kept_pending, disk_failed;
 static char verb[16];
 
 static uint8_t outcome(void)
@@ -88,7 +89,8 @@ static void check_request(const struct stream *request, int whole)
         return;
     }
     memcpy(head, request->data, sizeof head);
-    assert(head[0] == 0x31746d76u && head[1] <= 1 && head[3] <= 1u << 20);
+    assert(head[0] == 0x31746d76u && head[1] <= 2 && (head[1] == 2) == hook && head[3] <= 1u << 20);
+    assert(!hook || !memcmp(request->data + sizeof head, "CNI_COMMAND=HOOK", head[2] < 16 ? head[2] : 16) || !whole);
     size_t length = sizeof head + head[2] + head[3];
     assert(whole ? request->length == length : request->length <= length);
 }
@@ -102,7 +104,12 @@ static int sim_clock_gettime(int which, struct timespec *t)
 
 static int sim_open(const char *path, int flags, ...)
 {
-    (void)path;
+    size_t length = strlen(path), suffix = strlen("/config.json");
+    if (hook && !(flags & O_PATH) && length >= suffix && !strcmp(path + length - suffix, "/config.json")) {
+        assert(!config_open && flags & O_CLOEXEC);
+        return fails(ENOENT) ? -1 : (config_open = 1, CONFIG);
+    }
+    assert(!hook || (!strncmp(path, "/proc/", 6) && strstr(path, "/ns/net")));
     if (!(flags & O_CREAT))
         return fails(ENOENT) ? -1 : NETNS;
     assert(flags & O_EXCL && flags & O_NOFOLLOW && flags & O_CLOEXEC && !file.open);
@@ -126,6 +133,8 @@ static int sim_close(int fd)
         return 0;
     if (fd == NOTIFY)
         return assert(notify_open), notify_open = 0;
+    if (fd == CONFIG)
+        return assert(config_open), config_open = 0;
     assert((fd == FILE_FD || fd == SOCKET) && of->open);
     if (fd == SOCKET && sent.length)
         check_request(&sent, 0);
@@ -150,6 +159,13 @@ static ssize_t sim_read(int fd, void *data, size_t length)
 {
     if (fd == NOTIFY)
         return errno = EAGAIN, outcome() & 1 ? 16 : -1;
+    if (fd == CONFIG) {
+        uint8_t how = outcome();
+        assert(config_open && stdin_ended);
+        size_t some = how < 0x80 ? 0 : length < how ? length : how;
+        memset(data, '{', some);
+        return how == 0xff ? (errno = EIO, -1) : (ssize_t)some;
+    }
     assert(fd == 0);
     if (fails(EIO))
         return -1;
@@ -321,7 +337,9 @@ static void make_environment(struct slice from, char **entries, size_t count)
 /* After the shim's end. */
 static void check(int status, int long_paths)
 {
-    assert(!file.open && !notify_open && (no_memory || !sent.open) && !half_written);
+    assert(!file.open && !notify_open && !config_open && (no_memory || !sent.open) && !half_written);
+    if (hook && !answered)
+        assert(status == 1 && !out.length && !kept_pending);
     if (!answered && out.length) {
         size_t last = out.length - 1;
         assert(out.length < 1024 && out.data[0] == '{');
@@ -344,7 +362,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static char *names[] = {"/opt/cni/bin/vmtap", "/opt/cni/bin/macvtap"};
-    char *entries[64], *argv[] = {NULL, NULL}, **own = environ;
+    static char hook_name[] = "/opt/cni/bin/vmtap-hook", claim[] = "8c6a2f5e-6c1b-4f0e-9a57-0d1f5a1f7a10";
+    char *entries[64], *argv[] = {NULL, NULL, NULL}, **own = environ;
     const uint8_t *at = data, *end = data + size;
     uint8_t flags = at < end ? *at++ : 0;
     struct slice environment = take(&at, end);
@@ -357,7 +376,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         stdin_left += INPUT_MAX - 1;
     out.length = messages.length = file.length = sent.length = 0;
     out.open = file.open = sent.open = 0;
-    notify_open = stdin_ended = answered = tries = no_memory = half_written = kept_pending = disk_failed = 0;
+    config_open = notify_open = stdin_ended = answered = tries = no_memory = half_written = kept_pending = disk_failed = 0;
     undo_since = -1;
     clock_ms = 1000;
     head = (struct head){.magic = MAGIC};
@@ -368,7 +387,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (getenv("CNI_COMMAND"))
         snprintf(verb, sizeof verb, "%s", getenv("CNI_COMMAND"));
     argv[0] = flags & WITHOUT_ARGV ? NULL : names[flags & CALLED_AS_MACVTAP];
-    int status = shim_main(argv[0] ? 1 : 0, argv);
+    hook = argv[0] && flags & CALLED_AS_HOOK;
+    if (hook) {
+        argv[0] = hook_name;
+        argv[1] = flags & WITH_CLAIM ? claim : NULL;
+        snprintf(verb, sizeof verb, "HOOK");
+    }
+    int status = shim_main(argv[1] ? 2 : argv[0] ? 1 : 0, argv);
     environ = own;
     check(status, environment.end - environment.at > 400);
     for (char **e = entries; *e; e++)

@@ -22,12 +22,13 @@ from lab.process import LabError
 DEPLOY = Path(__file__).parents[3] / "deploy"
 CHART = DEPLOY / "helm/vmtap"
 KUSTOMIZE = DEPLOY / "kustomize"
-OVERLAYS = ("kind", "kind-broker", "k3s", "openshift")
+OVERLAYS = ("kind", "kind-broker", "k3s", "openshift", "dra")
 KUSTOMIZATIONS = ["base", *(f"overlays/{name}" for name in OVERLAYS), "uninstall", "monitoring"]
 
 DATA = {"name": "dataplane", "source": {"dev": "eth0"}, "modes": ["bridge"], "capacity": 16}
 K3S = {"cni": {"binDir": "/var/lib/rancher/k3s/data/cni"}}
 OPENSHIFT = {"cni": {"binDir": "/var/lib/cni/bin"}, "openshift": {"enabled": True}}
+DRA = {"dra": {"enabled": True}}
 MONITORING = {"monitoring": {"podMonitor": {"enabled": True}, "alerts": {"enabled": True}}}
 EVERYTHING: Document = {
     **OPENSHIFT,
@@ -37,6 +38,7 @@ EVERYTHING: Document = {
     "macvtapCni": {"config": [{"name": "old", "lowerDevice": "eth1"}]},
     "devicePlugin": {"route": "cdi"},
     "broker": {"enabled": True},
+    "dra": {"enabled": True},
     "agent": {
         "env": [{"name": "GRPC_VERBOSITY", "value": "debug"}],
         "affinity": {
@@ -60,6 +62,7 @@ SETTINGS: dict[str, Document] = {
     "k3s": K3S,
     "openshift": OPENSHIFT,
     "monitoring": MONITORING,
+    "dra": DRA,
     "loopback": {"metrics": {"address": "loopback"}},
     "everything": EVERYTHING,
 }
@@ -136,6 +139,15 @@ def test_the_apis_understand_the_kustomizations(path: str) -> None:
         assert manifests.faults(document) == [], document["metadata"]
 
 
+EXAMPLES = sorted((DEPLOY / "examples/dra").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.name))
+def test_the_apis_understand_the_examples_of_claims(path: Path) -> None:
+    for document in manifests.objects(path.read_text()):
+        assert manifests.faults(document) == []
+
+
 def test_the_schemas_are_strict() -> None:
     """What is wrong is found: a misspelt field, a type, at any depth, and in a custom resource."""
     daemonset = of(kustomize("base"), "DaemonSet")
@@ -158,6 +170,7 @@ def test_the_schemas_are_strict() -> None:
         ("overlays/kind-broker", {"interfaces": [DATA], "broker": {"enabled": True}}),
         ("overlays/k3s", K3S),
         ("overlays/openshift", OPENSHIFT),
+        ("overlays/dra", DRA),
     ],
 )
 def test_helm_and_kustomize_make_the_same(path: str, values: Document) -> None:
@@ -280,6 +293,23 @@ def test_probes_have_a_listener_of_their_own(address: str, metrics: str) -> None
     assert {"name": "VMTAP_METRICS", "value": metrics} in agent["env"]
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert (agent[probe]["httpGet"]["port"], agent[probe]["httpGet"]["host"]) == ("health", "127.0.0.1")
+
+
+def test_a_token_and_rights_only_for_claims() -> None:
+    for values, wanted in (({}, set()), (DRA, {"agent"})):
+        objects = chart(values)
+        pod = of(objects, "DaemonSet")["spec"]["template"]["spec"]
+        assert not pod["automountServiceAccountToken"]
+        projected = [each["name"] for each in pod["volumes"] if "projected" in each]
+        containers = [*pod["containers"], *pod["initContainers"]]
+        having = {
+            each["name"] for each in containers for at in each["volumeMounts"] if at["name"] in projected
+        }
+        assert having == wanted
+        rights = [each for each in objects if each["kind"].startswith("ClusterRole") and not is_hook(each)]
+        assert bool(rights) == bool(wanted)
+        args = next(each for each in pod["containers"] if each["name"] == "agent")["args"]
+        assert ("--dra" in args) == bool(wanted)
 
 
 def test_privileged_only_for_the_broker() -> None:

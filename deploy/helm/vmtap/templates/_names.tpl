@@ -24,6 +24,11 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ .Values.devicePlugin.podResourcesDir | default (printf "%s/pod-resources" (dir .Values.devicePlugin.kubeletDir)) }}
 {{- end }}
 
+{{/* Whether the agent writes CDI specs: not empty. */}}
+{{- define "vmtap.usesCdi" -}}
+{{ if or (eq .Values.devicePlugin.route "cdi") .Values.dra.enabled }}yes{{ end }}
+{{- end }}
+
 {{/* vmtapd's configuration file, without the address of the metrics: only the pod knows the node's address. */}}
 {{- define "vmtap.agent" -}}
 devicePlugin: true
@@ -107,7 +112,7 @@ initContainers:
       - {name: bin, mountPath: {{ .Values.cni.binDir }}}
       # The parent of the state folder, so that the state folder can be removed.
       - {name: run, mountPath: /host/run}
-      {{- if eq .Values.devicePlugin.route "cdi" }}
+      {{- if include "vmtap.usesCdi" . }}
       - {name: cdi, mountPath: /var/run/cdi}
       {{- end }}
 containers:
@@ -125,7 +130,7 @@ containers:
 volumes:
   - {name: bin, hostPath: {path: {{ .Values.cni.binDir }}, type: DirectoryOrCreate}}
   - {name: run, hostPath: {path: /run, type: Directory}}
-  {{- if eq .Values.devicePlugin.route "cdi" }}
+  {{- if include "vmtap.usesCdi" . }}
   - {name: cdi, hostPath: {path: {{ .Values.devicePlugin.cdiDir }}, type: DirectoryOrCreate}}
   {{- end }}
 {{- end }}

@@ -1,0 +1,200 @@
+"""Prepares a resource claim for its pod, and undoes that.
+
+NodePrepareResources comes before there is a sandbox: it settles everything that a later attach needs, so that what can
+be refused is refused here, where the user sees the reason as an event of the pod. Nothing is attached. It leaves
+
+    the reserved interface index of each device, the claim's file (state/claims.py), its metadata (metadata.py) and its
+    CDI spec (state/cdi.py)
+
+all of them or none. It may be called again at any time, also by a kubelet that has lost its checkpoint, and after a
+reboot. NodeUnprepareResources ends the claim's attachments, if the sandbox's end has not, and removes all of it.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from logging import INFO
+
+from cni.agent.dra.api import RESOURCE, segment
+from cni.agent.log import log
+from cni.config import claim as claims
+from cni.config import policy as policies
+from cni.errors import CniError
+from cni.lower import vf_discovery
+from cni.spec import INVALID_NETWORK_CONFIG, IO_FAILURE
+from cni.state import cdi
+from cni.state.claims import Claim, ClaimDevice, Claims
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from cni.agent.dra.api import Api
+    from cni.agent.dra.metadata import Metadata
+    from cni.agent.settings import Settings
+    from cni.config.policy import Interface, Policy
+    from cni.state.store import Store
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One device as the kubelet gets it. request: without the name of a subrequest."""
+
+    request: str
+    pool: str
+    device: str
+    cdi: str
+    """The qualified name of the CDI device."""
+
+
+class Preparing:
+    """The claims of this node. Threads may share it; a claim is worked on by one at a time.
+
+    policy: returns the policy in force. attributes: of the devices in the node's slices, by name. end: ends an
+    attachment of a claim, raises CniError.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        metadata: Metadata,
+        api: Api,
+        *,
+        policy: Callable[[], Policy | None],
+        attributes: Callable[[], Mapping[str, Any]],
+        end: Callable[[Claim, ClaimDevice], None],
+    ) -> None:
+        self._settings, self._store, self._metadata, self._api = settings, store, metadata, api
+        self._policy, self._attributes, self._end = policy, attributes, end
+        self._claims = Claims(settings.run)
+
+    def prepare(self, namespace: str, name: str, uid: str) -> list[Prepared]:
+        """Prepare the claim. Raises CniError, whose text is for the pod's owner; then nothing new is left."""
+        path = f"{RESOURCE}/namespaces/{segment(namespace)}/resourceclaims/{segment(name)}"
+        answer = self._api.get(path)
+        if not answer.ok:
+            raise answer.failed(f"ResourceClaim {namespace}/{name}")
+        found = str((answer.body.get("metadata") or {}).get("uid"))
+        if found != uid:
+            raise _refusal(
+                f"ResourceClaim {namespace}/{name} has UID {found}, and not {uid}: it is another one now"
+            )
+        pod_name, pod_uid = claims.pod_of(answer.body)
+        wanted = [self._device(each, namespace, pod_name, pod_uid) for each in claims.allocated(answer.body)]
+        if not wanted:
+            raise _refusal(f"ResourceClaim {namespace}/{name} has no device of {claims.DRIVER}")
+        claim = Claim(uid, namespace, name, pod_uid, pod_name, tuple(wanted))
+        with self._store.locked(f"claim/{uid}"):
+            before = self._claims.load(uid)
+            if before and before.pod_uid != pod_uid:
+                self._discard(uid, before)
+                before = None
+            claim = self._settle(claim, before, answer.body)
+        if claim != before:
+            log(INFO, "claim prepared", **_names(claim), devices=[each.device for each in claim.devices])
+        return [
+            Prepared(each.request.partition("/")[0], each.pool, each.device, cdi.claim_name(uid, number))
+            for number, each in enumerate(claim.devices)
+        ]
+
+    def unprepare(self, uid: str) -> None:
+        """Undo prepare(), whatever is left of it. Raises CniError; what was not removed is by the next call."""
+        with self._store.locked(f"claim/{uid}"):
+            claim = self._claims.load(uid)
+            self._discard(uid, claim)
+        if claim:
+            log(INFO, "claim unprepared", **_names(claim))
+
+    def _device(self, device: claims.Allocated, namespace: str, pod: str, pod_uid: str) -> ClaimDevice:
+        """The device with its network config, authorized; without an interface index. Raises CniError."""
+        policy = self._policy()
+        if policy is None:
+            raise _refusal("this node has no policy file, which a claim needs")
+        entry, number = claims.interface_of(policy, device.device)
+        config = claims.network_config(device, entry, _source(entry, number))
+        try:
+            conf = claims.parse(config)
+            policies.authorize(policy, conf)
+        except CniError as error:
+            raise CniError(error.code, f"request {device.request}: {error.msg}", error.details) from None
+        if conf.ipam and device.ipam_of_claim and policy.ipam_types is None:
+            raise _refusal(
+                f"request {device.request}: ipam.type: a claim may name an IPAM plugin only if ipamTypes of the policy "
+                "lists it; list it there, or set ipam in the DeviceClass"
+            )
+        pod_words = f"K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={pod};K8S_POD_UID={pod_uid}"
+        return ClaimDevice(
+            request=device.request,
+            device=device.device,
+            pool=device.pool,
+            share=device.share,
+            ifname=device.ifname,
+            ifindex=0,
+            mac=conf.mac,
+            config=config,
+            args=f"IgnoreUnknown=1;{pod_words}",
+        )
+
+    def _settle(self, claim: Claim, before: Claim | None, document: Mapping[str, Any]) -> Claim:
+        """Reserve and write everything; undone if a step fails. Returns the claim with its interface indexes."""
+        ids = [claim.attachment(each) for each in claim.devices]
+        kept = {before.attachment(each): each.ifindex for each in before.devices} if before else {}
+        with ExitStack() as undo, ExitStack() as locks:
+            for id in sorted(
+                ids
+            ):  # a reconciler that finds the index reserved by nobody leaves it while it is locked
+                locks.enter_context(self._store.locked(id))
+            devices = []
+            for id, each in zip(ids, claim.devices, strict=True):
+                index = self._store.reserve_ifindex(id, claimed=kept.get(id, 0))
+                if id not in kept:
+                    undo.callback(self._store.forget_id, id, index)
+                devices.append(replace(each, ifindex=index))
+            claim = replace(claim, devices=tuple(devices))
+            if before is None:
+                undo.callback(self._claims.remove, claim.uid)
+                undo.callback(self._metadata.remove, claim.uid)
+            if claim != before:
+                self._claims.save(claim)
+            mounts = self._metadata.write(claim, document, self._attributes())
+            cdi.write_claim(self._settings.cdi, claim, mounts, self._settings.hook)
+            undo.pop_all()
+        return claim
+
+    def _discard(self, uid: str, claim: Claim | None) -> None:
+        """Remove all that there is of a claim; its file last, so that a later call finds what is left."""
+        for each in claim.devices if claim else ():
+            assert claim  # noqa: S101 - for mypy
+            self._end(claim, each)
+            self._store.forget_id(claim.attachment(each), each.ifindex)
+        try:
+            cdi.remove(cdi.claim_path(self._settings.cdi, uid))
+        except OSError as error:
+            raise CniError(
+                IO_FAILURE, f"the CDI spec of claim {uid} cannot be removed", str(error)
+            ) from error
+        self._metadata.remove(uid)
+        self._claims.remove(uid)
+
+
+def _source(entry: Interface, number: int) -> str | None:
+    """The PF of a device that is a virtual function; None for another one."""
+    if not entry.functions:
+        return None
+    places = vf_discovery.places(entry.sources, entry.functions.vfs)
+    if number >= len(places):
+        raise _refusal(
+            f"interface {entry.name} has {len(places)} virtual functions now, and number {number} is allocated"
+        )
+    return places[number][0]
+
+
+def _names(claim: Claim) -> dict[str, object]:
+    return {"claim": f"{claim.namespace}/{claim.name}", "uid": claim.uid, "pod": claim.pod_name}
+
+
+def _refusal(message: str) -> CniError:
+    return CniError(INVALID_NETWORK_CONFIG, message)

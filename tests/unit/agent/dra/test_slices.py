@@ -1,0 +1,138 @@
+"""slices.py: what the API server allows in a slice, and which devices a scheduler may choose."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cni.agent.dra.slices import MOST, Node, chunks, pool
+from cni.config import policy
+from cni.kernel.rtnl import IFF_LOWER_UP, IFF_RUNNING, IFF_UP
+from tests.unit.agent.deviceplugin.test_devices import link
+
+NIC = "eth1"
+ATTRIBUTE = re.compile(r"([a-z0-9.-]{1,63}/)?[A-Za-z_][A-Za-z0-9_]{0,31}")
+
+
+def interfaces(*entries: dict[str, Any]) -> tuple[policy.Interface, ...]:
+    return policy.of("f", {"interfaces": [*entries]}).interfaces
+
+
+def entry(name: str = "data", dev: str = NIC, **more: Any) -> dict[str, Any]:
+    return {"name": name, "source": {"dev": dev}, **more}
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> Path:
+    """With a NIC on PCI whose speed is 10 Gbit/s."""
+    device = tmp_path / "devices/pci0000:00/0000:00:05.0"
+    (device / f"net/{NIC}").mkdir(parents=True)
+    (tmp_path / "bus/pci").mkdir(parents=True)
+    (tmp_path / "class/net").mkdir(parents=True)
+    (device / "subsystem").symlink_to(tmp_path / "bus/pci")
+    (device / f"net/{NIC}/device").symlink_to(device)
+    (device / f"net/{NIC}/speed").write_text("10000\n")
+    (device / "numa_node").write_text("1\n")
+    (tmp_path / f"class/net/{NIC}").symlink_to(device / f"net/{NIC}")
+    return tmp_path
+
+
+def node(sysfs: Path, **more: Any) -> Node:
+    return Node({NIC: link(NIC, 2)}, str(sysfs), **more)
+
+
+def values(device: dict[str, Any]) -> dict[str, Any]:
+    return {key: next(iter(value.values())) for key, value in device["attributes"].items()}
+
+
+def test_attributes(sysfs: Path) -> None:
+    found = pool(interfaces(entry(modes=["vepa", "private"], vlans=[100, 200], capacity=2)), node(sysfs))
+    assert [each["name"] for each in found.devices] == ["data-0", "data-1"]
+    assert values(found.devices[1]) == {
+        "interface": "data",
+        "source": NIC,
+        "type": "ethernet",
+        "bridge": False,
+        "vepa": True,
+        "pepa": True,
+        "vlans": ",100,200,",
+        "mtu": 1500,
+        "carrier": True,
+        "speed": 10000,
+        "numaNode": 1,
+        "resource.kubernetes.io/pciBusID": "0000:00:05.0",
+        "k8s.cni.cncf.io/deviceID": "data-1",
+        "k8s.cni.cncf.io/resourceName": "vmtap.dev/data",
+    }
+
+
+@pytest.mark.parametrize("flags", [0, IFF_UP, IFF_UP | IFF_LOWER_UP, IFF_LOWER_UP | IFF_RUNNING])
+def test_a_link_without_a_carrier_is_shown_so(tmp_path: Path, flags: int) -> None:
+    there = Node({NIC: link(NIC, 2, flags=flags)}, str(tmp_path))
+    [device] = pool(interfaces(entry(capacity=1)), there).devices
+    assert values(device)["carrier"] is False
+    assert (values(device)["speed"], values(device)["numaNode"]) == (0, -1)
+
+
+def test_what_the_server_would_refuse_is_not_sent(sysfs: Path) -> None:
+    long = "A" * 50
+    entries = interfaces(entry(long, vlans=list(range(1, 60)), capacity=130), entry("x", capacity=MOST))
+    found = pool(entries, node(sysfs))
+    assert len(found.devices) == MOST
+    assert "lower the capacities" in found.left_out["*"][1]
+    assert len({each["name"] for each in found.devices}) == MOST
+    for each in found.devices[:140]:
+        assert len(each["name"]) <= 63
+        assert len(each["attributes"]) <= 32
+        assert all(ATTRIBUTE.fullmatch(key) for key in each["attributes"])
+        assert all(len(value) <= 64 for value in values(each).values() if isinstance(value, str))
+    assert values(found.devices[0])["vlans"] == "many"
+    assert [len(chunk) for chunk in chunks(found.devices)] == [128] * 32
+    assert chunks([]) == [[]]
+
+
+def test_a_source_that_is_away_has_no_devices(sysfs: Path) -> None:
+    found = pool(interfaces(entry("gone", "eth9"), entry()), node(sysfs))
+    assert {values(each)["interface"] for each in found.devices} == {"data"}
+    assert found.left_out == {"gone": ("eth9 is not on this node", "plug it in, or correct the policy")}
+
+
+class TestVirtualFunctions:
+    @pytest.fixture
+    def vfs(self, sysfs: Path) -> Path:
+        """Four VFs, each with a link."""
+        pf = sysfs / "devices/pci0000:00/0000:00:05.0"
+        (pf / "sriov_totalvfs").write_text("8\n")
+        (pf / "driver").mkdir()
+        for number in range(4):
+            vf = sysfs / f"devices/pci0000:00/0000:00:06.{number}"
+            (vf / f"net/vf{number}").mkdir(parents=True)
+            (vf / "numa_node").write_text("1\n")
+            (pf / f"virtfn{number}").symlink_to(vf)
+            os.symlink(vf / f"net/vf{number}", sysfs / f"class/net/vf{number}")
+        return sysfs
+
+    def found(self, sysfs: Path, **more: Any) -> list[str]:
+        names = [NIC, *(f"vf{number}" for number in range(4))]
+        there = Node({name: link(name, at) for at, name in enumerate(names, 2)}, str(sysfs), **more)
+        devices = pool(interfaces(entry(type="sr-iov")), there).devices
+        assert not any("resource.kubernetes.io/pciBusID" in each["attributes"] for each in devices)
+        return [each["name"] for each in devices]
+
+    def test_each_is_a_device(self, vfs: Path) -> None:
+        assert self.found(vfs) == ["data-0", "data-1", "data-2", "data-3"]
+
+    def test_one_that_a_cni_attachment_has_is_left_out(self, vfs: Path) -> None:
+        assert self.found(vfs, held={"0000:00:06.0": "a-1"}) == ["data-0", "data-1", "data-2"]
+
+    def test_one_that_a_claim_has_stays(self, vfs: Path) -> None:
+        held = {"0000:00:06.0": "a-1", "0000:00:06.2": "c-1"}
+        assert self.found(vfs, held=held, attached={"c-1"}, claimed={"data-3"}) == [
+            "data-0",
+            "data-1",
+            "data-3",
+        ]
