@@ -140,6 +140,7 @@ class Agent:
             command=request.env.get("CNI_COMMAND"),
             container=request.env.get("CNI_CONTAINERID"),
             ifname=request.env.get("CNI_IFNAME"),
+            **({"claim": request.env.get("VMTAP_CLAIM")} if request.called_as == HOOK else {}),
             **fields,
         )
         return response

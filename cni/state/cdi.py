@@ -50,7 +50,11 @@ def write(record: Record, device: tuple[int, int], owner: int, group: int) -> No
     assert record.cdi is not None  # noqa: S101 - the caller
     node = _node(record.ifindex, owner, group) | {"major": device[0], "minor": device[1]}
     edits = {"deviceNodes": [node]}
-    _write(record.cdi, {"kind": KIND, "devices": [{"name": record.device_id, "containerEdits": edits}]})
+    try:
+        _write(record.cdi, {"kind": KIND, "devices": [{"name": record.device_id, "containerEdits": edits}]})
+    except CniError:
+        remove(record.cdi)
+        raise
 
 
 def claim_name(uid: str, number: int) -> str:
@@ -150,7 +154,6 @@ def _write(path: str, fields: Mapping[str, Any]) -> None:
         # A runtime reads names that end with .json or .yaml only: never the temporary file.
         files.replace(path, json.dumps(document).encode(), mode=0o644)
     except OSError as error:
-        remove(path)
         raise CniError(IO_FAILURE, f"the CDI spec {path} cannot be written", reason(error)) from error
 
 

@@ -16,6 +16,7 @@ from logging import ERROR, WARNING
 from cni.agent.dra.container import Container
 from cni.agent.log import log
 from cni.attach.call import Request
+from cni.attach.delete import attempt, raise_all
 from cni.errors import CniError
 from cni.kernel import netns, tapdev
 from cni.kernel.rtnl import Rtnl
@@ -156,18 +157,18 @@ class Sandboxes:
     # Unprepare
 
     def end(self, claim: Claim, device: ClaimDevice) -> None:
-        """End the attachment of a claim's device; none is success. Raises CniError.
+        """End the attachment of a claim's device; none is success. Raises CniError after each step has been tried.
 
         The caller holds the claim's lock.
         """
         record = self._store.load(claim.attachment(device))
         if record is None:
             return
-        cdi.set_devices(self._cdi, claim.uid, {_path(device): None})
+        failed = attempt(cdi.set_devices, self._cdi, claim.uid, {_path(device): None})
         path = record.netns if _leads_to(record.netns, record.netns_id) else ""
-        response = self._answer(self._request("DEL", claim, device, path), keep_turn)
-        if response.error:
-            raise response.error
+        if error := self._answer(self._request("DEL", claim, device, path), keep_turn).error:
+            failed.append(error)
+        raise_all(failed)
 
     # Steps
 

@@ -337,6 +337,21 @@ def test_a_link_of_that_name_that_is_not_the_claims_fails_the_container(node: No
     assert node.reserved(claim)
 
 
+def test_a_cdi_file_that_cannot_be_written_keeps_no_link_alive(node: Node, lab: Lab, plugin: Plugin) -> None:
+    pod, claim = lab.pod(), node.prepare()
+    _run(plugin, pod)
+    folder = node.folder / "cdi"
+    blocked = folder / f"vmtap-claim-{claim.uid}.json.new"
+    blocked.mkdir()
+    assert "CDI spec" in _stop(plugin, pod)
+    assert "net0" not in pod.links()
+    assert node.record(claim) is None
+    again = lab.pod()
+    blocked.rmdir()
+    node.hook(claim, again).ok()
+    assert node.given(claim) == node.link(claim, again)
+
+
 def test_the_device_node_is_made_whatever_the_umask(node: Node, lab: Lab) -> None:
     claim = node.prepare()
     node.hook(claim, lab.pod()).ok()
