@@ -125,8 +125,6 @@ class Agent:
             stderr = f"{request.called_as}: {response.error}\n".encode(errors="backslashreplace")
             fields |= {"code": response.error.code, "error": str(response.error)}
         reply(response, stderr)  # first: the runtime waits for it
-        if self._handover:
-            self._handover.wake()
         self._in_flight.inc(by=-1)
         self._count(request.env.get("CNI_COMMAND", ""), response.error, seconds)
         log(
@@ -144,6 +142,11 @@ class Agent:
         self._warn(record)
         if self._handover:
             self._handover.made(record, pod_netns)
+
+    def served(self, more: bool) -> None:
+        """Called after each connection. more: whether another one waits."""
+        if self._handover:
+            self._handover.wake(busy=more)
 
     def refused(self, why: str) -> None:
         """Count and log a connection that was not served."""
@@ -208,7 +211,9 @@ def _run(settings: Settings) -> int:
         drift.start()
     path = f"{folder}/cni.sock"
     lent = _inherited()
-    serving = server.Server(lent or server.listen(path), agent.answer, agent.refused, lent=lent is not None)
+    serving = server.Server(
+        lent or server.listen(path), agent.answer, agent.refused, agent.served, lent=lent is not None
+    )
     broker = Broker(settings.run, registry)
     broker.start()
     offering = _device_plugin(settings, agent.policies, store, registry)

@@ -54,6 +54,8 @@ _PATH_SECONDS = 10.0
 """How often the path of a waiting link's namespace is looked at: the sockets in it keep the namespace alive."""
 _AGAIN_SECONDS = 1.0
 """From a guest's frame to the next return to waiting: QEMU announces for half a second."""
+_MADE_SECONDS = 0.25
+"""From an ADD to the look at its link at most, while other requests wait: no guest is as quick."""
 _LISTEN_SECONDS = 0.1
 """From one change of the wire sockets' filters to the next: a thousand ADDs must not cost a thousand changes."""
 _MESSAGES = {
@@ -73,7 +75,7 @@ class Handover:
         self._guests: dict[str, GuestLink] = {}
         self._at: dict[tuple[int, bytes], GuestLink] = {}
         self._ears: dict[int, GuestLink] = {}
-        self._made: SimpleQueue[tuple[Record, int]] = SimpleQueue()
+        self._made: dict[str, tuple[Record, int]] = {}  # by id, until they are looked at
         self._closing: SimpleQueue[socket.socket | None] = SimpleQueue()
         self._poll = select.epoll()
         self._wire = WireSockets(self._poll, self._closing.put)
@@ -81,6 +83,8 @@ class Handover:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._logged: dict[str, float] = {}  # when a step's failure was logged last; monotonic seconds
         self._changing = threading.Lock()  # held while a link's mode and its state differ
+        self._since = 0.0  # when the first of _made was noted; monotonic seconds
+        self._noted = False  # whether the thread knows that there are some in _made
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._run, name="handover", daemon=True),
@@ -121,11 +125,17 @@ class Handover:
     def made(self, record: Record, pod_netns: int) -> None:
         """Note the link of an ADD that has succeeded, and dup(2) pod_netns. wake() is to be called after the answer."""
         if record.handover:
-            self._made.put((record, os.dup(pod_netns)))
+            if forgotten := self._made.pop(record.id, None):  # its DEL has come
+                os.close(forgotten[1])
+            if not self._made:
+                self._since = time.monotonic()
+            self._made[record.id] = record, os.dup(pod_netns)
 
-    def wake(self) -> None:
-        """Have the links that made() has noted looked at."""
-        if self._stopping or not self._made.empty():
+    def wake(self, *, busy: bool = False) -> None:
+        """Have the links that made() has noted looked at; busy: a little later, as other requests wait."""
+        late = not busy or time.monotonic() > self._since + _MADE_SECONDS
+        if self._stopping or (self._made and late and not self._noted):
+            self._noted = True
             with suppress(BlockingIOError):  # it is awake already
                 os.eventfd_write(self._wake, 1)
 
@@ -173,8 +183,8 @@ class Handover:
         for guest in self._guests.values():
             self._deafen(guest)
         self._wire.close()
-        while not self._made.empty():
-            os.close(self._made.get()[1])
+        while self._made:
+            os.close(self._made.popitem()[1][1])
         self._closing.put(None)
         self._poll.close()
         os.close(self._wake)
@@ -199,9 +209,10 @@ class Handover:
     # Which links there are
 
     def _look_at_made(self) -> None:
+        self._noted = False  # first: what is noted from now on wakes the thread
         with Rtnl() as host:
-            while not self._made.empty():
-                record, pod = self._made.get()
+            while self._made:
+                _, (record, pod) = self._made.popitem()
                 try:
                     self._try(self._watch, host, record, pod)
                 finally:
@@ -214,7 +225,7 @@ class Handover:
             for id in self._guests.keys() - ids:
                 self._forget(self._guests[id])
             self._store.sweep_elsewhere(ids)  # a DEL may have come between a frame and its mark
-            for id in ids:
+            for id in ids - self._made.keys():
                 self._try(self._look_at_record, host, id)
 
     def _look_at_record(self, host: Rtnl, id: str) -> None:

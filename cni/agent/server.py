@@ -86,18 +86,23 @@ class Server:
         listener: socket.socket,
         answer: Callable[[Request, Reply, Callable[[], None]], object],
         refused: Callable[[str], None],
+        served: Callable[[bool], None] = lambda _: None,
         *,
         lent: bool = False,
     ) -> None:
         """answer is called with the request, a function that replies, and one to call before it waits (Turn.leave).
 
-        refused: called with the reason for each connection that is not served. lent: systemd made the listener and
+        refused: called with the reason for each connection that is not served. served: called after each connection,
+        with whether another one waits. lent: systemd made the listener and
         keeps it open after this process.
         """
         self._listener = listener
         self._lent = lent
         self._answer = answer
         self._refused = refused
+        self._served = served
+        self._more = select.poll()
+        self._more.register(listener.fileno(), select.POLLIN)
         self._lock = threading.Lock()
         self._wakeups: SimpleQueue[None] = SimpleQueue()
         self._idle = 0
@@ -181,6 +186,7 @@ class Server:
                 continue
             try:
                 self._handle(connection, turn)
+                self._served(bool(self._more.poll(0)))
             except Exception as error:  # the next requests must still be served
                 self._refused(f"internal error in vmtapd: please report it: {error!r}")
             finally:

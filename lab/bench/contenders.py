@@ -110,8 +110,8 @@ class Agent(Program):
         """Waits until all its threads sleep, waiting for requests.
 
         The agent answers a DEL when the link is gone, and a thread of it stays in the kernel for another 15 to 40 ms.
-        This waits for that thread, so that its CPU time counts for the agent and does not slow down the next contender.
-        There is no event to wait for.
+        After an ADD it writes its log and looks at the link. This waits for the threads, so that their
+        CPU time counts for the agent and does not slow down the next contender. There is no event to wait for.
         """
         until = time.monotonic() + _SETTLE_SECONDS
         quiet = 0
@@ -197,10 +197,11 @@ class Contender:
         for each in outcomes:
             if each.status != 0:
                 raise spawner.failure(f"{self.name}: {command}", each)
-        if self.agent and command == "DEL":
+        agent_cpu = agent_memory = 0
+        if self.agent:
             self.agent.settle()
-        agent_cpu = self.agent.cpu() - spent if self.agent else 0
-        agent_memory = self.agent.memory() if self.agent else 0
+            agent_cpu = self.agent.cpu() - spent
+            agent_memory = self.agent.memory()
         wall = max(each.end for each in outcomes) - min(each.begin for each in outcomes)
         return Sample(
             wall=(wall + before) / 1e6,
