@@ -300,7 +300,7 @@ static int send_all(int fd, const void *data, size_t length, int pass)
     return 0;
 }
 
-/* Receive at least, and at most, so many bytes. The number; -1 if the agent closes the connection or until has passed. */
+/* Receive at least, and at most, so many bytes. The number, or -1 if the agent closes the connection or until passes. */
 static ssize_t receive(int fd, char *data, size_t least, size_t most, int64_t until)
 {
     size_t length = 0;

@@ -51,8 +51,6 @@ POLICY = (
 """The entries of the policy on a node of lab/wire.py."""
 _SETTLE_SECONDS = 10.0
 _LOOK_SECONDS = 0.002
-_AFTER_ADD_SECONDS = 0.3
-"""More than the agent takes to look at the link of an ADD, also of the last one of a crowd (cni/agent/handover.py)."""
 _START_SECONDS = 120.0
 
 
@@ -199,12 +197,11 @@ class Contender:
         for each in outcomes:
             if each.status != 0:
                 raise spawner.failure(f"{self.name}: {command}", each)
+        agent_cpu = agent_memory = 0
         if self.agent:
-            if command == "ADD":
-                time.sleep(_AFTER_ADD_SECONDS)
             self.agent.settle()
-        agent_cpu = self.agent.cpu() - spent if self.agent else 0
-        agent_memory = self.agent.memory() if self.agent else 0
+            agent_cpu = self.agent.cpu() - spent
+            agent_memory = self.agent.memory()
         wall = max(each.end for each in outcomes) - min(each.begin for each in outcomes)
         return Sample(
             wall=(wall + before) / 1e6,

@@ -348,7 +348,13 @@ def _spent(measured: Measured) -> str:
     }
     lines = [(name, number(each), percent(each / whole), calls) for name, (each, calls) in parts.items()]
     last = ("all", number(whole), "100 %", f"{shim + agent:.0f}")
-    return _table(("ADD of the agent", "ms", "part", "system calls"), [*lines, last])
+    aim = ADD.aim * spread(measured.walls(GO_MACVLAN, "ADD")).median
+    return (
+        _table(("ADD of the agent", "ms", "part", "system calls"), [*lines, last])
+        + f"\n\n{ADD.aim:g} of Go macvlan, the aim, is {number(aim)} ms in this run. The first and the last "
+        f"part are not vmtap's: {number(start + kernel)} ms.\nOf the aim they leave {number(aim - start - kernel)} ms "
+        f"to the shim, the socket and the agent, which take {number(whole - start - kernel)} ms."
+    )
 
 
 def _system_calls(calls: Calls) -> str:
