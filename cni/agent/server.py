@@ -101,8 +101,6 @@ class Server:
         self._answer = answer
         self._refused = refused
         self._served = served
-        self._more = select.poll()
-        self._more.register(listener.fileno(), select.POLLIN)
         self._lock = threading.Lock()
         self._wakeups: SimpleQueue[None] = SimpleQueue()
         self._idle = 0
@@ -172,6 +170,8 @@ class Server:
     def _serve_in_turn(self) -> bool:
         """Serve until another thread has taken over; False if the server stops."""
         turn = Turn(self._start_successor)
+        more = select.poll()  # of this thread: two must not use one
+        more.register(self._listener, select.POLLIN)
         while not turn.left:
             if self._stopping and self._lent:  # systemd keeps the backlog for the next agent
                 return False
@@ -186,7 +186,7 @@ class Server:
                 continue
             try:
                 self._handle(connection, turn)
-                self._served(bool(self._more.poll(0)))
+                self._served(bool(more.poll(0)))
             except Exception as error:  # the next requests must still be served
                 self._refused(f"internal error in vmtapd: please report it: {error!r}")
             finally:
