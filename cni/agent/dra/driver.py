@@ -165,27 +165,21 @@ class Driver:
                 try:
                     self._look()
                     self._failures = 0
-                except (
-                    Exception
-                ) as error:  # the thread must survive: the API server and the kubelet come and go
-                    self._failures += 1
-                    pause = min(_LATEST, _SOONEST * 2.0 ** (self._failures - 1))
-                    self._rest = time.monotonic() + pause
-                    self._due = [self._rest]
-                    known = isinstance(error, OSError | CniError | RuntimeError)
-                    log(
-                        WARNING if known else ERROR,
-                        "a step of the driver failed; it is tried again",
-                        error=str(error)
-                        if isinstance(error, CniError)
-                        else reason(error)
-                        if known
-                        else repr(error),
-                        seconds=pause,
-                    )
+                except Exception as error:  # the API server and the kubelet come and go
+                    self._failed(error)
                 self._wait(poll)
             if self._sockets:
                 self._sockets.close()
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        pause = min(_LATEST, _SOONEST * 2.0 ** (self._failures - 1))
+        self._rest = time.monotonic() + pause
+        self._due = [self._rest]
+        level, why = ERROR, repr(error)
+        if isinstance(error, OSError | CniError | RuntimeError):
+            level, why = WARNING, str(error) if isinstance(error, CniError) else reason(error)
+        log(level, "a step of the driver failed; it is tried again", error=why, seconds=pause)
 
     def _wait(self, poll: select.poll) -> None:
         """Return at an event that may change the slices, or when the next comparison is due."""
@@ -227,6 +221,8 @@ class Driver:
             self._published = None
             raise
         self._published = devices
+        if self._failures:  # a kubelet that could not wipe the slices does so now
+            self._due = sorted([*self._due, *(now + each for each in _AFTER_REGISTRATION[1:])])
         self._due = self._due or [now + _AGAIN]
 
     def _registered(self) -> None:

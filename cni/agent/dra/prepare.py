@@ -143,9 +143,7 @@ class Preparing:
         ids = [claim.attachment(each) for each in claim.devices]
         kept = {before.attachment(each): each.ifindex for each in before.devices} if before else {}
         with ExitStack() as undo, ExitStack() as locks:
-            for id in sorted(
-                ids
-            ):  # a reconciler that finds the index reserved by nobody leaves it while it is locked
+            for id in sorted(ids):  # a reconciler leaves alone what is locked
                 locks.enter_context(self._store.locked(id))
             devices = []
             for id, each in zip(ids, claim.devices, strict=True):
