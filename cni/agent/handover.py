@@ -136,7 +136,7 @@ class Handover:
         late = not busy or time.monotonic() > self._since + _MADE_SECONDS
         if self._stopping or (self._made and late and not self._noted):
             self._noted = True
-            with suppress(BlockingIOError):  # it is awake already
+            with suppress(OSError):  # EAGAIN: it is awake already; EBADF: it has stopped
                 os.eventfd_write(self._wake, 1)
 
     @contextmanager

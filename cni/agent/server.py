@@ -93,8 +93,8 @@ class Server:
         """answer is called with the request, a function that replies, and one to call before it waits (Turn.leave).
 
         refused: called with the reason for each connection that is not served. served: called after each connection,
-        with whether another one waits. lent: systemd made the listener and
-        keeps it open after this process.
+        and when a thread takes over, with whether another connection waits; raises nothing. lent: systemd made the
+        listener and keeps it open after this process.
         """
         self._listener = listener
         self._lent = lent
@@ -170,8 +170,7 @@ class Server:
     def _serve_in_turn(self) -> bool:
         """Serve until another thread has taken over; False if the server stops."""
         turn = Turn(self._start_successor)
-        more = select.poll()  # of this thread: two must not use one
-        more.register(self._listener, select.POLLIN)
+        self._served(self._another_waits())  # the request that left its turn may wait for long
         while not turn.left:
             if self._stopping and self._lent:  # systemd keeps the backlog for the next agent
                 return False
@@ -186,12 +185,20 @@ class Server:
                 continue
             try:
                 self._handle(connection, turn)
-                self._served(bool(more.poll(0)))
             except Exception as error:  # the next requests must still be served
                 self._refused(f"internal error in vmtapd: please report it: {error!r}")
             finally:
                 connection.close()
+            self._served(self._another_waits())
         return True
+
+    def _another_waits(self) -> bool:
+        """Whether a connection waits in the backlog."""
+        poll = select.poll()  # a new one: two threads must not use one at once
+        with suppress(ValueError):  # stop() has closed the listener
+            poll.register(self._listener, select.POLLIN)
+            return bool(poll.poll(0))
+        return False
 
     def _idle_until_needed(self) -> bool:
         """Wait for the next turn; False if enough threads do, or the server stops."""
