@@ -20,7 +20,7 @@ from cni.agent.dra.api import RESOURCE, segment
 from cni.agent.log import log
 from cni.config import claim as claims
 from cni.config import policy as policies
-from cni.errors import CniError
+from cni.errors import CniError, reason
 from cni.lower import vf_discovery
 from cni.spec import INVALID_NETWORK_CONFIG, IO_FAILURE
 from cni.state import cdi
@@ -172,7 +172,7 @@ class Preparing:
             cdi.remove(cdi.claim_path(self._settings.cdi, uid))
         except OSError as error:
             raise CniError(
-                IO_FAILURE, f"the CDI spec of claim {uid} cannot be removed", str(error)
+                IO_FAILURE, f"the CDI spec of claim {uid} cannot be removed", reason(error)
             ) from error
         self._metadata.remove(uid)
         self._claims.remove(uid)

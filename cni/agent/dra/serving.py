@@ -80,7 +80,7 @@ class _Plugin:
         try:
             found = step()
         except (CniError, OSError) as failure:
-            error = (str(failure) if isinstance(failure, CniError) else reason(failure))[:_MESSAGE]
+            error = reason(failure)[:_MESSAGE]
             log(
                 WARNING,
                 f"claim not {what}d",
