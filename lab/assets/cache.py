@@ -57,7 +57,7 @@ class Asset:
         """Its path. Raises AssetError if it is not there."""
         path = self.path
         if not path.exists():
-            raise AssetError(f"{path} is not there: run lab/setup {self.setup}")
+            raise AssetError(f"{path.name} is not in the cache folder: run lab/setup {self.setup}")
         return path
 
     def ensure(self) -> Path:
