@@ -90,12 +90,12 @@ def reply(
 
 def _arrived(connection: _socket.socket) -> tuple[bytes, list[int]] | None:
     """_first() if the request has arrived, as nearly always: saves setting a timeout, and poll(2). Otherwise None."""
-    with suppress(BlockingIOError):
-        return _first(connection, socket.MSG_DONTWAIT)
-    # connect(2) has woken this thread on the shim's own processor, before the shim could send: let it.
-    os.sched_yield()
-    with suppress(BlockingIOError):
-        return _first(connection, socket.MSG_DONTWAIT)
+    for _ in range(2):
+        try:
+            return _first(connection, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            # connect(2) has woken this thread on the shim's own processor, before the shim could send: let it.
+            os.sched_yield()
     return None
 
 
