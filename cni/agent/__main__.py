@@ -41,7 +41,7 @@ from cni.state.store import Store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from cni.agent.deviceplugin.allocations import Allocations
     from cni.agent.deviceplugin.offering import DevicePlugin
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from cni.agent.nri.client import Client
     from cni.agent.server import Reply
     from cni.agent.settings import Settings
-    from cni.state.claims import Claim
     from cni.state.record import Record
 
 
@@ -320,17 +319,11 @@ def _claims(
     from cni.agent.dra.sandbox import Sandboxes  # noqa: PLC0415
     from cni.agent.nri.client import Client  # noqa: PLC0415
 
-    def answer(request: Request, yield_turn: Callable[[], None]) -> Response:
-        return agent.answer(request, yield_turn=yield_turn)
-
-    def attached(claim: Claim, records: Sequence[Record]) -> None:
-        driver.report(claim, records)
-
     sandboxes = Sandboxes(
         store,
         Claims(settings.run, _note),
-        answer,
-        attached,
+        lambda request, yield_turn: agent.answer(request, yield_turn=yield_turn),
+        lambda claim, records: driver.report(claim, records),  # noqa: PLW0108 - made below
         cni_path=os.path.dirname(settings.hook),
         cdi=settings.cdi,
     )

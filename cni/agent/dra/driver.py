@@ -93,6 +93,8 @@ class Driver:
         """The devices, as JSON, of the last comparison that succeeded."""
         self._due: list[float] = []
         """When to compare next, by time.monotonic(), sorted."""
+        self._registration = False
+        """Whether a kubelet has registered the driver since the last look."""
         self._rest = 0.0
         """Until when the slices are not written again, by time.monotonic(): a carrier may come and go all the time."""
         self._failures = 0
@@ -208,6 +210,9 @@ class Driver:
         self._compute()
         devices = json.dumps(self._pool.devices)
         now = time.monotonic()
+        if self._registration:
+            self._registration = False
+            self._due = [now + each for each in _AFTER_REGISTRATION]
         if devices != self._published:
             self._due = sorted([*self._due, max(now, self._rest)])
         if self._due[0] > now:
@@ -226,9 +231,8 @@ class Driver:
         self._due = self._due or [now + _AGAIN]
 
     def _registered(self) -> None:
-        """Called in a gRPC thread."""
-        now = time.monotonic()
-        self._due = [now + each for each in _AFTER_REGISTRATION]
+        """Called in a gRPC thread: the driver's own thread alone changes when to compare."""
+        self._registration = True
         self._wake()
 
     def _compute(self) -> None:
