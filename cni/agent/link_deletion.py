@@ -25,13 +25,17 @@ from cni.kernel.rtnl import (
     Rtnl,
     delete_link,
 )
+from cni.state.lock import keep_turn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Self
 
 _SPARE = 8
 """Idle threads that are kept."""
+_SOON_MS = 1
+"""A link is gone within that time if no other request holds RTNL: not worth waking the thread of the next request."""
 
 _AT_TYPE = 4  # nlmsghdr.nlmsg_type
 _AT_IFINDEX = 16 + 4  # ifinfomsg.ifi_index
@@ -46,16 +50,25 @@ class LinkDeleter:
         self._lock = threading.Lock()
         self._threads = self._idle = 0
 
-    def __call__(self, host: Rtnl, index: int, nsid: int | None) -> None:
-        """Delete the link of that index, in host's namespace or in the namespace nsid. Raises OSError."""
+    def __call__(
+        self, host: Rtnl, index: int, nsid: int | None, yield_turn: Callable[[], None] = keep_turn
+    ) -> None:
+        """Delete the link of that index, in host's namespace or in the namespace nsid. Raises OSError.
+
+        yield_turn: called before a wait that is longer than _SOON_MS.
+        """
         with _watch(index) as gone, _Deletion(index, nsid) as deletion:
             poll = select.poll()
             poll.register(gone, select.POLLIN)
             poll.register(deletion.done, select.POLLIN)
             if not self._begin(deletion):
-                deletion.carry_out()
+                yield_turn()
+                deletion.carry_out(host)
+            if not (events := poll.poll(_SOON_MS)):
+                yield_turn()
             while True:
-                ready = {fd for fd, _ in poll.poll()}
+                ready = {fd for fd, _ in events or poll.poll()}
+                events = []
                 if deletion.done in ready:
                     if deletion.error:
                         raise deletion.error
@@ -74,21 +87,23 @@ class LinkDeleter:
             new = self._idle == 0
             if new and self._threads >= self._most:
                 return False
+            own = Rtnl() if new else None
             self._threads += new
             self._idle -= not new
         self._deletions.put(deletion)
-        if new:
-            threading.Thread(target=self._serve, name="link deletion", daemon=True).start()
+        if own:
+            threading.Thread(target=self._serve, args=(own,), name="link deletion", daemon=True).start()
         return True
 
-    def _serve(self) -> None:
-        while True:
-            self._deletions.get().carry_out()
-            with self._lock:
-                if self._idle >= _SPARE:
-                    self._threads -= 1
-                    return
-                self._idle += 1
+    def _serve(self, own: Rtnl) -> None:
+        with own:
+            while True:
+                self._deletions.get().carry_out(own)
+                with self._lock:
+                    if self._idle >= _SPARE:
+                        self._threads -= 1
+                        return
+                    self._idle += 1
 
 
 class _Deletion:
@@ -99,11 +114,10 @@ class _Deletion:
         self.error: OSError | None = None
         self.done, self._end = os.pipe()
 
-    def carry_out(self) -> None:
-        """Delete the link, set error if that fails, and make done readable."""
+    def carry_out(self, host: Rtnl) -> None:
+        """Delete the link, set error if that fails, and make done readable. host: a socket of the host's namespace."""
         try:
-            with Rtnl() as own:
-                delete_link(own, self._index, self._nsid)
+            delete_link(host, self._index, self._nsid)
         except OSError as error:
             self.error = error
         finally:

@@ -13,12 +13,20 @@ from cni.state.record import identifier
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Protocol
 
     from cni.config.netconf import NetConf
     from cni.config.policy import Grant, Policy
-    from cni.kernel.rtnl import DeleteLink, Host, Link, Rtnl
+    from cni.kernel.rtnl import Host, Link, Rtnl
     from cni.state.record import Record
     from cni.state.store import Store
+
+    class DeleteLink(Protocol):
+        """How to delete a link, as rtnl.delete_link. yield_turn: to call before a wait."""
+
+        def __call__(
+            self, host: Rtnl, index: int, nsid: int | None, yield_turn: Callable[[], None] = ...
+        ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -137,5 +145,4 @@ class Call:
 
     def delete_link(self, host: Rtnl, index: int, nsid: int | None) -> None:
         """Delete the link of that index, in host's namespace or in the namespace nsid. Raises OSError."""
-        self.yield_turn()
-        self.node.delete_link(host, index, nsid)
+        self.node.delete_link(host, index, nsid, self.yield_turn)

@@ -382,12 +382,18 @@ class Host(Rtnl):
         os.close(self.fd)
 
 
-def delete_link(host: Rtnl, index: int, nsid: int | None) -> None:
+def delete_link(
+    host: Rtnl, index: int, nsid: int | None, yield_turn: Callable[[], object] | None = None
+) -> None:
     """Delete the link of that index, in host's namespace or in the namespace nsid. Raises OSError.
+
+    yield_turn: called first.
 
     Returns when the kernel acknowledges, after 15 to 40 ms; agent/link_deletion.py has one that returns earlier. A link
     that is gone already, alone or with its namespace, is no error.
     """
+    if yield_turn:
+        yield_turn()
     where = [] if nsid is None else [s32(IFLA_TARGET_NETNSID, nsid)]
     try:
         host.do(link_message(RTM_DELLINK, *where, index=index))

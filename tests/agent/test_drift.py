@@ -206,7 +206,7 @@ def test_a_deletion_in_another_namespace_is_not_the_links(lab: Lab, monkeypatch:
         delete_link(*args)
 
     monkeypatch.setattr(link_deletion, "delete_link", slow)
-    done = threading.Event()
+    yielded, done = threading.Event(), threading.Event()
 
     def delete() -> None:
         with Rtnl() as host:
@@ -215,11 +215,12 @@ def test_a_deletion_in_another_namespace_is_not_the_links(lab: Lab, monkeypatch:
                 fd = os.open(each.path, os.O_RDONLY)
                 ids.append(host.nsid(fd))
                 os.close(fd)
-            link_deletion.LinkDeleter()(host, index, ids[0])
+            link_deletion.LinkDeleter()(host, index, ids[0], yielded.set)
         done.set()
 
     thread = threading.Thread(target=lambda: lab.node.call(delete))
     thread.start()
+    assert yielded.wait(20), "the next request has to wait for this one's link"
     for _ in range(20):
         other.ip(f"link add index {index} d0 type veth peer name p0", "link del d0")
     assert not done.wait(0.3)
