@@ -57,7 +57,7 @@ class LinkDeleter:
 
         yield_turn: called before a wait that is longer than _SOON_MS.
         """
-        with _watch(index) as gone, _Deletion(index, nsid) as deletion:
+        with watch(index) as gone, _Deletion(index, nsid) as deletion:
             poll = select.poll()
             poll.register(gone, select.POLLIN)
             poll.register(deletion.done, select.POLLIN)
@@ -130,16 +130,16 @@ class _Deletion:
         os.close(self.done)
 
 
-def _watch(index: int) -> socket.socket:
+def watch(index: int) -> socket.socket:
     """A socket that becomes readable when a link of that index is deleted, in any network namespace (_nsid).
 
     The kernel drops all other messages, so that a hundred DELs at once do not each read all of them.
     """
-    watch = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
-    bpf.keep_only(watch, (_AT_TYPE, struct.pack("=H", RTM_DELLINK)), (_AT_IFINDEX, struct.pack("=i", index)))
-    watch.setsockopt(SOL_NETLINK, NETLINK_LISTEN_ALL_NSID, 1)
-    watch.bind((0, RTMGRP_LINK))
-    return watch
+    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE)
+    bpf.keep_only(events, (_AT_TYPE, struct.pack("=H", RTM_DELLINK)), (_AT_IFINDEX, struct.pack("=i", index)))
+    events.setsockopt(SOL_NETLINK, NETLINK_LISTEN_ALL_NSID, 1)
+    events.bind((0, RTMGRP_LINK))
+    return events
 
 
 def _nsid(watch: socket.socket) -> int | None:

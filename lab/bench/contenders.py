@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 BIN = Path(sys.executable).parent
 TMPFS = "/dev/shm"  # noqa: S108 - a TemporaryDirectory is made in it
 """The folder for state: /run is a tmpfs on a host, but often not in a container."""
-_PORT = {
+PORT = {
     "macSpoofCheck": True,
     "dhcpServer": False,
     "routerAdvertisements": False,
@@ -46,7 +46,7 @@ POLICY = (
     {"name": "wire", "source": {"dev": NIC}, "type": "ethernet"},
     {"name": "bridge", "source": {"dev": BRIDGE}, "type": "ethernet"},
     {"name": "checked", "source": {"dev": NIC}, "port": {"macSpoofCheck": True}},
-    {"name": "guarded", "source": {"dev": NIC}, "port": _PORT},
+    {"name": "guarded", "source": {"dev": NIC}, "port": PORT},
 )
 """The entries of the policy on a node of lab/wire.py."""
 _SETTLE_SECONDS = 10.0
@@ -250,7 +250,7 @@ class Floor(Closing):
         begin, cpu = time.perf_counter_ns(), time.thread_time_ns()
         if command == "ADD":
             in_pod = rtnl.u32(rtnl.IFLA_NET_NS_FD, self._namespace)
-            self._node.do(_new("floor0", self._lower + in_pod, up=True))
+            self._node.do(new_macvtap("floor0", self._lower + in_pod, up=True))
         else:
             self._pod.do(rtnl.link_message(rtnl.RTM_DELLINK, rtnl.text(rtnl.IFLA_IFNAME, "floor0")))
         return Sample((time.perf_counter_ns() - begin) / 1e6, (time.thread_time_ns() - cpu) / 1e6, 0)
@@ -258,7 +258,7 @@ class Floor(Closing):
     def prepare(self, name: str) -> int:
         """Makes a link on the node, for a plugin that moves it. Returns the time in nanoseconds."""
         begin = time.perf_counter_ns()
-        self._node.do(_new(name, self._lower, up=False))
+        self._node.do(new_macvtap(name, self._lower, up=False))
         return time.perf_counter_ns() - begin
 
     def close(self) -> None:
@@ -267,7 +267,8 @@ class Floor(Closing):
         os.close(self._namespace)
 
 
-def _new(name: str, lower: bytes, *, up: bool) -> tuple[int, int, bytes]:
+def new_macvtap(name: str, lower: bytes, *, up: bool, index: int = 0) -> tuple[int, int, bytes]:
+    """The message that creates a macvtap. lower: attributes, IFLA_LINK among them. index: 0: the kernel chooses one."""
     mode = rtnl.u32(rtnl.IFLA_MACVLAN_MODE, macvtap.MODES["bridge"])
     kind = rtnl.text(rtnl.IFLA_INFO_KIND, "macvtap")
     return rtnl.link_message(
@@ -275,6 +276,7 @@ def _new(name: str, lower: bytes, *, up: bool) -> tuple[int, int, bytes]:
         rtnl.text(rtnl.IFLA_IFNAME, name),
         lower,
         rtnl.nest(rtnl.IFLA_LINKINFO, kind, rtnl.nest(rtnl.IFLA_INFO_DATA, mode)),
+        index=index,
         flags=rtnl.IFF_UP if up else 0,
         change=rtnl.IFF_UP if up else 0,
         nlm=rtnl.NLM_F_ACK | rtnl.NLM_F_CREATE | rtnl.NLM_F_EXCL,
