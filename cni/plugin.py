@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from dataclasses import dataclass
 
 from cni.attach import result
 from cni.attach.add import add
@@ -21,6 +20,7 @@ from cni.attach.ipam import DELEGATED
 from cni.attach.status import status
 from cni.config import netconf
 from cni.config import policy as policies
+from cni.dataclass import dataclass
 from cni.errors import CniError, refused
 from cni.kernel import netns
 from cni.kernel.rtnl import Host

@@ -37,9 +37,11 @@ PAGES = subprocess.run(
 HEAVY = {
     "argparse",
     "asyncio",
+    "dataclasses",
     "email",
     "http",
     "importlib.metadata",
+    "inspect",
     "ipaddress",
     "jsonschema",
     "logging",
@@ -55,12 +57,51 @@ HEAVY = {
 }
 """What costs a pod's start milliseconds and is of no use to the ADD or DEL of a macvtap without policy and IPAM."""
 
+AGENT_HEAVY = {
+    *{
+        "argparse",
+        "ast",
+        "asyncio",
+        "concurrent",
+        "dataclasses",
+        "email",
+        "grpc",
+        "hashlib",
+        "importlib.metadata",
+    },
+    *{
+        "inspect",
+        "ipaddress",
+        "jsonschema",
+        "pyroute2",
+        "shutil",
+        "ssl",
+        "subprocess",
+        "tempfile",
+        "typing",
+        "urllib",
+    },
+}
+"""What costs an agent memory for as long as it runs, and is of no use to one without device plugin."""
+
 MODULES = """
 import json, os, sys
 from cni.__main__ import main
 status = main()
 os.write(2, json.dumps(sorted(sys.modules)).encode())
 sys.exit(status)
+"""
+
+AGENT_MODULES = """
+import json, os, signal, sys
+from cni.agent.__main__ import main
+
+def ready(signals):
+    os.write(1, json.dumps(sorted(sys.modules)).encode())
+    return signal.SIGTERM
+
+signal.sigwait = ready
+sys.exit(main())
 """
 
 
@@ -100,6 +141,64 @@ def test_an_attachments_life_imports_nothing_heavy(lab: Lab, plugin: Plugin) -> 
         )
         assert done.returncode == 0, done.stdout
         assert not HEAVY & set(json.loads(done.stderr)), command
+
+
+@pytest.mark.parametrize(
+    ("flags", "heavy"),
+    [([], AGENT_HEAVY), (["--device-plugin"], {"ssl", "argparse", "jsonschema", "pyroute2"})],
+)
+def test_an_agent_keeps_nothing_heavy(lab: Lab, tmp_path: Path, flags: list[str], heavy: set[str]) -> None:
+    policy = tmp_path / "interfaces.yaml"
+    policy.write_text("interfaces: [{name: data, source: {dev: eth1}}]\n")
+    folders = [
+        "--run",
+        str(tmp_path / "run"),
+        "--policy",
+        str(policy),
+        "--kubelet",
+        str(tmp_path / "kubelet"),
+    ]
+    served = ["--metrics", "127.0.0.1:0", "--health=127.0.0.1:0", "--delegate-seconds", "9", *flags]
+    done = subprocess.run(
+        lab.node.argv([sys.executable, "-I", "-c", AGENT_MODULES, *folders, *served]),
+        capture_output=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    modules = set(json.loads(done.stdout))
+    assert ("grpc" in modules) == bool(flags)
+    assert "yaml" in modules
+    assert not heavy & modules
+
+
+def test_ssl_can_be_imported_after_grpc() -> None:
+    """The agent loads gRPC without it, and the driver of resource claims speaks TLS to the API server."""
+    script = (
+        "import sys; from cni.agent import local_grpc; local_grpc.load(); local_grpc.load(); "
+        "assert 'grpc' in sys.modules and 'asyncio' in sys.modules and 'ssl' not in sys.modules; "
+        "from cni.agent.dra import api; import ssl, http.client; "
+        "http.client.HTTPSConnection('host', context=ssl.create_default_context()); local_grpc.load(); "
+        "assert sys.modules['ssl'] is ssl"
+    )
+    subprocess.run([sys.executable, "-I", "-c", script], check=True)
+
+
+def test_the_executable_ends_with_its_answer() -> None:
+    """It skips the interpreter's own end, which takes 5 ms."""
+    script = "import atexit, os; atexit.register(os.write, 1, b'late'); from cni.__main__ import run; run()"
+    for command, status in (("VERSION", 0), ("NONE", 1)):
+        env = {"CNI_COMMAND": command}
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            input=b'{"cniVersion":"1.0.0"}',
+            capture_output=True,
+            env=env,
+            check=False,
+        )
+        assert done.returncode == status
+        assert json.loads(done.stdout)["cniVersion"] == "1.0.0"
+        assert (b"CNI_COMMAND" in done.stderr) == bool(status)
 
 
 def test_importing_the_package_costs_nothing() -> None:

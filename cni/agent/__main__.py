@@ -14,7 +14,7 @@ from http import HTTPStatus
 from logging import ERROR, INFO, WARNING
 
 from cni import plugin
-from cni.agent import attachment_metrics, health, metrics, node_metrics, server
+from cni.agent import attachment_metrics, health, local_grpc, metrics, node_metrics, server
 from cni.agent import log as logs
 from cni.agent.broker import Broker
 from cni.agent.cgroups import Cgroups
@@ -288,7 +288,8 @@ def _allocations(settings: Settings) -> Allocations | None:
     """The kubelet's allocations, if the settings have the device plugin on."""
     if not settings.device_plugin:
         return None
-    from cni.agent.deviceplugin.allocations import Allocations  # noqa: PLC0415 - gRPC is 25 MB
+    local_grpc.load()
+    from cni.agent.deviceplugin.allocations import Allocations  # noqa: PLC0415 - gRPC is 21 MB
 
     return Allocations(settings)
 
@@ -301,7 +302,7 @@ def _device_plugin(
         if policies.discovers:
             log(WARNING, f"{VARIABLE} requests discovery, which needs the device plugin, and that is off")
         return None
-    from cni.agent.deviceplugin.offering import DevicePlugin  # noqa: PLC0415 - gRPC is 25 MB
+    from cni.agent.deviceplugin.offering import DevicePlugin  # noqa: PLC0415 - gRPC is 21 MB
 
     return DevicePlugin(settings, policies, store, registry)
 
@@ -315,7 +316,7 @@ def _claims(
     """
     if not settings.dra:
         return []
-    from cni.agent.dra.driver import Driver  # noqa: PLC0415 - gRPC is 25 MB
+    from cni.agent.dra.driver import Driver  # noqa: PLC0415 - gRPC is 21 MB
     from cni.agent.dra.sandbox import Sandboxes  # noqa: PLC0415
     from cni.agent.nri.client import Client  # noqa: PLC0415
 

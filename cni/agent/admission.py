@@ -8,9 +8,9 @@ know what is requested.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
 
 from cni.agent.bucket import Bucket
+from cni.dataclass import dataclass, field
 
 Key = tuple[int, int] | None
 """The identity of a namespace (netns.identity); None for all processes whose namespace cannot be looked up."""

@@ -22,13 +22,13 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 
 from cni.agent import peer, sent_fds, server
 from cni.agent.admission import Admission
 from cni.agent.holders import Holders
 from cni.agent.log import log
+from cni.dataclass import dataclass
 from cni.errors import CniError, reason, refused
 from cni.kernel import netns, tapdev
 from cni.spec import (

@@ -23,11 +23,11 @@ import threading
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from logging import ERROR, INFO, WARNING
 
 from cni.agent import port_drift
 from cni.agent.log import log
+from cni.dataclass import dataclass, field
 from cni.errors import CniError, reason
 from cni.kernel import bpf, macvtap, netns
 from cni.kernel.rtnl import (

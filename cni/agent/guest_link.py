@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import errno
 from contextlib import suppress
-from dataclasses import dataclass
 
 from cni.agent.log import log
+from cni.dataclass import dataclass
 from cni.errors import CniError
 from cni.kernel import last_frame, macvtap, netns, packet
 from cni.kernel.rtnl import Rtnl

@@ -25,13 +25,13 @@ import select
 import threading
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from logging import ERROR, INFO, WARNING
 from queue import SimpleQueue
 
 from cni.agent.guest_link import NEVER, GuestLink
 from cni.agent.log import log
 from cni.agent.wire_sockets import WireSockets
+from cni.dataclass import replace
 from cni.errors import CniError, reason
 from cni.kernel import macvtap, packet
 from cni.kernel.rtnl import Rtnl, mac_bytes

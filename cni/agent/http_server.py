@@ -14,12 +14,12 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from logging import DEBUG, ERROR
 
 from cni.agent.bucket import Bucket
 from cni.agent.log import log
+from cni.dataclass import dataclass, field
 from cni.errors import CniError, reason
 from cni.spec import INVALID_NETWORK_CONFIG
 

@@ -20,8 +20,8 @@ import os
 import select
 import socket
 import struct
-from dataclasses import dataclass
 
+from cni.dataclass import dataclass
 from cni.errors import CniError, reason
 from cni.kernel import netns
 from cni.spec import INVALID_NETNS

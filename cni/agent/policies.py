@@ -11,7 +11,6 @@ import json
 import os
 import threading
 import time
-from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 
 from cni.agent.log import log
@@ -19,6 +18,7 @@ from cni.config import policy, schema
 from cni.config.mac import PLAIN
 from cni.config.netconf import canonical
 from cni.config.policy import Interface, Policy
+from cni.dataclass import dataclass
 from cni.errors import CniError, reason
 from cni.spec import INVALID_NETWORK_CONFIG
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from dataclasses import dataclass
 
 from cni.config import nodefile, schema
+from cni.dataclass import dataclass
 from cni.errors import CniError
 from cni.spec import INVALID_NETWORK_CONFIG
 
@@ -48,6 +47,44 @@ class Settings:
 def load(argv: Sequence[str]) -> Settings:
     """Read the settings from the file and the flags. Raises CniError 7 that names the field; --help exits."""
     rules = schema.load("agent")
+    flags = _plain(rules["properties"], argv) or _explained(rules["properties"], argv)
+    file = flags.pop("config")
+    document = nodefile.read(file or DEFAULT_FILE, rules)
+    if document is None and file:
+        raise CniError(INVALID_NETWORK_CONFIG, f"--config {file}: no such file")
+    if not schema.accepts(rules, flags):
+        schema.explain(rules, flags)
+    fields: dict[str, Any] = schema.defaults(rules) | (document or {}) | flags
+    return Settings(**{_snake(name): value for name, value in fields.items()})
+
+
+def _plain(properties: dict[str, Any], argv: Sequence[str]) -> dict[str, Any] | None:
+    """The flags by field; None for --help and for what argparse would refuse: it is a megabyte of an agent's memory."""
+    kinds = {_flag(name): (name, rule["type"]) for name, rule in properties.items()}
+    kinds["--config"] = ("config", "string")
+    flags: dict[str, Any] = {"config": None}
+    words = iter(argv)
+    for word in words:
+        flag, given, text = word.partition("=")
+        positive = flag.replace("--no-", "--", 1)
+        name, kind = kinds.get(positive, ("", ""))
+        if kind == "boolean" and not given:
+            flags[name] = flag == positive
+            continue
+        text = text if given else next(words, "-")
+        if flag != positive or kind not in ("string", "integer") or (not given and text.startswith("-")):
+            return None
+        try:
+            flags[name] = text if kind == "string" else int(text)
+        except ValueError:
+            return None
+    return flags
+
+
+def _explained(properties: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """_plain() by argparse, which answers --help, names a mistake, and exits."""
+    import argparse  # noqa: PLC0415
+
     parser = argparse.ArgumentParser(
         prog="vmtapd",
         description="The node agent of vmtap. Every flag is a field of the file, too.",
@@ -57,22 +94,14 @@ def load(argv: Sequence[str]) -> Settings:
     parser.add_argument(
         "--config", metavar="FILE", default=None, help=f"default: {DEFAULT_FILE}, if it is there"
     )
-    for name, rule in rules["properties"].items():
+    for name, rule in properties.items():
         text = f"{rule['description']} Default: {json.dumps(rule['default'])}".replace("%", "%%")
         if rule["type"] == "boolean":
             parser.add_argument(_flag(name), dest=name, action=argparse.BooleanOptionalAction, help=text)
         else:
             kind = int if rule["type"] == "integer" else str
             parser.add_argument(_flag(name), dest=name, metavar=kind.__name__.upper(), type=kind, help=text)
-    flags = vars(parser.parse_args(argv))
-    file = flags.pop("config")
-    document = nodefile.read(file or DEFAULT_FILE, rules)
-    if document is None and file:
-        raise CniError(INVALID_NETWORK_CONFIG, f"--config {file}: no such file")
-    if not schema.accepts(rules, flags):
-        schema.explain(rules, flags)
-    fields: dict[str, Any] = schema.defaults(rules) | (document or {}) | flags
-    return Settings(**{_snake(name): value for name, value in fields.items()})
+    return vars(parser.parse_args(argv))
 
 
 def _flag(name: str) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import select
-from dataclasses import dataclass
 
+from cni.dataclass import dataclass
 from cni.kernel import packet
 
 TYPE_CHECKING = False

@@ -7,12 +7,11 @@ reconciler or the next ADD end it.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from cni import lower
 from cni.attach import kernel_errors, link, result
 from cni.attach import plan as plans
 from cni.attach.delete import attempt, end_for, raise_all
+from cni.dataclass import replace
 from cni.errors import CniError
 from cni.kernel import bridge_port, gateways, netns
 from cni.spec import DELEGATE_FAILED, INVALID_NETWORK_CONFIG, NAME_IN_USE, VERSIONS

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from cni.attach.ipam import Delegate, print_stderr
+from cni.dataclass import dataclass
 from cni.errors import CniError
 from cni.kernel.rtnl import delete_link
 from cni.state.lock import keep_turn

@@ -6,13 +6,13 @@ Must change nothing, and open no queue: an open queue takes frames.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 from cni import lower
 from cni.attach import plan as plans
 from cni.attach import result
 from cni.config import mac as mac_rules
 from cni.config import schema
+from cni.dataclass import replace
 from cni.errors import CniError, reason
 from cni.kernel import bridge_port, macvtap, netns, tapdev
 from cni.kernel.rtnl import IFF_UP, Rtnl

@@ -8,10 +8,10 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 
 from cni import lower
 from cni.attach.ipam import Delegate
+from cni.dataclass import replace
 from cni.errors import CniError, refused
 from cni.kernel import bridge_port, netns
 from cni.state import cdi

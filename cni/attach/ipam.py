@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 
+from cni.dataclass import dataclass
 from cni.errors import CniError, reason
 from cni.kernel.execute import execute
 from cni.names import escaped

@@ -6,12 +6,12 @@ A failure leaves what was made so far: add.py undoes it, by the record.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 
 from cni import lower
 from cni.attach import kernel_errors, minor
 from cni.config import mac as mac_rules
+from cni.dataclass import replace
 from cni.errors import CniError
 from cni.kernel import ipv6, macvtap, netns, tap, tapdev
 from cni.kernel.rtnl import IFLA_ADDRESS, IFLA_MTU, RTM_SETLINK, Rtnl, attr, link_message, mac_bytes, u32

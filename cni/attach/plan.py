@@ -5,9 +5,8 @@ It follows from the grant and from the source's link, which the caller has looke
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from cni.config import mac as mac_rules
+from cni.dataclass import dataclass, replace
 from cni.errors import CniError
 from cni.kernel.rtnl import ARPHRD_ETHER
 from cni.lower import Wanted

@@ -7,10 +7,10 @@ have no interfaces, at most one address of each family, and at least one address
 from __future__ import annotations
 
 from _socket import AF_INET, AF_INET6, inet_pton  # ipaddress takes 4 ms to import, and 10 µs for an address
-from dataclasses import dataclass, replace
 
 from cni import spec
 from cni.config import schema
+from cni.dataclass import dataclass, replace
 from cni.errors import CniError
 
 TYPE_CHECKING = False

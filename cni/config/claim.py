@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import re
 from _blake2 import blake2s  # as in mac.py
-from dataclasses import dataclass
 from functools import cache
 
 from cni.config import netconf, schema
 from cni.config.policy import Policy
+from cni.dataclass import dataclass
 from cni.errors import CniError
 from cni.spec import INVALID_NETWORK_CONFIG, UNSUPPORTED_FIELD, VERSIONS
 

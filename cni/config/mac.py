@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from _blake2 import blake2s  # hashlib would load OpenSSL: 5 ms of every pod's start
-from dataclasses import dataclass
 
+from cni.dataclass import dataclass
 from cni.state.launcher_pod import vm_name
 
 TYPE_CHECKING = False

@@ -7,13 +7,13 @@ Must not read the environment, the policy or the network.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 
 from cni import spec
 from cni.config import delegation, schema
 from cni.config.decoding import decode
 from cni.config.mac import with_colons
+from cni.dataclass import dataclass, replace
 from cni.errors import CniError
 from cni.names import printable
 from cni.state import deviceid

@@ -7,7 +7,6 @@ everything here fails closed. Must not look at the network: the caller finds out
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
 
 from cni import spec
 from cni.config import nodefile, schema
@@ -15,6 +14,7 @@ from cni.config import port as ports
 from cni.config.mac import PLAIN, Derivation, Rules, with_colons
 from cni.config.mac import rules as mac_rules
 from cni.config.netconf import Vlan, canonical
+from cni.dataclass import dataclass, field, replace
 from cni.errors import CniError, reason
 from cni.kernel.vf_settings import VfSettings
 from cni.state import deviceid

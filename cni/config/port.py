@@ -7,10 +7,10 @@ smallest counts: a rate is a limit, and no promise. What would widen the policy'
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from cni import spec
 from cni.config import schema
+from cni.dataclass import replace
 from cni.errors import CniError
 from cni.state.port_profile import Port, are_within, prefix, vlans
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
+from cni.dataclass import dataclass
 from cni.kernel.rtnl import IFLA_EXT_MASK, NLA_TYPE_MASK, RTM_GETLINK, attributes, link_message, u32
 
 TYPE_CHECKING = False

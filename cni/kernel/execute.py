@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+
+from cni.dataclass import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

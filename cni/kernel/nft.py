@@ -17,10 +17,10 @@ import threading
 import time
 from _socket import AF_NETLINK, MSG_DONTWAIT, SOCK_CLOEXEC, SOCK_RAW, htons, socket
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from queue import SimpleQueue
 
+from cni.dataclass import dataclass
 from cni.kernel.rtnl import (
     NLM_F_ACK,
     NLM_F_CREATE,

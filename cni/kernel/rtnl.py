@@ -14,9 +14,9 @@ import os
 import struct
 import time
 from _socket import AF_NETLINK, AF_UNSPEC, SOCK_CLOEXEC, SOCK_RAW, socket
-from dataclasses import dataclass
 from functools import lru_cache
 
+from cni.dataclass import dataclass
 from cni.kernel import netns
 
 TYPE_CHECKING = False

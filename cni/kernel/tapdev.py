@@ -19,9 +19,9 @@ import os
 import stat
 import struct
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from fcntl import ioctl
 
+from cni.dataclass import replace
 from cni.errors import CniError, reason
 from cni.kernel import mount, netns, sysfs
 from cni.spec import DEVICE_BUSY, IO_FAILURE, NO_ATTACHMENT, WRONG_DEVICE

@@ -5,7 +5,7 @@ Pure data: a record keeps it, kernel/vf.py reads and writes it in the kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from cni.dataclass import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

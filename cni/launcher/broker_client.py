@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import dataclass, fields
 
 from cni import spec
+from cni.dataclass import dataclass
 from cni.errors import CniError, reason
 
 TYPE_CHECKING = False
@@ -101,5 +101,5 @@ def _answer(line: bytes) -> dict[str, Any]:
 
 
 def _attachment(document: dict[str, Any]) -> Attachment:
-    known = {field.name: document[field.name] for field in fields(Attachment)}
+    known = {name: document[name] for name in Attachment.__annotations__}
     return Attachment(**known | {"ips": tuple(known["ips"]), "routes": tuple(known["routes"])})

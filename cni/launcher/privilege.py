@@ -30,9 +30,9 @@ import grp
 import os
 import pwd
 from contextlib import suppress
-from dataclasses import dataclass
 
 from cni import spec
+from cni.dataclass import dataclass
 from cni.errors import CniError, reason
 from cni.kernel.netns import libc
 from cni.launcher import NOT_PERMITTED, seccomp

@@ -11,7 +11,7 @@ Must not decide which attachment gets what: config/policy.py and attach/plan.py 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from cni.dataclass import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

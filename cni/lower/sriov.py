@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from dataclasses import replace
 
+from cni.dataclass import replace
 from cni.errors import CniError, reason
 from cni.kernel import ipv6, vf
 from cni.kernel.rtnl import (

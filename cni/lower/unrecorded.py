@@ -5,8 +5,7 @@ For the reconciler, and for a DEL that finds no record.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from cni.dataclass import dataclass
 from cni.kernel.macvtap import MODES
 from cni.lower import sriov, vlan
 

@@ -9,8 +9,8 @@ import os
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 
+from cni.dataclass import dataclass
 from cni.kernel.sysfs import read
 
 TYPE_CHECKING = False

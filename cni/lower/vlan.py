@@ -13,8 +13,8 @@ import errno
 import re
 import struct
 from contextlib import suppress
-from dataclasses import replace
 
+from cni.dataclass import replace
 from cni.errors import CniError, reason
 from cni.kernel import ipv6
 from cni.kernel.rtnl import (

@@ -17,8 +17,8 @@ and IP be hidden in SNAP (RFC 1042), which some systems and routers accept besid
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 
+from cni.dataclass import dataclass
 from cni.kernel import nft
 from cni.kernel.nft import (
     AT_LEAST,

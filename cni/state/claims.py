@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 
+from cni.dataclass import dataclass
 from cni.errors import CniError, reason
 from cni.names import is_id, is_ifname
 from cni.spec import IO_FAILURE
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+_JSON = json.JSONEncoder(separators=(",", ":"), default=vars)
 _MOST = 1 << 20
 """Bytes of a file. A claim has at most 32 devices, and 10 KiB of parameters for each (resource.k8s.io/v1)."""
 
@@ -86,7 +87,7 @@ class Claims:
         path = self._path(claim.uid)
         try:
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
-            files.replace(path, json.dumps(asdict(claim), separators=(",", ":")).encode())
+            files.replace(path, _JSON.encode(vars(claim)).encode())
         except OSError as error:
             raise _failed(path, error) from error
 

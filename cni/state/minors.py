@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 
+from cni.dataclass import dataclass
 from cni.errors import CniError, reason
 from cni.spec import IO_FAILURE, TRY_AGAIN_LATER
 

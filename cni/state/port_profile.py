@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from _socket import AF_INET, AF_INET6, inet_pton  # ipaddress takes 4 ms to import
-from dataclasses import dataclass
+
+from cni.dataclass import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

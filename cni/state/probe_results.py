@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 
+from cni.dataclass import dataclass
 from cni.errors import refused
 from cni.state import files, lock
 from cni.state.record import boot_id

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from _blake2 import blake2s  # hashlib would load OpenSSL: 5 ms of every pod's start
-from dataclasses import dataclass
 from functools import cache, lru_cache
 
+from cni.dataclass import dataclass
 from cni.errors import reason
 from cni.kernel.vf_settings import VfSettings
 from cni.names import is_id, is_ifname

@@ -9,8 +9,8 @@ import os
 import re
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 
+from cni.dataclass import dataclass, field, replace
 from cni.kernel.rtnl import ARPHRD_ETHER, IFF_LOOPBACK, IFF_LOWER_UP, IFF_RUNNING, IFF_UP
 from cni.kernel.sysfs import read_number
 from cni.lower import vf_discovery

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+
+from cni.dataclass import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from logging import INFO, WARNING
 
 import grpc
@@ -17,6 +16,7 @@ from cni.agent.deviceplugin import v1beta1_pb2 as api
 from cni.agent.deviceplugin import v1beta1_pb2_grpc as services
 from cni.agent.deviceplugin.devices import Device, Held, preferred
 from cni.agent.log import log
+from cni.dataclass import dataclass
 from cni.state import cdi, deviceid
 
 TYPE_CHECKING = False

@@ -11,11 +11,11 @@ import http.client
 import json
 import ssl
 import time
-from dataclasses import dataclass
 from http import HTTPStatus
 from urllib.parse import quote, urlencode
 
 from cni.config import schema
+from cni.dataclass import dataclass
 from cni.errors import CniError, reason
 from cni.spec import INVALID_NETWORK_CONFIG, IO_FAILURE, TRY_AGAIN_LATER
 

@@ -6,8 +6,8 @@ Source: config.json of the OCI runtime specification, and the annotations that c
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
+from cni.dataclass import dataclass
 from cni.errors import CniError, reason
 from cni.names import printable
 from cni.spec import DECODING_FAILURE, WRONG_DEVICE

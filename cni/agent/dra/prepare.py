@@ -13,13 +13,13 @@ reboot. NodeUnprepareResources ends the claim's attachments, if the sandbox's en
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from logging import INFO
 
 from cni.agent.dra.api import RESOURCE, segment
 from cni.agent.log import log
 from cni.config import claim as claims
 from cni.config import policy as policies
+from cni.dataclass import dataclass, replace
 from cni.errors import CniError, reason
 from cni.lower import vf_discovery
 from cni.spec import INVALID_NETWORK_CONFIG, IO_FAILURE

@@ -10,7 +10,6 @@ and never with what was sent: else each comparison would write again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import blake2s
 from http import HTTPStatus
 from logging import INFO, WARNING
@@ -19,6 +18,7 @@ from cni.agent.dra.api import RESOURCE, segment
 from cni.agent.dra.slices import chunks
 from cni.agent.log import log
 from cni.config.claim import DRIVER
+from cni.dataclass import dataclass
 from cni.errors import CniError
 
 TYPE_CHECKING = False

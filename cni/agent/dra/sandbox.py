@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from logging import ERROR, WARNING
 
 from cni.agent.dra.container import Container
 from cni.agent.log import log
 from cni.attach.call import Request
 from cni.attach.delete import attempt, raise_all
+from cni.dataclass import dataclass
 from cni.errors import CniError
 from cni.kernel import netns, tapdev
 from cni.kernel.rtnl import Rtnl

@@ -9,11 +9,11 @@ PCI address is always there, since a selector that reads a missing one fails.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 
 from cni.agent.deviceplugin.devices import Held, devices, numa_node, offers, state
 from cni.config.claim import DRIVER, device_name
 from cni.config.policy import IMPOSSIBLE, MODES
+from cni.dataclass import dataclass, field
 from cni.kernel.rtnl import IFF_LOWER_UP, IFF_RUNNING, IFF_UP
 from cni.kernel.sysfs import read_number
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 
 from google.protobuf.message import DecodeError
@@ -17,6 +16,7 @@ from google.protobuf.message import DecodeError
 from cni.agent.log import log
 from cni.agent.nri import nri_pb2 as api
 from cni.agent.nri.connection import PLUGIN, REQUEST, RESPONSE, RUNTIME, Connection, Message, ProtocolError
+from cni.dataclass import dataclass
 from cni.errors import CniError, reason
 
 TYPE_CHECKING = False

@@ -10,7 +10,8 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from dataclasses import dataclass
+
+from cni.dataclass import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import errno
 import os
 import re
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from logging import WARNING
 
 from cni.agent.log import log
+from cni.dataclass import replace
 from cni.errors import CniError
 from cni.kernel import macvtap, netns
 from cni.kernel.rtnl import Rtnl

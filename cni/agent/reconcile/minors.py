@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import replace
 from logging import INFO
 
 from cni.agent import cgroups
 from cni.agent.log import log
 from cni.config import netconf
+from cni.dataclass import replace
 from cni.state import minors
 from cni.state.minors import Given
 from cni.state.record import boot_id
