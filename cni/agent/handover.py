@@ -20,16 +20,16 @@ while no VM moves. Must not be on the way of an ADD's answer.
 from __future__ import annotations
 
 import errno
-import os
 import select
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from logging import ERROR, INFO, WARNING
 from queue import SimpleQueue
 
 from cni.agent.guest_link import NEVER, GuestLink
 from cni.agent.log import log
+from cni.agent.made_links import MadeLinks
 from cni.agent.wire_sockets import WireSockets
 from cni.dataclass import replace
 from cni.errors import CniError, reason
@@ -54,8 +54,8 @@ _PATH_SECONDS = 10.0
 """How often the path of a waiting link's namespace is looked at: the sockets in it keep the namespace alive."""
 _AGAIN_SECONDS = 1.0
 """From a guest's frame to the next return to waiting: QEMU announces for half a second."""
-_MADE_SECONDS = 0.25
-"""From an ADD to the look at its link at most, while other requests wait: no guest is as quick."""
+_DOWN_SECONDS = 0.1
+"""From the event that a link was set down to the look at it: nearly always its DEL goes on meanwhile."""
 _LISTEN_SECONDS = 0.1
 """From one change of the wire sockets' filters to the next: a thousand ADDs must not cost a thousand changes."""
 _MESSAGES = {
@@ -75,16 +75,15 @@ class Handover:
         self._guests: dict[str, GuestLink] = {}
         self._at: dict[tuple[int, bytes], GuestLink] = {}
         self._ears: dict[int, GuestLink] = {}
-        self._made: dict[str, tuple[Record, int]] = {}  # by id, until they are looked at
+        self._made = MadeLinks()
+        self._down: dict[str, GuestLink] = {}  # those that were set down, or are gone, by id
+        self._down_until = NEVER  # monotonic seconds
         self._closing: SimpleQueue[socket.socket | None] = SimpleQueue()
         self._poll = select.epoll()
         self._wire = WireSockets(self._poll, self._closing.put)
         self._changed: set[int] = set()  # lower devices on which other MACs matter than before
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._logged: dict[str, float] = {}  # when a step's failure was logged last; monotonic seconds
         self._changing = threading.Lock()  # held while a link's mode and its state differ
-        self._since = 0.0  # when the first of _made was noted; monotonic seconds
-        self._noted = False  # whether the thread knows that there are some in _made
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._run, name="handover", daemon=True),
@@ -96,12 +95,8 @@ class Handover:
             "state",
             look=self._count,
         )
-        self._changes = registry.counter(
-            "vmtap_handover_changes_total",
-            "Changes of a link's state, by the new state and the reason.",
-            "state",
-            "why",
-        )
+        text = "Changes of a link's state, by the new state and the reason."
+        self._changes = registry.counter("vmtap_handover_changes_total", text, "state", "why")
         self._silence = registry.histogram(
             "vmtap_handover_silence_seconds",
             "left: from a guest's last frame on this node to its MAC's announcement from the wire; arrived: from the "
@@ -111,33 +106,25 @@ class Handover:
 
     def start(self) -> None:
         """Start. Finds the links in the records."""
-        self._poll.register(self._wake, select.EPOLLIN)
+        self._poll.register(self._made.fd, select.EPOLLIN)
         for thread in self._threads:
             thread.start()
 
     def stop(self, seconds: float = 5.0) -> None:
         """Stop. The links keep their modes: the next agent goes on."""
         self._stopping = True
-        self.wake()
+        self._made.wake_now()
         for thread in self._threads:
             thread.join(seconds)
 
     def made(self, record: Record, pod_netns: int) -> None:
         """Note the link of an ADD that has succeeded, and dup(2) pod_netns. wake() is to be called after the answer."""
         if record.handover:
-            if forgotten := self._made.pop(record.id, None):  # its DEL has come
-                os.close(forgotten[1])
-            if not self._made:
-                self._since = time.monotonic()
-            self._made[record.id] = record, os.dup(pod_netns)
+            self._made.note(record, pod_netns)
 
     def wake(self, *, busy: bool = False) -> None:
         """Have the links that made() has noted looked at; busy: a little later, as other requests wait."""
-        late = not busy or time.monotonic() > self._since + _MADE_SECONDS
-        if self._stopping or (self._made and late and not self._noted):
-            self._noted = True
-            with suppress(OSError):  # EAGAIN: it is awake already; EBADF: it has stopped
-                os.eventfd_write(self._wake, 1)
+        self._made.wake(busy=busy)
 
     @contextmanager
     def mode_of(self, id: str) -> Iterator[str | None]:
@@ -160,22 +147,24 @@ class Handover:
             elif self._ears and paths == NEVER:
                 paths = now + _PATH_SECONDS
             ends = min((each.until for each in self._guests.values()), default=NEVER)
-            wake = min(due, paths, ends, listen if self._changed else NEVER)
+            wake = min(due, paths, ends, self._down_until, listen if self._changed else NEVER)
             wait = max(0.0, wake - time.monotonic())
             for fd, _ in self._poll.poll(wait):
-                if fd == self._wake:
-                    os.eventfd_read(self._wake)
+                if fd == self._made.fd:
+                    self._made.clear()
                     self._try(self._look_at_made)
                 elif fd in self._ears:
                     self._try(self._hear_guest, self._ears[fd])
                 elif fd in self._wire:
                     self._try(self._hear_wire, fd)
             now = time.monotonic()
+            if now >= self._down_until:
+                self._try(self._look_at_down)
             for guest in [each for each in self._guests.values() if each.until <= now]:
                 self._try(self._end_wait, guest)
             if self._changed and now >= listen:
                 listen = now + _LISTEN_SECONDS
-                for lower in list(self._changed):
+                for lower in tuple(self._changed):
                     self._try(self._listen, lower)
         self._end()
 
@@ -183,11 +172,9 @@ class Handover:
         for guest in self._guests.values():
             self._deafen(guest)
         self._wire.close()
-        while self._made:
-            os.close(self._made.popitem()[1][1])
+        self._made.close()
         self._closing.put(None)
         self._poll.close()
-        os.close(self._wake)
 
     def _try(self, step: Callable[..., object], *args: object) -> None:
         """Run one step, of one link or device; its failure ends nothing else, and is logged once in _AGAIN_SECONDS."""
@@ -209,14 +196,18 @@ class Handover:
     # Which links there are
 
     def _look_at_made(self) -> None:
-        self._noted = False  # first: what is noted from now on wakes the thread
         with Rtnl() as host:
-            while self._made:
-                _, (record, pod) = self._made.popitem()
-                try:
-                    self._try(self._watch, host, record, pod)
-                finally:
-                    os.close(pod)
+            for record, pod in self._made.take():
+                self._try(self._watch, host, record, pod)
+
+    def _look_at_down(self) -> None:
+        """Forget those links of _down that are gone."""
+        self._down_until = NEVER
+        with Rtnl() as host:
+            while self._down:
+                id, guest = self._down.popitem()
+                if self._guests.get(id) is guest and find_link(host, guest.record) is None:
+                    self._forget(guest)
 
     def _look_at_records(self) -> None:
         """Watch links that are not watched yet, and forget those that are gone."""
@@ -225,7 +216,7 @@ class Handover:
             for id in self._guests.keys() - ids:
                 self._forget(self._guests[id])
             self._store.sweep_elsewhere(ids)  # a DEL may have come between a frame and its mark
-            for id in ids - self._made.keys():
+            for id in ids - self._made.ids():
                 self._try(self._look_at_record, host, id)
 
     def _look_at_record(self, host: Rtnl, id: str) -> None:
@@ -299,9 +290,8 @@ class Handover:
         except OSError as error:
             if error.errno != errno.ENETDOWN:
                 raise
-            with Rtnl() as host:  # the link was set down, or is gone
-                if find_link(host, guest.record) is None:
-                    self._forget(guest)
+            self._down[guest.record.id] = guest
+            self._down_until = min(self._down_until, time.monotonic() + _DOWN_SECONDS)
             return
         now = time.monotonic()
         silent = None if guest.on_wire is None else now - guest.on_wire
@@ -388,10 +378,9 @@ class Handover:
         guests = [each for each in self._guests.values() if each.lower == lower]
         with Rtnl() as host:
             link = host.link(index=lower)
-        if link is None:  # it is deleted, and its macvtaps with it
-            guests = []
-        every = frozenset(each.mac for each in guests)
-        waiting = frozenset(each.mac for each in guests if each.state == "waiting")
+        # Without it, its macvtaps are deleted, too.
+        every = frozenset(each.mac for each in guests if link)
+        waiting = frozenset(each.mac for each in guests if link and each.state == "waiting")
         macs = {packet.ETH_P_RARP: every, packet.ETH_P_ARP: every, packet.ETH_P_ALL: waiting}
         self._wire.hear(lower, link.name if link else "", macs)
         self._changed.discard(lower)  # after a failure above it is tried again
