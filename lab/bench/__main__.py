@@ -21,7 +21,7 @@ from rich.table import Table
 from lab.assets import guest
 from lab.assets.cache import CHECKOUT
 from lab.assets.programs import BENCH
-from lab.bench import chart, emulated, frames, guests, leftovers, node, quiet, report, syscalls
+from lab.bench import chart, emulated, frames, guests, interpreter, leftovers, node, quiet, report, syscalls
 from lab.bench.contenders import (
     AGENT,
     KERNEL,
@@ -110,9 +110,10 @@ def _measure(
                 now,
             )
             empty = node.empty_processes(spawner, extent.rounds)
+            starts = interpreter.starts(spawner, extent.rounds)
             handled = agent.handled("ADD", node.container(AGENT))
             assert device.agent
-            with_devices = device.agent.memory()
+            with_devices = interpreter.of(device.agent)
         with show.step("system calls"):
             calls = syscalls.count(spawner, every[AGENT], agent, pods[: extent.traced])
         with show.step(f"{extent.at_once} at once, {extent.at_once_rounds} rounds") as now:
@@ -143,6 +144,7 @@ def _measure(
         with show.step(f"{extent.pairs} pairs by an agent of its own") as now, Agent(lab.node) as fresh:
             tired = contenders(fresh, folder / "unused", floor)[AGENT]
             soak = node.soak(spawner, tired, pods[:_SOAK_PODS], extent.pairs, now)
+            resident = interpreter.of(fresh)
         with show.step(f"guests, {extent.guest_rounds} rounds") as now:
             rates = guests.throughput(spawner, every[AGENT], agent, lab, extent=extent, progress=now)
         samples: Samples = {}
@@ -163,6 +165,9 @@ def _measure(
             empty=empty,
             handled=handled,
             calls=calls,
+            starts=starts,
+            parts=interpreter.memory(),
+            resident=resident,
             with_devices=with_devices,
             waited=waited,
             emulated=samples,

@@ -27,13 +27,16 @@ from lab.bench.contenders import (
 from lab.bench.figures import WIDE, Budget, Row, Spread, number, percent, ratios, spread
 from lab.bench.frames import NONE, WAYS
 from lab.bench.guests import DIRECTIONS, MACVTAP, TAP, USER
+from lab.bench.interpreter import BARE, GRPC, LIBRARY, MODULES, YAML
 from lab.bench.node import COMMANDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lab.bench.contenders import Sample
     from lab.bench.frames import Frames
     from lab.bench.guests import Rates
+    from lab.bench.interpreter import Memory
     from lab.bench.node import Extent, Samples, Soak
     from lab.bench.quiet import Waited
     from lab.bench.syscalls import Calls
@@ -75,8 +78,14 @@ class Measured:
     handled: list[float]
     """Durations of ADD in the agent's log, in milliseconds."""
     calls: Calls
-    with_devices: int
-    """Resident memory of the agent that offers devices, in KiB, after the calls of contender AGENT_DEVICE."""
+    starts: dict[str, list[Sample]]
+    """The start of a one-shot up to each part (interpreter.py)."""
+    parts: dict[str, Memory]
+    """The memory of a process up to each part of an agent (interpreter.py)."""
+    resident: Memory
+    """Of the agent, after the pairs of soak."""
+    with_devices: Memory
+    """Of the agent that offers devices, after the calls of contender AGENT_DEVICE."""
     waited: Waited
     emulated: Samples
     """From the machine with SR-IOV NICs; empty without it."""
@@ -112,7 +121,7 @@ def rows(measured: Measured) -> list[Row]:
         Row(SINGLE, one_shot),
         Row(_counted(RESIDENT, extent.pairs), spread([resident[-1][1] / 1024])),
         Row(GROWTH, spread([round(growth, 1)])),
-        Row(DEVICES, spread([measured.with_devices / 1024])),
+        Row(DEVICES, spread([measured.with_devices.total / 1024])),
         Row(LAUNCH, spread(measured.launches)),
         Row(GUEST, spread(ratios(both_ways(measured.guests, MACVTAP), both_ways(measured.guests, USER)))),
     ]
@@ -231,6 +240,16 @@ def document(measured: Measured, about: dict[str, str]) -> dict[str, Any]:
         "emulated": cells(measured.emulated),
         "crowded": {str(size): cells(samples) for size, samples in measured.crowds.items()},
         "resident": measured.soak.resident,
+        "memory": {
+            name: asdict(each)
+            for name, each in (
+                measured.parts | {"agent": measured.resident, "with devices": measured.with_devices}
+            ).items()
+        },
+        "starts": {
+            part: {kind: asdict(spread([getattr(each, kind) for each in taken])) for kind in ("wall", "cpu")}
+            for part, taken in measured.starts.items()
+        },
         "systemCalls": asdict(measured.calls),
         "launches": asdict(spread(measured.launches)),
         "nanosecondsAFrame": {
@@ -264,6 +283,7 @@ def page(measured: Measured, about: dict[str, str]) -> str:
         many=_calls(measured.many),
         spent=_spent(measured),
         system_calls=_system_calls(measured.calls),
+        one_shot=_one_shot(measured),
         traced=extent.traced,
         tries=extent.tries,
         emulated_rounds=extent.emulated_rounds,
@@ -271,6 +291,7 @@ def page(measured: Measured, about: dict[str, str]) -> str:
         crowd_rounds=extent.crowd_rounds,
         crowds=_crowds(measured),
         pairs=extent.pairs,
+        memory=_memory(measured),
         first=f"{measured.soak.resident[0][1] / 1024:.1f}",
         middle=f"{next(kib for pairs, kib in measured.soak.resident if pairs >= extent.pairs / 2) / 1024:.1f}",
         last=f"{measured.soak.resident[-1][1] / 1024:.1f}",
@@ -355,6 +376,66 @@ def _spent(measured: Measured) -> str:
         f"part are not vmtap's: {number(start + kernel)} ms.\nOf the aim they leave {number(aim - start - kernel)} ms "
         f"to the shim, the socket and the agent, which take {number(whole - start - kernel)} ms."
     )
+
+
+def _one_shot(measured: Measured) -> str:
+    """The parts of the time of the one-shot's ADD, by medians. Their sum is the whole."""
+    single = measured.single
+    reached = {part: _medians(taken) for part, taken in measured.starts.items()}
+    kernel, whole = _medians(single[KERNEL]["ADD"]), _medians(single[ONE_SHOT]["ADD"])
+    reached["the rest: reading, checking and carrying out the request, without RTM_NEWLINK"] = tuple(
+        all_ - last for all_, last in zip(whole, kernel, strict=True)
+    )
+    reached["RTM_NEWLINK alone"] = whole
+    lines, before = [], (0.0, 0.0)
+    for part, (wall, cpu) in reached.items():
+        spent = wall - before[0]
+        lines.append((part, number(spent), percent(spent / whole[0]), number(cpu - before[1])))
+        before = wall, cpu
+    last = ("all", number(whole[0]), "100 %", number(whole[1]))
+    aim = SINGLE.aim * spread(measured.walls(GO_MACVLAN, "ADD")).median
+    return (
+        _table(("ADD of the one-shot", "ms", "part", "CPU ms"), [*lines, last])
+        + f"\n\n{SINGLE.aim:g} of Go macvlan, the aim, is {number(aim)} ms in this run; before vmtap's first "
+        f"line runs, Python takes {number(reached[LIBRARY][0])} ms."
+    )
+
+
+def _medians(samples: Sequence[Sample]) -> tuple[float, ...]:
+    """Of wall and CPU."""
+    return tuple(spread([getattr(each, kind) for each in samples]).median for kind in ("wall", "cpu"))
+
+
+def _memory(measured: Measured) -> str:
+    """The parts of the memory of both agents. Their sum is the whole: one of them is the rest."""
+    parts = measured.parts
+    lines, wholes = [], (measured.resident, measured.with_devices)
+    before: Memory | None = None
+    for part in (BARE, LIBRARY, MODULES, YAML, GRPC):
+        own, files = (
+            parts[part].own - (before.own if before else 0),
+            parts[part].files - (before.files if before else 0),
+        )
+        before = parts[part]
+        cells = [_mb(own), _mb(files)]
+        lines.append([part, *(["", ""] if part == GRPC else cells), *cells])
+    rest = "the rest: threads, sockets, the policy, what requests leave"
+    lines.append([rest, *_beyond(wholes[0], parts[YAML]), *_beyond(wholes[1], parts[GRPC])])
+    lines.append(["all", *(_mb(each) for whole in wholes for each in (whole.own, whole.files))])
+    heads = ("MB", "agent: own", "of files", "with the device plugin: own", "of files")
+    return (
+        _table(heads, lines)
+        + f"\n\nAll of it is {_mb(wholes[0].total)} and {_mb(wholes[1].total)} MB. Python that does nothing is "
+        f"{_mb(parts[BARE].total)} of both, Python that has imported gRPC {_mb(parts[GRPC].total)} of the latter."
+    )
+
+
+def _beyond(whole: Memory, part: Memory) -> tuple[str, str]:
+    return _mb(whole.own - part.own), _mb(whole.files - part.files)
+
+
+def _mb(kib: int) -> str:
+    return f"{kib / 1024:.1f}"
 
 
 def _system_calls(calls: Calls) -> str:
@@ -484,6 +565,11 @@ among them. Waits of threads for each other (futex, sched_yield) are not: strace
 
 {system_calls}
 
+Each of the one-shot's first three parts is a process that imports what the part before it imports, and more. It ends by
+_exit(2), as the one-shot does.
+
+{one_shot}
+
 ## {at_once} at once, {at_once_rounds} rounds
 
 Each call is for another pod. Wall is from the first start to the last end, CPU is the sum. The one-shot has one round.
@@ -504,7 +590,11 @@ each ADD and removed by each DEL.
 
 ## The agent's memory over {pairs} pairs of ADD and DEL
 
-{first} MB at the start, {middle} MB after half of the pairs, {last} MB at the end.
+{first} MB at the start, {middle} MB after half of the pairs, {last} MB at the end. Its parts then, and those of the
+agent with the device plugin after {rounds} pairs: a part is a process that imports what the part before it imports, and
+more. Own is RssAnon of proc(5). Of files is RssFile: pages of executables and libraries, which processes share.
+
+{memory}
 
 ## Frames through a port, {frame_rounds} rounds
 

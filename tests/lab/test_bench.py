@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lab.bench import chart, figures, node, quiet, report, syscalls
+from lab.bench import chart, figures, interpreter, node, quiet, report, syscalls
 from lab.bench.contenders import (
     AGENT,
     AGENT_CHECKED,
@@ -24,6 +24,7 @@ from lab.bench.contenders import (
 from lab.bench.figures import Budget, Row, Spread
 from lab.bench.frames import NONE
 from lab.bench.guests import DIRECTIONS, MACVTAP, TAP, USER
+from lab.bench.interpreter import Memory
 from lab.bench.quiet import Waited
 from lab.bench.syscalls import Calls
 
@@ -114,7 +115,29 @@ def _measured() -> report.Measured:
         empty=[0.3],
         handled=[0.5],
         calls=Calls({"read": 3.0, "write": 1.0}, {"openat": 20.0, "futex": 0.01}),
-        with_devices=40 << 10,
+        starts={
+            part: [Sample(wall, wall, 1024)]
+            for part, wall in (
+                (interpreter.BARE, 5.0),
+                (interpreter.LIBRARY, 20.0),
+                (interpreter.MODULES, 45.0),
+            )
+        },
+        parts={
+            part: Memory(own << 10, 5 << 10)
+            for own, part in enumerate(
+                (
+                    interpreter.BARE,
+                    interpreter.LIBRARY,
+                    interpreter.MODULES,
+                    interpreter.YAML,
+                    interpreter.GRPC,
+                ),
+                1,
+            )
+        },
+        resident=Memory(14 << 10, 6 << 10),
+        with_devices=Memory(22 << 10, 18 << 10),
         waited=Waited(12.0, 0.5),
         emulated={},
         not_emulated="no such machine",
@@ -166,11 +189,16 @@ def test_the_rows_of_the_emulated_machine() -> None:
     assert "Not measured" not in page
 
 
-def test_the_parts_of_an_add_are_all_of_it() -> None:
+@pytest.mark.parametrize(
+    ("head", "columns"), [("ADD of the agent", [1]), ("ADD of the one-shot", [1, 3]), ("MB", [1, 2, 3, 4])]
+)
+def test_the_parts_of_a_figure_are_all_of_it(head: str, columns: list[int]) -> None:
     page = report.page(_measured(), {"date": "today"})
-    (table,) = (part for part in page.split("\n\n") if part.startswith("| ADD of the agent |"))
-    *parts, whole = (line.split(" | ") for line in table.splitlines()[2:])
-    assert sum(float(cells[1]) for cells in parts) == pytest.approx(float(whole[1]))
+    (table,) = (part for part in page.split("\n\n") if part.startswith(f"| {head} |"))
+    *parts, whole = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:])
+    assert len(parts) > 3
+    for column in columns:
+        assert sum(float(cells[column] or 0) for cells in parts) == pytest.approx(float(whole[column]))
 
 
 def test_the_floor_is_an_empty_process_and_the_kernel() -> None:
