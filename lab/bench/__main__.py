@@ -21,7 +21,20 @@ from rich.table import Table
 from lab.assets import guest
 from lab.assets.cache import CHECKOUT
 from lab.assets.programs import BENCH
-from lab.bench import chart, emulated, frames, guests, interpreter, leftovers, node, quiet, report, syscalls
+from lab.bench import (
+    chart,
+    emulated,
+    floors,
+    frames,
+    guests,
+    interpreter,
+    leftovers,
+    node,
+    page,
+    quiet,
+    report,
+    syscalls,
+)
 from lab.bench.contenders import (
     AGENT,
     KERNEL,
@@ -110,6 +123,7 @@ def _measure(
                 now,
             )
             empty = node.empty_processes(spawner, extent.rounds)
+            kernels = floors.measure(lab.node, pods[0], extent.rounds)
             starts = interpreter.starts(spawner, extent.rounds)
             handled = agent.handled("ADD", node.container(AGENT))
             assert device.agent
@@ -163,6 +177,7 @@ def _measure(
             passed,
             rates,
             empty=empty,
+            floors=kernels,
             handled=handled,
             calls=calls,
             starts=starts,
@@ -273,7 +288,7 @@ def main() -> int:
     if not options.quick:
         note = f"logarithmic; medians, p10 to p90; {about['processor']}, kernel {about['kernel']}, {about['date']}"
         (DOCS / "benchmark.svg").write_text(chart.draw(panels(measured), note))
-        (DOCS / "benchmark.md").write_text(report.page(measured, about))
+        (DOCS / "benchmark.md").write_text(page.markdown(measured, about))
         show.note("docs/benchmark.md and docs/benchmark.svg are written")
     return 0
 

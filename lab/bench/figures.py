@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 WIDE = 0.5
@@ -92,3 +92,9 @@ def number(value: float) -> str:
 def percent(part: float) -> str:
     """Formats a part of 1: 12 %."""
     return f"{100 * part:.0f} %"
+
+
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    every = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in every)

@@ -179,10 +179,10 @@ def one_by_one(
     return samples
 
 
-def empty_processes(spawner: Spawner, rounds: int) -> list[float]:
-    """The duration of a static program that does nothing, in milliseconds, for each round."""
+def empty_processes(spawner: Spawner, rounds: int) -> list[Sample]:
+    """A static program that does nothing, for each round."""
     outcomes = [spawner.run([Job([str(BENCH.get() / "moment")], {})])[0] for _ in range(rounds)]
-    return [(each.end - each.begin) / 1e6 for each in outcomes]
+    return [Sample((each.end - each.begin) / 1e6, each.cpu / 1e6, each.peak) for each in outcomes]
 
 
 def at_once(spawner: Spawner, every: Mapping[str, Contender], pods: Sequence[Netns], rounds: int) -> Samples:

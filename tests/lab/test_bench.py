@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lab.bench import chart, figures, interpreter, node, quiet, report, syscalls
+from lab.bench import page as bench_page
 from lab.bench.contenders import (
     AGENT,
     AGENT_CHECKED,
@@ -22,6 +23,7 @@ from lab.bench.contenders import (
     Sample,
 )
 from lab.bench.figures import Budget, Row, Spread
+from lab.bench.floors import Floors
 from lab.bench.frames import NONE
 from lab.bench.guests import DIRECTIONS, MACVTAP, TAP, USER
 from lab.bench.interpreter import Memory
@@ -112,7 +114,8 @@ def _measured() -> report.Measured:
         soak=node.Soak([(0, 10240), (250, 20480), (500, 20480)]),
         launches=[40.0, 60.0],
         frames={part: {"out": [100.0 * slow], "in": [200.0]} for slow, part in ((1, NONE), (2, "rate"))},
-        empty=[0.3],
+        empty=[Sample(0.3, 0.2, 64)],
+        floors=Floors([0.4], [0.8]),
         handled=[0.5],
         calls=Calls({"read": 3.0, "write": 1.0}, {"openat": 20.0, "futex": 0.01}),
         starts={
@@ -165,7 +168,7 @@ def test_the_budget_is_judged_by_ratios() -> None:
 
 
 def test_the_page_has_every_row_and_says_what_is_left_out() -> None:
-    page = report.page(_measured(), {"date": "today"})
+    page = bench_page.markdown(_measured(), {"date": "today"})
     for row in report.rows(_measured()):
         assert f"| {row.budget.figure} |" in page
     assert report.NO_PEER in page
@@ -173,18 +176,18 @@ def test_the_page_has_every_row_and_says_what_is_left_out() -> None:
     assert "| agent | openat 20 |" in page
     assert "| waited for a quiet machine | 12 s, and it was not quiet then |" in page
     assert "| used by others during the run | 25 % |" in page
-    assert report.NO_VLANS in page
+    assert bench_page.NO_VLANS in page
     assert "| rate | 5 000 000 | 0.500 | 5 000 000 | 1.00 |" in page
     assert "benchmark.svg" in page
 
 
 def test_the_rows_of_the_emulated_machine() -> None:
-    assert "Not measured: no such machine." in report.page(_measured(), {})
+    assert "Not measured: no such machine." in bench_page.markdown(_measured(), {})
     samples = {
         name: {command: [Sample(wall * slow, 1.0, 1) for slow in (1.0, 5.0)] for command in node.COMMANDS}
         for name, wall in ((AGENT, 10.0), (AGENT_VF, 30.0))
     }
-    page = report.page(replace(_measured(), emulated=samples, not_emulated=""), {})
+    page = bench_page.markdown(replace(_measured(), emulated=samples, not_emulated=""), {})
     assert f"| ADD | {AGENT_VF} | 90.0 | 3.00 | 3.00 to 3.00 |" in page
     assert "Not measured" not in page
 
@@ -193,7 +196,7 @@ def test_the_rows_of_the_emulated_machine() -> None:
     ("head", "columns"), [("ADD of the agent", [1]), ("ADD of the one-shot", [1, 3]), ("MB", [1, 2, 3, 4])]
 )
 def test_the_parts_of_a_figure_are_all_of_it(head: str, columns: list[int]) -> None:
-    page = report.page(_measured(), {"date": "today"})
+    page = bench_page.markdown(_measured(), {"date": "today"})
     (table,) = (part for part in page.split("\n\n") if part.startswith(f"| {head} |"))
     *parts, whole = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:])
     assert len(parts) > 3
@@ -202,7 +205,7 @@ def test_the_parts_of_a_figure_are_all_of_it(head: str, columns: list[int]) -> N
 
 
 def test_the_floor_is_an_empty_process_and_the_kernel() -> None:
-    page = report.page(_measured(), {"date": "today"})
+    page = bench_page.markdown(_measured(), {"date": "today"})
     line = next(line for line in page.splitlines() if line.startswith(f"| ADD | {GO_MACVLAN} | 10.0 | 6.00"))
     assert line.split(" | ")[5] == "14.3"  # 10 / (0.4 + 0.3)
 
@@ -212,7 +215,7 @@ def test_a_wide_row_says_so() -> None:
     rows = {row.budget.figure: row for row in report.rows(measured)}
     row = rows["launcher, start to exec of QEMU"]
     assert "p10 to p90 is 77 % of the median" in row.why
-    assert row.why in report.page(measured, {})
+    assert row.why in bench_page.markdown(measured, {})
     assert not rows["agent DEL ÷ Go macvlan"].why
 
 
@@ -278,3 +281,10 @@ def test_the_chart_is_xml_with_a_bar_for_each() -> None:
     assert len(widths) == 2
     assert 0 < widths[0] < widths[1]
     assert "ours <1>" in [text.text for text in picture.iter(f"{name}text")]
+
+
+def test_what_an_aim_leaves() -> None:
+    """Of 0.2 of Go macvlan's 10 ms, an empty process and the kernel take 0.7 ms, and the agent takes 2 ms."""
+    page = bench_page.markdown(_measured(), {})
+    assert "| ADD | 2.00 | 0.700 | 1.30 | 1.30 |" in page
+    assert "| ADD with a whole port, beyond one without | 0.600 | 0.800 | -0.200 | -0.200 |" in page
