@@ -6,6 +6,7 @@ tests/cluster/test_claims.py has what one node shows.
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -61,8 +62,22 @@ class Claims:
     def node(self, pod: str) -> str:
         return str(self.kind.get("pod", pod)["spec"]["nodeName"])
 
-    def ready(self, pod: str) -> None:
-        self.kind.wait(f"pod/{pod}", "condition=Ready")
+    def ready(self, app: str, number: int = 1) -> None:
+        """Waits until that many pods with the label are ready, and there are no others.
+
+        A kubelet may know of a pod before the API server's Node authorizer does, and be refused the claim. It tries
+        again after a minute or two, or when the pod changes.
+        """
+
+        def look() -> bool:
+            found = self.pods(f"app={app}")
+            if len([each for each in found if _is_ready(each)]) == len(found) == number:
+                return True
+            changed = f"looked={time.monotonic_ns()}"
+            self.kind.kubectl("annotate", "pods", "-l", f"app={app}", "--overwrite", changed, check=False)
+            return False
+
+        wait_for(look, lambda: f"{app} is not ready\n{self.kind.story()}", pause=1)
 
     def mac(self, pod: str) -> str:
         """By the status of the pod's claim, which is reported when the pod is attached."""
@@ -82,9 +97,14 @@ class Claims:
 
     def rolled_out(self) -> None:
         """The Deployment of test_pods_of_a_deployment_reach_each_other, whose pods then exchange frames."""
-        self.kind.kubectl("rollout", "status", "deployment/vms", f"--timeout={LIMIT}s")
+        self.ready("vms", 2)
         for pod in self.nodes("app=vms").values():
             self.site.more_traffic(f"pod/{pod}")
+
+
+def _is_ready(pod: dict[str, Any]) -> bool:
+    conditions = pod["status"].get("conditions", [])
+    return any((each["type"], each["status"]) == ("Ready", "True") for each in conditions)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +132,8 @@ def claiming(interface: str, *command: str) -> dict[str, Any]:
 
 def pod(name: str, interface: str) -> dict[str, Any]:
     spec = claiming(interface, "sleep", "infinity")
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+    metadata = {"name": name, "labels": {"app": name}}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 
 def workload(kind: str, name: str, replicas: int, spec: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -202,10 +223,10 @@ def test_a_drained_node(claims: Claims) -> None:
     claims.kind.apply(
         workload("StatefulSet", "vm", 1, claiming(NETWORK, "sleep", "infinity"), serviceName="vm")
     )
-    kubectl("rollout", "status", "statefulset/vm", f"--timeout={LIMIT}s")
+    claims.ready("vm")
     first, mac = claims.node("vm-0"), claims.mac("vm-0")
     kubectl("drain", first, "--ignore-daemonsets", f"--timeout={LIMIT}s")
-    kubectl("rollout", "status", "statefulset/vm", f"--timeout={LIMIT}s")
+    claims.ready("vm")
     assert claims.node("vm-0") != first
     assert claims.mac("vm-0") == mac
     assert claims.files(first) == []
@@ -228,7 +249,7 @@ def test_a_node_that_starts_again(claims: Claims) -> None:
     claims.registered()
     claims.kind.kubectl("annotate", "pod", again, "test=again")
     claims.kind.wait(f"pod/{again}", f"{count}=1")
-    claims.ready(again)
+    claims.ready("vms", 2)
     claims.site.more_traffic(f"pod/{stays}")
     assert [each["mac"] for each in records(claims.kind, node)] == [mac]
 
