@@ -333,6 +333,21 @@ class TestWithoutARecord:
         assert {"net1", "forged"} <= pod.links().keys()
         assert "vmtap_reconcile_unrecorded 1" in node.agent.get("/metrics")[2].splitlines()
 
+    def test_a_link_of_another_node_is_none_of_ours(self, node: Node) -> None:
+        """Nodes of kind are containers of one machine, and have ids for each other's namespaces."""
+        pod, other = node.lab.pod(), node.lab.pod("other")
+        node.lab.node.ip(f"link add known type veth peer name known netns {pod.path}")
+        other.ip(
+            "link add eth0 type veth peer name eth1",
+            f"link add link eth0 name net1 index {IFINDEX_BASE + 5} netns {pod.path} type macvtap mode bridge",
+        )
+        pod.ip("link set net1 alias vmtap/wire/c9/net1")
+        node.agent.end()
+        node.agent.start()
+        node.reconciled()
+        node.agent.end()
+        assert not [line for line in node.agent.log if line["msg"].startswith("link without a record")]
+
 
 def test_leftovers_of_kills_are_removed_and_nothing_else(node: Node) -> None:
     pod = node.lab.pod()

@@ -15,7 +15,7 @@ from lab.kubernetes.cluster import NODE
 from lab.process import LabError, wait_for
 from lab.wire import NIC
 from tests.cluster.conftest import CAPACITY, NAMESPACE, RUN, pod
-from tests.waiting import LIMIT
+from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -418,6 +418,25 @@ def test_a_pod_is_deleted_while_the_agent_is_away(dra: Dra, runs: str) -> None:
     dra.cluster.kubectl("delete", "pod", runs, "--wait=false")
     back(dra)
     dra.cluster.kubectl("wait", f"pod/{runs}", "--for=delete", f"--timeout={LIMIT}s")
+
+
+def test_the_agent_is_killed_while_a_claim_is_prepared_and_while_it_ends(dra: Dra) -> None:
+    """The kubelet starts it again."""
+    dra.cluster.apply(template("nic", "any", {"ifname": "net1"}), claiming("runs", "nic"))
+    until(dra.claims.all, "no claim is prepared")
+    kill(dra)
+    ready(dra, "runs")
+    check_device(dra, "runs")
+    dra.cluster.kubectl("delete", "pod", "runs", "--wait=false")
+    until(dra.release.records, "the sandbox did not end", lambda found: not found)
+    kill(dra)
+    dra.cluster.kubectl("wait", "pod/runs", "--for=delete", f"--timeout={LIMIT}s")
+
+
+def kill(dra: Dra) -> None:
+    """SIGKILL, for the agent."""
+    [pid] = [pid for pid, words in dra.cluster.machine.processes().items() if "bin/vmtapd" in words]
+    dra.cluster.run(["kill", "-KILL", str(pid)])
 
 
 def test_two_pods_do_not_share_a_claim(dra: Dra) -> None:

@@ -45,6 +45,7 @@ _NODE = re.findall(r"kindest/node:v([\d.]+)", (ROOT / "deploy/kind/cluster.yaml"
         ("containerd, below", [_CONTAINERD]),
         ("Helm, kustomize", _versions(*programs._MANIFEST_TOOLS)),
         ("the types of KubeVirt", [version.removeprefix("v") for version in programs.KUBEVIRT]),
+        ("resource claims on two workers", [_CONTAINERD]),
         ("kind, docker", [*_versions(kind.KIND_MODULE), ANY, _KUBERNETES]),
         ("Multus ", [_of("MULTUS"), _of("KUBEVIRT")]),
         ("the node image", [_NODE, _KUBERNETES]),

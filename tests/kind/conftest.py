@@ -1,147 +1,25 @@
-"""One kind cluster for all tests of this folder, and what its nodes look like without the agent."""
+"""A docker of the lab without a cluster, and what the tests of this folder read on its nodes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
-from lab.assets import images
-from lab.kind.cluster import NAME, Kind
-from tests.cluster.conftest import NAMESPACE, RESOURCES, network
+from lab.kind.cluster import Kind
 from tests.kind import host
-from tests.waiting import LIMIT, until, until_as_before
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-KUSTOMIZE = Path(__file__).parents[2] / "deploy/kustomize"
-IMAGE = images.NAMES["agent"]
-NETWORK = "dataplane"
-"""The policy's interface, in the overlay kind and in values()."""
-ADDRESS = "10.99.0.5"
-"""The only one that host-local has for the network, on each node."""
-_PEER = Path(__file__).with_name("peer.py")
-_FOLDERS = (
-    "/opt/cni/bin",
-    "/etc/cni/net.d",
-    "/etc/vmtap",
-    "/run/vmtap",
-    "/var/run/cdi",
-    "/run/netns",
-    "/var/lib/cni",
-)
-_LOOK = f"""
-for folder in {" ".join(_FOLDERS)}; do
-    if [ -e $folder ]; then find $folder ! -type d ! -name lock ! -name 'last_reserved*'; fi
-done
-ls -d /run/vmtap /etc/vmtap /var/lib/kubelet/device-plugins/vmtap* 2>/dev/null || true
-ip -o link | cut -d: -f2 | cut -d@ -f1 | grep -v veth
-ps -eo args | grep -v grep | grep vmtap || true
-"""
-
-
-class Site:
-    """The agent in the cluster: its nodes, pods and traffic."""
-
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-        self.nodes = kind.nodes()
-        self.workers = kind.workers()
-        self.before = self.look()
-
-    def look(self) -> dict[str, Any]:
-        """What the agent, its pods and its install may leave: on each node, and in the API server."""
-        kinds = "clusterroles,clusterrolebindings,priorityclasses,customresourcedefinitions,namespaces"
-        seen: dict[str, Any] = {
-            node: sorted(self.kind.on_node(node, _LOOK).split("\n")) for node in self.nodes
-        }
-        return {**seen, "objects": self.kind.kubectl("get", kinds, "-o", "name").split()}
-
-    def left(self) -> None:
-        """Fails the test if anything is not as before the install, after giving it a moment."""
-        until_as_before(self.look, self.before)
-
-    def rolled_out(self) -> None:
-        self.kind.kubectl("-n", NAMESPACE, "rollout", "status", "daemonset/vmtap", f"--timeout={LIMIT}s")
-        for node in self.workers:
-            path = f"{RESOURCES}/{NETWORK}".replace(".", r"\.")
-            self.kind.wait(f"node/{node}", f"jsonpath={{.status.allocatable.{path}}}=16")
-
-    def start_pods(self) -> None:
-        """A pod on each of two workers, that exchange frames from now on, and have an address of host-local."""
-        ipam = {
-            "type": "host-local",
-            "ranges": [[{"subnet": "10.99.0.0/24", "rangeStart": ADDRESS, "rangeEnd": ADDRESS}]],
-        }
-        self.kind.apply(
-            network(NETWORK, mode="bridge", ipam=ipam),
-            _peer("ask", self.workers[0]),
-            _peer("answer", self.workers[1]),
-        )
-        for name in ("ask", "answer"):
-            self.kind.kubectl("rollout", "status", f"deployment/{name}", f"--timeout={LIMIT}s")
-
-    def end_pods(self) -> None:
-        self.kind.kubectl(
-            "delete", "deployment", "ask", "answer", "--cascade=foreground", f"--timeout={LIMIT}s"
-        )
-        self.kind.kubectl("delete", "pod", "--all", f"--timeout={LIMIT}s")
-        self.kind.kubectl("delete", "network-attachment-definition", NETWORK)
-
-    def traffic(self) -> dict[str, Any]:
-        """What `ask` has printed last."""
-        lines = self.kind.kubectl("logs", "deployment/ask", "--tail=1", check=False).split("\n")
-        return json.loads(lines[0]) if lines[0].startswith("{") else {"sent": 0, "answered": 0, "lost": 0}
-
-    def more_traffic(self) -> dict[str, Any]:
-        """The next report in which further frames were answered."""
-        before = self.traffic()["answered"]
-        return until(self.traffic, "no more frames are answered", lambda now: now["answered"] > before + 50)
-
-    def leases(self, node: str) -> dict[str, str]:
-        """host-local's leases of the network: address → the sandbox that has it."""
-        script = f"cd /var/lib/cni/networks/{NETWORK} && for file in [0-9]*; do echo $file $(head -n 1 $file); done"
-        return dict(line.split() for line in self.kind.on_node(node, script).split("\n") if line)
+    from pathlib import Path
 
 
 def records(kind: Kind, node: str) -> list[dict[str, Any]]:
     """The attachments of a node."""
     script = "for file in /run/vmtap/attachments/*.json; do [ ! -e $file ] || { cat $file; echo; }; done"
     return [json.loads(line) for line in kind.on_node(node, script).split("\n") if line.strip()]
-
-
-def _peer(role: str, node: str) -> dict[str, Any]:
-    """A Deployment: a kubelet that starts with its node fails pods whose device nobody offers yet, for good."""
-    container = {
-        "name": "c",
-        "image": IMAGE,
-        "command": ["/opt/vmtap/bin/python", "-c", _PEER.read_text(), role],
-        "resources": {"limits": {f"{RESOURCES}/{NETWORK}": 1}},
-        "securityContext": {"runAsUser": 107, "runAsGroup": 107},
-    }
-    labels = {"app": role}
-    pod = {
-        "nodeSelector": {"kubernetes.io/hostname": node},
-        "automountServiceAccountToken": False,
-        "terminationGracePeriodSeconds": 1,
-        "containers": [container],
-    }
-    metadata = {"labels": labels, "annotations": {"k8s.v1.cni.cncf.io/networks": NETWORK}}
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": role},
-        "spec": {
-            "strategy": {"type": "Recreate"},
-            "selector": {"matchLabels": labels},
-            "template": {"metadata": metadata, "spec": pod},
-        },
-    }
 
 
 @contextlib.contextmanager
@@ -151,18 +29,3 @@ def lab(folder: Path, *, internet: bool = False) -> Iterator[Kind]:
     with Kind(folder, internet=internet) as kind:
         yield kind
     until(lambda: host.added(before, os.getpid()), "the lab has left something", lambda left: not left)
-
-
-@pytest.fixture(scope="module")
-def kind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
-    """The cluster of deploy/kind/cluster.yaml, with our image, built by docker and loaded by kind."""
-    with lab(tmp_path_factory.mktemp("kind")) as kind:
-        kind.run(["docker", "build", "-t", IMAGE, "."])
-        kind.create()
-        kind.run(["kind", "load", "docker-image", "--name", NAME, IMAGE])
-        yield kind
-
-
-@pytest.fixture(scope="module")
-def site(kind: Kind) -> Site:
-    return Site(kind)

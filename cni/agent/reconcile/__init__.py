@@ -12,6 +12,8 @@ it does with an attachment whose lock is free, decided again under the lock:
                               index as ADD assigns it;
                               a device's index only if
                               the kubelet allocated it
+    none                      macvtap whose lower       any                    none: another node's, whose network
+                              device is not the host's                         namespace this one has an id for
     none                      any other with vmtap's    any                    left alone and reported: DEL finds it
                               alias                                            by the alias
 

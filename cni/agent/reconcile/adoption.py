@@ -88,7 +88,7 @@ class Links:
         """Make a record of the link if it is still as seen; else, or if that is not possible, leave it alone."""
         with self._store.locked(id, wait=False), Rtnl() as host:
             link = host.link(index=seen.index, nsid=nsid)
-            if link is None or link.alias != seen.alias or self._store.load(id):
+            if link is None or link.alias != seen.alias or self._store.load(id) or _elsewhere(host, link):
                 return
             record = self._record_of(host, nsid, link)
             if record:
@@ -111,13 +111,7 @@ class Links:
         names = parse_alias(link.alias)
         mode = next((name for name, number in macvtap.MODES.items() if number == link.mode), None)
         namespace = _namespace(host, nsid)
-        if (
-            names is None
-            or link.kind != "macvtap"
-            or mode is None
-            or namespace is None
-            or link.lower_nsid != _own_nsid(host)
-        ):
+        if names is None or link.kind != "macvtap" or mode is None or namespace is None:
             return None
         below = host.link(index=link.lower or 0)
         if below is None:
@@ -192,6 +186,14 @@ def _has_filters(record: Record) -> bool:
             with netns.entered(pod):
                 return guard.is_there(record)
     return False
+
+
+def _elsewhere(host: Rtnl, link: Link) -> bool:
+    """Whether a pod's link has a lower device that is not the host's: it is of another node on this machine.
+
+    Nodes of kind are containers: each learns the others' namespaces by the veths that it shares a bridge with.
+    """
+    return link.lower is not None and (link.lower_nsid is None or link.lower_nsid != _own_nsid(host))
 
 
 def _own_nsid(host: Rtnl) -> int | None:

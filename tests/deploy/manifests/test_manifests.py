@@ -5,6 +5,7 @@ Not in `make test`: helm and kustomize are built from their Go modules (make tes
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from copy import deepcopy
@@ -174,15 +175,45 @@ def test_the_schemas_are_strict() -> None:
     ],
 )
 def test_helm_and_kustomize_make_the_same(path: str, values: Document) -> None:
-    by_helm = by_name([each for each in chart(values) if not is_hook(each)])
-    by_kustomize = by_name(kustomize(path))
+    same([each for each in chart(values) if not is_hook(each)], kustomize(path))
+
+
+def same(helms: list[Document], kustomizes: list[Document]) -> None:
+    by_helm, by_kustomize = by_name(helms), by_name(kustomizes)
     assert by_helm.keys() == by_kustomize.keys()
     for key, document in by_helm.items():
         assert document == by_kustomize[key]
 
 
-def test_they_uninstall_the_same() -> None:
-    by_helm = by_name([each for each in chart() if is_hook(each)])
+@pytest.mark.parametrize(
+    ("path", "components", "values"),
+    [
+        ("overlays/kind", ["dra"], {"interfaces": [DATA]}),
+        ("overlays/k3s", ["dra"], K3S),
+        ("overlays/openshift", ["dra"], OPENSHIFT),
+        ("base", ["broker", "dra"], {"broker": {"enabled": True}}),
+        ("base", ["dra", "broker"], {"broker": {"enabled": True}}),
+    ],
+)
+def test_dra_beside_what_else_a_user_adds(
+    tmp_path: Path, path: str, components: list[str], values: Document
+) -> None:
+    """In a kustomization of the user's own, as docs/kubernetes.md shows it."""
+    where = os.path.relpath(KUSTOMIZE, tmp_path)
+    own = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [f"{where}/{path}"],
+        "components": [f"{where}/{each}" for each in components],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    made = manifests.objects(manifests.run("kustomize", "build", tmp_path))
+    same([each for each in chart({**values, **DRA}) if not is_hook(each)], made)
+
+
+@pytest.mark.parametrize("values", [{}, DRA], ids=["as it comes", "dra"])
+def test_they_uninstall_the_same(values: Document) -> None:
+    by_helm = by_name([each for each in chart(values) if is_hook(each)])
     for key, document in by_name(kustomize("uninstall")).items():
         assert document == by_helm[key]
 

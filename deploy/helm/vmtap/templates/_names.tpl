@@ -112,9 +112,7 @@ initContainers:
       - {name: bin, mountPath: {{ .Values.cni.binDir }}}
       # The parent of the state folder, so that the state folder can be removed.
       - {name: run, mountPath: /host/run}
-      {{- if include "vmtap.usesCdi" . }}
       - {name: cdi, mountPath: /var/run/cdi}
-      {{- end }}
 containers:
   - name: done
     image: {{ include "vmtap.image" . }}
@@ -130,9 +128,7 @@ containers:
 volumes:
   - {name: bin, hostPath: {path: {{ .Values.cni.binDir }}, type: DirectoryOrCreate}}
   - {name: run, hostPath: {path: /run, type: Directory}}
-  {{- if include "vmtap.usesCdi" . }}
   - {name: cdi, hostPath: {path: {{ .Values.devicePlugin.cdiDir }}, type: DirectoryOrCreate}}
-  {{- end }}
 {{- end }}
 
 {{- /* The seed of derived MACs: the value, else the UID of kube-system where a cluster can be asked (not by helm template). */ -}}

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from lab.assets import images
 from lab.kind.cluster import NAME
-from tests.cluster.conftest import CHART, NAMESPACE
-from tests.kind.conftest import ADDRESS, IMAGE, KUSTOMIZE, NETWORK, records
+from tests.cluster.conftest import NAMESPACE
+from tests.kind.cluster.conftest import ADDRESS, IMAGE, KUSTOMIZE
+from tests.kind.conftest import records
 from tests.waiting import LIMIT, until
 
 if TYPE_CHECKING:
-    from tests.kind.conftest import Site
-
-
-def helm(site: Site, tag: str) -> None:
-    interfaces = [{"name": NETWORK, "source": {"dev": "eth0"}, "modes": ["bridge"], "capacity": 16}]
-    values = {"interfaces": interfaces, "image": {"tag": tag}}
-    words = [
-        "vmtap",
-        str(CHART),
-        "--namespace",
-        NAMESPACE,
-        "--create-namespace",
-        "--wait",
-        f"--timeout={LIMIT}s",
-    ]
-    site.kind.run(["helm", "upgrade", "--install", *words, "--values", "-"], stdin=json.dumps(values))
-    site.rolled_out()
+    from tests.kind.cluster.conftest import Site
 
 
 def test_helm_install_upgrade_under_traffic_uninstall(site: Site) -> None:
-    helm(site, images.VERSION)
+    site.install()
     site.start_pods()
     site.more_traffic()
     newer = f"{images.VERSION}x"
     site.kind.run(["docker", "tag", IMAGE, f"{IMAGE}x"])
     site.kind.run(["kind", "load", "docker-image", "--name", NAME, f"{IMAGE}x"])
-    helm(site, newer)
+    site.install(image={"tag": newer})
     assert site.more_traffic()["lost"] == 0
     site.end_pods()
-    site.kind.run(["helm", "uninstall", "vmtap", "--namespace", NAMESPACE, "--wait"])
-    site.kind.kubectl("delete", "namespace", NAMESPACE, f"--timeout={LIMIT}s")
+    site.uninstall()
     site.left()
 
 

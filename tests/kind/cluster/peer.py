@@ -2,7 +2,7 @@
 
 `answer` returns each frame to its sender. `ask` sends one every 10 ms, to whoever has answered within the last second,
 else to everybody; each second it prints, as JSON, how many it has sent since the first answer and how many are lost. A
-frame is lost if a later one was answered: nothing on the way reorders them.
+frame is lost if a later one was answered: nothing on the way reorders them. Two that ask answer each other.
 """
 
 import glob
@@ -56,6 +56,8 @@ def main(role: str) -> None:
                     first = int.from_bytes(frame[17:25], "big")
                 answered.add(int.from_bytes(frame[17:25], "big"))
                 peer, heard = frame[6:12], time.monotonic()
+            elif frame[14:17] == b"ask":
+                send(frame[6:12], b"ans" + frame[17:25])
         if time.monotonic() > heard + 1:
             peer = EVERYBODY
         if answered and time.monotonic() > printed + 1:
