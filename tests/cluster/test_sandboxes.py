@@ -59,13 +59,12 @@ class Node:
         """Started now; a context manager. more: the end of its config."""
         programs = CLUSTER.get()
         path = f"{programs}:{os.environ['PATH']}"
-        env = {"PATH": path, "VMTAP_WAIT": "2"}  # a hook inherits the runtime's environment
         return Containerd(
             self.machine,
             self.folder,
             netconf=self.folder / "net.d",
             plugins=programs / "cni",
-            env=env,
+            env={"PATH": path},
             more=more,
         )
 
@@ -94,9 +93,8 @@ class Node:
         index = self.store.reserve_ifindex(claim.attachment(device))
         claim = replace(claim, devices=(replace(device, ifindex=index),))
         Claims(self.machine.path(RUN)).save(claim)
-        hook = str(self.folder / "bin/vmtap-hook")
         self.machine.path(CDI).mkdir(exist_ok=True)
-        cdi.write_claim(str(self.machine.path(CDI)), claim, {}, hook)
+        cdi.write_claim(str(self.machine.path(CDI)), claim, {}, str(self.folder / "bin/hook"), RUN)
         return claim
 
     def container(self, claim: Claim) -> Container:
@@ -124,6 +122,8 @@ def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
     (tmp_path / "net.d/10-pods.conflist").write_text(PODS)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/vmtap-hook").symlink_to(SHIM)
+    (tmp_path / "bin/hook").write_text(f'#!/bin/sh\nVMTAP_WAIT=2 exec {tmp_path}/bin/vmtap-hook "$@"\n')
+    (tmp_path / "bin/hook").chmod(0o755)
     (tmp_path / "interfaces.yaml").write_text('{"interfaces": [{"name": "wire", "source": {"dev": "eth1"}}]}')
     lab.node.ip("link add cni0 up type bridge")  # the plugin would make it, and leave it
     with Machine(lab.node) as machine:

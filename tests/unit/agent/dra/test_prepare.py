@@ -113,6 +113,7 @@ def test_the_cdi_spec(node: Node) -> None:
     [hook] = spec["containerEdits"]["hooks"]
     assert hook["hookName"] == "createRuntime"
     assert (hook["path"], hook["args"]) == ("/opt/cni/bin/vmtap-hook", ["vmtap-hook", UID])
+    assert hook["env"] == [f"VMTAP_RUN={node.folder}/run"]
     [device] = spec["devices"]
     assert (spec["kind"], device["name"]) == ("vmtap.dev/claim", f"{UID}-0")
     [made] = device["containerEdits"]["deviceNodes"]
