@@ -145,14 +145,15 @@ class Driver:
         self._thread.join(_STOP_SECONDS)
         self._status.stop()
 
-    def report(self, claim: Claim, records: Sequence[Record]) -> None:
+    def report(self, claim: Claim, records: Sequence[Record]) -> bool:
         """To be called when the claim's devices are attached, before a container of its pod starts.
 
         records: of its attachments. The metadata files are complete when this returns, the claim's status later.
-        Raises CniError 5.
+        Returns whether a file was replaced, which a container that has been created before does not see. Raises
+        CniError 5.
         """
         self._status.report(claim, records)
-        self._metadata.attached(claim, records)
+        return self._metadata.attached(claim, records)
 
     def _wake(self) -> None:
         with suppress(OSError):  # full: the thread will wake; closed: it has ended
