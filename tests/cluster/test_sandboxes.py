@@ -263,8 +263,9 @@ def test_containerd_is_killed_and_started_again(node: Node, containerd: Containe
     containerd.cri.stop_pod(pod.id)
     node.agent.end(signal.SIGKILL)
     third = containerd.cri.run_pod("vm", attempt=1)
+    node.agent.log.clear()
     node.agent.start()
-    node.connected()
+    node.agent.said("NRI")  # it may connect before it is ready
     until(lambda: Path(node.store.node(claim.devices[0].ifindex)).exists(), "there is no device node")
     again = containerd.cri.run(third, node.container(claim), "again")
     have, want = node.shown(containerd, again, claim)
