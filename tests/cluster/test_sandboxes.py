@@ -138,7 +138,7 @@ def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
         agent.start()
         yield made
         if agent.process:
-            agent.end(signal.SIGKILL)  # an orderly end waits for calls to the API server, which is not there
+            agent.end()
 
 
 @pytest.fixture

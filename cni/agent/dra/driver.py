@@ -72,7 +72,7 @@ class Driver:
                 INVALID_NETWORK_CONFIG,
                 "dra: the node's name is missing; give --node, as by the field spec.nodeName of the agent's pod",
             )
-        api = Api(*_server())
+        self._api = api = Api(*_server())
         self._settings, self._policies, self._store = settings, policies, store
         self._kubelet = os.path.dirname(settings.kubelet.rstrip("/"))
         self._claims = Claims(settings.run)
@@ -159,8 +159,10 @@ class Driver:
         """Stop the threads and the sockets. Prepared claims stay; the kubelet removes the slices after a while."""
         self._stopping = True
         self._wake()
-        self._thread.join(_STOP_SECONDS)
         self._status.stop()
+        self._api.stop()
+        self._status.join()
+        self._thread.join(_STOP_SECONDS)
 
     def report(self, claim: Claim, records: Sequence[Record]) -> bool:
         """To be called when the claim's devices are attached, before a container of its pod starts.
@@ -198,7 +200,8 @@ class Driver:
                     self._look()
                     self._failures = 0
                 except Exception as error:  # the API server and the kubelet come and go
-                    self._failed(error)
+                    if not self._stopping:
+                        self._failed(error)
                 self._wait(poll)
             if self._sockets:
                 self._sockets.close()
