@@ -22,7 +22,7 @@ from lab.process import LabError
 DEPLOY = Path(__file__).parents[3] / "deploy"
 CHART = DEPLOY / "helm/vmtap"
 KUSTOMIZE = DEPLOY / "kustomize"
-OVERLAYS = ("kind", "kind-broker", "k3s", "openshift", "dra")
+OVERLAYS = ("kind", "kind-broker", "k3s", "openshift", "dra", "openshift-dra")
 KUSTOMIZATIONS = ["base", *(f"overlays/{name}" for name in OVERLAYS), "uninstall", "monitoring"]
 
 DATA = {"name": "dataplane", "source": {"dev": "eth0"}, "modes": ["bridge"], "capacity": 16}
@@ -171,6 +171,7 @@ def test_the_schemas_are_strict() -> None:
         ("overlays/k3s", K3S),
         ("overlays/openshift", OPENSHIFT),
         ("overlays/dra", DRA),
+        ("overlays/openshift-dra", OPENSHIFT | DRA),
     ],
 )
 def test_helm_and_kustomize_make_the_same(path: str, values: Document) -> None:

@@ -112,9 +112,10 @@ initContainers:
       - {name: bin, mountPath: {{ .Values.cni.binDir }}}
       # The parent of the state folder, so that the state folder can be removed.
       - {name: run, mountPath: /host/run}
-      {{- if include "vmtap.usesCdi" . }}
+      # The driver of resource claims has a folder of its own in the first, and a socket in the second.
+      - {name: plugins, mountPath: /var/lib/kubelet/plugins}
+      - {name: plugins-registry, mountPath: /var/lib/kubelet/plugins_registry}
       - {name: cdi, mountPath: /var/run/cdi}
-      {{- end }}
 containers:
   - name: done
     image: {{ include "vmtap.image" . }}
@@ -130,9 +131,9 @@ containers:
 volumes:
   - {name: bin, hostPath: {path: {{ .Values.cni.binDir }}, type: DirectoryOrCreate}}
   - {name: run, hostPath: {path: /run, type: Directory}}
-  {{- if include "vmtap.usesCdi" . }}
+  - {name: plugins, hostPath: {path: {{ dir .Values.devicePlugin.kubeletDir }}/plugins, type: DirectoryOrCreate}}
+  - {name: plugins-registry, hostPath: {path: {{ dir .Values.devicePlugin.kubeletDir }}/plugins_registry, type: DirectoryOrCreate}}
   - {name: cdi, hostPath: {path: {{ .Values.devicePlugin.cdiDir }}, type: DirectoryOrCreate}}
-  {{- end }}
 {{- end }}
 
 {{- /* The seed of derived MACs: the value, else the UID of kube-system where a cluster can be asked (not by helm template). */ -}}
