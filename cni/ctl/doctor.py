@@ -13,6 +13,7 @@ import os
 import socket
 import stat
 import struct
+from contextlib import suppress
 
 from cni.agent.policies import VARIABLE
 from cni.config import policy
@@ -265,6 +266,10 @@ def _state(settings: Settings) -> Iterator[Finding]:
             "start the agent: it carries the DEL out",
         )
     known = {name.removesuffix(".json") for name in _names(f"{run}/attachments") if name.endswith(".json")}
+    with suppress(CniError):  # the snapshot reports it
+        known |= {
+            claim.attachment(each) for claim, _ in snapshot.read_claims(run)[0] for each in claim.devices
+        }
     for path in sorted(_entries(f"{run}/ifindex") + _entries(f"{run}/vf")):
         id = os.readlink(path)
         if id not in known and not lock.is_held(f"{run}/lock", id):

@@ -209,6 +209,7 @@ def test_a_claim_whose_pod_has_gone(node: Node, doctor: Doctor) -> None:
 def test_a_claim_that_is_not_attached_for_long(node: Node, lab: Lab, doctor: Doctor) -> None:
     claim = node.prepare("vm", "data", "backup")
     assert [each[0] for each in doctor()] == ["ok"]
+    assert "is reserved for" not in doctor.ctl("doctor", status=None).stdout  # its indexes are the claim's
     path = node.agent.run / f"claims/{claim.uid}.json"
     os.utime(path, (0, time.time() - 700))
     severity, check, text = doctor.one()

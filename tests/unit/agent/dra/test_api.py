@@ -109,7 +109,7 @@ def test_stop_ends_a_call_wherever_it_is(
 
     def call() -> None:
         with pytest.raises(CniError) as raised:
-            api.get("/")
+            client.get("/")
         errors.append(raised.value)
 
     with ExitStack() as stack:
@@ -122,7 +122,7 @@ def test_stop_ends_a_call_wherever_it_is(
             port = server.server_address[1]
         elif where == "refused":
             silent.close()
-        api = Api("127.0.0.1", port, str(certificate.parent), seconds=1e6)
+        client = Api("127.0.0.1", port, str(certificate.parent), seconds=1e6)
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
         if where == "answer":
@@ -130,12 +130,12 @@ def test_stop_ends_a_call_wherever_it_is(
         elif where != "refused":
             state = "02" if where == "connect" else "01"  # SYN_SENT, ESTABLISHED
             until(lambda: _states(port) == {state}, "the client is not there")
-        api.stop()
+        client.stop()
         thread.join(LIMIT)
         assert not thread.is_alive()
     assert [error.code for error in errors] == [TRY_AGAIN_LATER]
     with pytest.raises(CniError, match="is ending"):
-        api.get("/")
+        client.get("/")
 
 
 def _states(port: int) -> set[str]:
