@@ -97,6 +97,8 @@ class Agent:
         )
         self.hook: Callable[[Request, Callable[[], None]], Response] = _no_hook
         """Answers the hook of a container that gets a device of a resource claim."""
+        self.claims: Callable[[], dict[str, object]] | None = None
+        """What the driver of resource claims has reached, if there is one."""
         self._handover = handover
         self._warn = VepaWarning(settings.run)
         self._hosts: list[Host] = []
@@ -206,9 +208,8 @@ def _run(settings: Settings) -> int:
     store = Store(settings.run, _note)
     store.prepare()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (limit, limit)
-    )  # for a pidfd of each VM, and queues being sent
+    # For a pidfd of each VM, and queues being sent.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     folder = f"{settings.run}/agent"
     os.makedirs(folder, mode=0o700, exist_ok=True)
     registry = metrics.Registry()
@@ -329,8 +330,9 @@ def _claims(
         cdi=settings.cdi,
     )
     driver = Driver(settings, agent.policies, store, registry, sandboxes.end)
-    agent.hook = sandboxes.hook
-    return [driver, Client(settings.nri, sandboxes)]
+    client = Client(settings.nri, sandboxes)
+    agent.hook, agent.claims = sandboxes.hook, lambda: driver.state() | client.state()
+    return [driver, client]
 
 
 def _pages(path: str, agent: Agent, broker: Broker, registry: metrics.Registry) -> list[HttpServer]:
@@ -348,6 +350,8 @@ def _pages(path: str, agent: Agent, broker: Broker, registry: metrics.Registry) 
         "metrics": (agent.settings.metrics, {"/metrics": text}),
         "health": (agent.settings.health, {"/healthz": health.page(live), "/readyz": health.page(ready)}),
     }
+    if agent.claims:
+        pages["health"][1]["/claims"] = health.shown(agent.claims)
     servers = []
     for setting, (address, served) in pages.items():
         if not address:

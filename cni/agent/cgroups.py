@@ -43,6 +43,11 @@ class Cgroups:
             found = self._probe(pod)
         return found
 
+    @property
+    def seen(self) -> bool:
+        """Whether find() has seen the group of any pod: if not, a pod that it does not find may still be there."""
+        return bool(self._layouts)
+
     def find_sandbox(self, container: str) -> str:
         """The folder of the group of the pod that has a container of that id; "" if none is found."""
         for parent in {os.path.dirname(before) for before, _, _ in list(self._layouts)}:

@@ -1,4 +1,4 @@
-"""The agent's health: the checks, and the page that reports why any of them fails. Must not change anything."""
+"""The agent's health: the checks, the page that reports why any of them fails, and others. Must not change anything."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def page(checks: Mapping[str, Check]) -> Page:
         return Answer(status, "application/json", body)
 
     return answer
+
+
+def shown(look: Callable[[], Mapping[str, object]]) -> Page:
+    """The page of what look() returns, as JSON."""
+    return lambda: Answer(HTTPStatus.OK, "application/json", json.dumps(look()).encode() + b"\n")
 
 
 def served(path: str) -> str | None:

@@ -178,7 +178,7 @@ def _install(options: argparse.Namespace) -> int:
 def _uninstall(options: argparse.Namespace) -> int:
     found = _settings(options)
     steps = installation.uninstall(
-        options.bin_dir, found.run, found.cdi, state=options.state, force=options.force
+        options.bin_dir, found.run, found.cdi, found.kubelet, state=options.state, force=options.force
     )
     return _done(steps, as_json=options.json)
 

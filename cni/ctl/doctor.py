@@ -13,10 +13,20 @@ import os
 import socket
 import stat
 import struct
+from contextlib import suppress
 
 from cni.agent.policies import VARIABLE
 from cni.config import policy
-from cni.ctl import device_findings, kubelet, port_findings, reflection, self_test, snapshot
+from cni.ctl import (
+    agent_page,
+    claim_findings,
+    device_findings,
+    kubelet,
+    port_findings,
+    reflection,
+    self_test,
+    snapshot,
+)
 from cni.ctl.finding import Finding
 from cni.errors import CniError, reason
 from cni.state import lock
@@ -76,6 +86,7 @@ def examine(settings: Settings) -> list[Finding]:
         found += device_findings.source(node, source)
     found += [Finding(*each) for each in reflection.examine(settings.run, node)]
     found += [Finding("device plugin", *each) for each in kubelet.examine(settings)]
+    found += claim_findings.examine(settings, node)
     found += device_findings.attachments(node)
     found += port_findings.wider(rules, node)
     return found
@@ -208,12 +219,8 @@ def _missing(pid: int) -> list[str]:
 def _ready(address: str) -> Iterator[Finding]:
     if not address:
         return
-    host, _, port = address.rpartition(":")
-    connection = http.client.HTTPConnection(host.strip("[]") or "127.0.0.1", int(port), timeout=_SECONDS)
     try:
-        connection.request("GET", "/readyz")
-        answer = connection.getresponse()
-        reasons = json.loads(answer.read(1 << 16))["reasons"]
+        reasons = json.loads(agent_page.read(address, "/readyz")[1])["reasons"]
     except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
         yield Finding(
             "agent",
@@ -226,8 +233,6 @@ def _ready(address: str) -> Iterator[Finding]:
             yield Finding("agent", "error", f"it is not ready: {what}: {why}", "look at its log")
         if not reasons:
             yield Finding("agent", "ok", f"it is ready, by http://{address}/readyz")
-    finally:
-        connection.close()
 
 
 def _state(settings: Settings) -> Iterator[Finding]:
@@ -261,6 +266,10 @@ def _state(settings: Settings) -> Iterator[Finding]:
             "start the agent: it carries the DEL out",
         )
     known = {name.removesuffix(".json") for name in _names(f"{run}/attachments") if name.endswith(".json")}
+    with suppress(CniError):  # the snapshot reports it
+        known |= {
+            claim.attachment(each) for claim, _ in snapshot.read_claims(run)[0] for each in claim.devices
+        }
     for path in sorted(_entries(f"{run}/ifindex") + _entries(f"{run}/vf")):
         id = os.readlink(path)
         if id not in known and not lock.is_held(f"{run}/lock", id):

@@ -14,7 +14,9 @@ from errno import EBUSY, ENOTEMPTY
 from pathlib import Path
 
 import cni
+from cni.agent.deviceplugin.sockets import sweep
 from cni.agent.health import served
+from cni.config.claim import DRIVER
 from cni.ctl import snapshot
 from cni.errors import CniError
 from cni.lower import offload
@@ -55,8 +57,10 @@ def install(folder: str, names: Sequence[str]) -> Iterator[str]:
         yield f"{path} is {'replaced' if had else 'installed'}"
 
 
-def uninstall(folder: str, run: str, cdi: str, *, state: bool, force: bool) -> Iterator[str]:
+def uninstall(folder: str, run: str, cdi: str, kubelet: str, *, state: bool, force: bool) -> Iterator[str]:
     """Remove the shim under its names, and the state if wanted. Yields a line for each step.
+
+    kubelet: its folder of device plugins, beside which are those of drivers.
 
     Unless force: raises CniError 11 while a pod is attached, which could not be deleted without the shim; and while an
     agent runs whose state is to go.
@@ -75,6 +79,7 @@ def uninstall(folder: str, run: str, cdi: str, *, state: bool, force: bool) -> I
         if any(kind.encode() in each.read_bytes() for kind in (KIND, CLAIM_KIND)):
             each.unlink()
             yield f"{each} is removed"
+    yield from _driver(os.path.dirname(kubelet.rstrip("/")))
     for source in offload.restore(run):
         yield f"{offload.FEATURE} of {source} is off, as before ADD"
     if not os.path.isdir(run):
@@ -85,6 +90,22 @@ def uninstall(folder: str, run: str, cdi: str, *, state: bool, force: bool) -> I
     if os.path.islink(run):
         os.unlink(run)
     yield f"{run} is removed"
+
+
+def _driver(kubelet: str) -> Iterator[str]:
+    """Remove what killed drivers of resource claims left in the kubelet's folders, and the driver's own folder."""
+    sweep(f"{kubelet}/plugins_registry", f"{DRIVER}-")
+    folder = f"{kubelet}/plugins/{DRIVER}"
+    sweep(folder, "dra-")
+    try:
+        os.rmdir(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (EBUSY, ENOTEMPTY):  # a mount point; of a driver that runs
+            raise
+        return
+    yield f"{folder} is removed"
 
 
 def _remove(folder: str) -> list[str]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cni.ctl.lldp import Neighbour
     from cni.ctl.open_devices import Holder
     from cni.kernel.rtnl import Link
+    from cni.state.claims import Claim, ClaimDevice
     from cni.state.record import Record
 
 
@@ -60,6 +61,8 @@ class Attachment:
     holders: tuple[Holder, ...] = ()
     to_guest: Traffic | None = None
     from_guest: Traffic | None = None
+    claim: tuple[Claim, ClaimDevice] | None = None
+    """The prepared claim, and its device that is attached."""
 
     @property
     def pod(self) -> Pod | None:
@@ -88,6 +91,9 @@ class Attachment:
         record = self.record
         found = {record.id, record.ifname, record.mac, record.container_id, record.network, self.sandbox}
         found |= {_normal(address.partition("/")[0]) for address in self.addresses}
+        found |= (
+            {self.claim[0].name, f"{self.claim[0].namespace}/{self.claim[0].name}"} if self.claim else set()
+        )
         return found | ({self.pod.name} if self.pod else set()) | ({self.vm} if self.vm else set())
 
     def begins(self, what: str) -> bool:
@@ -115,6 +121,14 @@ class Attachment:
         return f"{self.status}, waiting for its guest" if self.waiting else self.status
 
     @property
+    def claimed(self) -> str | None:
+        """The resource claim and its request, as "shop/vm-nic (nic)"; None without one."""
+        if not self.claim:
+            return None
+        claim, device = self.claim
+        return f"{claim.namespace}/{claim.name} ({device.request})"
+
+    @property
     def function(self) -> str | None:
         """The virtual function that carries the attachment, as "VF 3"; None without one."""
         return f"VF {self.record.vf.number}" if self.record.vf else None
@@ -130,6 +144,7 @@ class Attachment:
     def document(self) -> dict[str, Any]:
         """The JSON document."""
         record, pod = self.record, self.pod
+        claim, device = self.claim or (None, None)
         return {
             "id": record.id,
             "network": record.network,
@@ -137,6 +152,16 @@ class Attachment:
             "ifname": record.ifname,
             "netns": record.netns,
             "pod": vars(pod) if pod else None,
+            "claim": (
+                {
+                    "namespace": claim.namespace,
+                    "name": claim.name,
+                    "uid": claim.uid,
+                    "request": device.request,
+                }
+                if claim and device
+                else None
+            ),
             "vm": self.vm,
             "status": self.status,
             "device": record.device,

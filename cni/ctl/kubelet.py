@@ -6,6 +6,8 @@ import http.client
 import re
 import socket
 
+from cni.ctl import agent_page
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from cni.ctl.locations import Settings
 
 _SECONDS = 3.0
-_LIMIT = 1 << 20
 _SAMPLE = re.compile(
     r'^vmtap_device_plugin_(\w+?)(?:\{resource="([^"]*)"(?:,health="(\w+)")?\})? ([0-9.e+]+)$', re.MULTILINE
 )
@@ -35,20 +36,10 @@ def examine(settings: Settings) -> Iterator[tuple[str, str, str]]:
     yield "ok", f"a kubelet answers at {path}", ""
     if settings.metrics:
         try:
-            text = _metrics(settings.metrics)
+            text = agent_page.read(settings.metrics, "/metrics")[1].decode(errors="replace")
         except (OSError, http.client.HTTPException):
             return  # the check of the agent reports the reason
         yield from _resources(text)
-
-
-def _metrics(address: str) -> str:
-    host, _, port = address.rpartition(":")
-    connection = http.client.HTTPConnection(host.strip("[]") or "127.0.0.1", int(port), timeout=_SECONDS)
-    try:
-        connection.request("GET", "/metrics")
-        return connection.getresponse().read(_LIMIT).decode(errors="replace")
-    finally:
-        connection.close()
 
 
 def _resources(text: str) -> Iterator[tuple[str, str, str]]:

@@ -22,6 +22,8 @@ class Settings:
     device_plugin: bool
     kubelet: str
     cdi: str
+    dra: bool
+    cgroup: str
     broker: bool
     """Whether containers get the broker's socket; without it, the agent opens no device."""
     fault: CniError | None = None
@@ -42,6 +44,8 @@ def load(*, run: str | None, policy: str | None, file: str | None) -> Settings:
         device_plugin=bool(agent.get("device_plugin")),  # not there: it stands in, and is off
         kubelet=agent["kubelet"],
         cdi=agent["cdi"],
+        dra=bool(agent["dra"]),
+        cgroup=agent["cgroup"],
         broker=bool(agent.get("broker_mount", True)),
         fault=fault,
     )

@@ -55,7 +55,7 @@ _MEANS = {
 }
 SEVERITY = {"ok": ("✔", "green"), "warning": ("▲", "yellow"), "error": ("✘", "red")}
 _WIDE = ("NETWORK", "MTU", "QUEUES", "SINCE", "ID")
-_LEAST = ("HELD BY", "ADDRESS", "SOURCE", "DEVICE")
+_LEAST = ("HELD BY", "CLAIM", "ADDRESS", "SOURCE", "DEVICE")
 """Columns that are left out in a narrow terminal, in this order."""
 _UNWRAPPED = 100_000
 
@@ -91,11 +91,14 @@ def attachments(found: Sequence[Attachment], out: Console, *, wide: bool) -> Ren
         return Text("nothing is attached on this node", style="dim")
     rows = [_row(each, terminal=out.is_terminal) for each in found]
     columns = [title for title in rows[0] if wide or title not in _WIDE]
+    if not any(each.claim for each in found):
+        columns.remove("CLAIM")
     for title in () if wide else _LEAST:
         room = sum(max(len(title), *(len(row[title]) for row in rows)) + 2 for title in columns)
         if room <= out.width:
             break
-        columns.remove(title)
+        if title in columns:
+            columns.remove(title)
     table = _table(out.is_terminal)
     for title in columns:
         table.add_column(title, no_wrap=title != "POD", overflow="fold")
@@ -114,6 +117,7 @@ def _row(each: Attachment, *, terminal: bool) -> dict[str, Text]:
         "MAC": Text(record.mac),
         "ADDRESS": Text(" ".join(each.addresses) or "-"),
         "STATUS": _status(each, terminal),
+        "CLAIM": Text(each.claimed or "-"),
         "HELD BY": Text(", ".join(f"{holder.program} {holder.pid}" for holder in each.holders) or "-"),
         "NETWORK": Text(record.network),
         "MTU": Text(str(record.mtu)),
@@ -136,6 +140,7 @@ def details(each: Attachment) -> RenderableType:
 
     row("status", _status(each, terminal=True))
     row("pod", f"{pod.namespace}/{pod.name}" if pod else None)
+    row("resource claim", each.claimed)
     row("container", record.container_id)
     row("network", record.network)
     row("device", " ".join(filter(None, (record.device, each.mode))))
@@ -287,7 +292,10 @@ def _add(branch: Tree, found: Iterable[Attachment]) -> None:
             "  ",
             _status(each, terminal=True),
         )
-        pod = branch.add(name).add(Text.assemble("pod " if each.pod else "sandbox ", (each.sandbox, "")))
+        claim = f"  claim {each.claimed}" if each.claimed else ""
+        pod = branch.add(name).add(
+            Text.assemble("pod " if each.pod else "sandbox ", (each.sandbox, ""), (claim, "dim"))
+        )
         for holder in each.holders:
             vm = f"VM {holder.vm or each.vm}  " if holder.vm or each.vm else ""
             pod.add(

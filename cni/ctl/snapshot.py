@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from cni.config import policy
@@ -18,12 +19,14 @@ from cni.kernel.rtnl import IFF_LOWER_UP, IFF_UP, Rtnl
 from cni.lower import vf_discovery
 from cni.spec import IO_FAILURE
 from cni.state import lock
+from cni.state.claims import decode as decode_claim
 from cni.state.lookup import find_link, opened_netns
 from cni.state.record import boot_id, decode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import TypeVar
 
     from cni.config.policy import Policy
     from cni.ctl.lldp import Neighbour
@@ -31,7 +34,10 @@ if TYPE_CHECKING:
     from cni.ctl.open_devices import Holder
     from cni.kernel.rtnl import Link
     from cni.kernel.sysfs import Sysfs
+    from cni.state.claims import Claim
     from cni.state.record import Record
+
+    Kept = TypeVar("Kept")
 
 _DIRECTIONS = {"macvtap": ("rx", "tx"), "tap": ("tx", "rx")}
 """Which counter of the link is towards the guest, and which is from it: a tap receives what the guest sends."""
@@ -40,13 +46,21 @@ _DIRECTIONS = {"macvtap": ("rx", "tx"), "tap": ("tx", "rx")}
 def take(settings: Settings, neighbours: Mapping[str, Neighbour] | None = None) -> Node:
     """Take the snapshot. neighbours: LLDP neighbours by NIC. Raises CniError if the state folder cannot be read."""
     records, unreadable = read_records(settings.run)
+    claims = {
+        claim.attachment(each): (claim, each)
+        for claim, _ in read_claims(settings.run)[0]
+        for each in claim.devices
+    }
     try:
         rules = policy.load(settings.policy)
     except CniError:  # doctor's business
         rules = None
     with Rtnl() as host, sysfs.mounted() as own:
         links = {name: link for link in host.links() for name in (link.name, *link.altnames)}
-        attachments = _attachments(host, settings.run, records)
+        attachments = [
+            replace(each, claim=claims.get(each.record.id))
+            for each in _attachments(host, settings.run, records)
+        ]
         names = {dev: None for entry in rules.interfaces for dev in entry.sources} if rules else {}
         names |= {each.record.source: None for each in attachments if each.record.source}
         sources = tuple(_source(name, links, own, rules, neighbours or {}, host=host) for name in names)
@@ -61,12 +75,22 @@ def take(settings: Settings, neighbours: Mapping[str, Neighbour] | None = None) 
 
 def read_records(run: str) -> tuple[list[tuple[Record, datetime]], dict[str, str]]:
     """Every record with its file's time of change; and path → reason of the files that are no record. CniError 5."""
-    folder = f"{run}/attachments"
-    found: list[tuple[Record, datetime]] = []
+    return _read(f"{run}/attachments", decode)
+
+
+def read_claims(run: str) -> tuple[list[tuple[Claim, datetime]], dict[str, str]]:
+    """Every prepared claim with its file's time of change; and path → reason of the files that are none. CniError 5."""
+    return _read(f"{run}/claims", decode_claim)
+
+
+def _read(
+    folder: str, decode: Callable[[str, bytes], Kept]
+) -> tuple[list[tuple[Kept, datetime]], dict[str, str]]:
+    found: list[tuple[Kept, datetime]] = []
     unreadable: dict[str, str] = {}
     try:
         names = sorted(os.listdir(folder))
-    except FileNotFoundError:  # nothing was ever attached
+    except FileNotFoundError:  # nothing was ever kept there
         names = []
     except OSError as error:
         raise CniError(IO_FAILURE, f"{folder} cannot be read: run vmtapctl as root", reason(error)) from error
@@ -81,7 +105,7 @@ def read_records(run: str) -> tuple[list[tuple[Record, datetime]], dict[str, str
                 data = file.read()
                 changed = os.fstat(file.fileno()).st_mtime
             found.append((decode(name.removesuffix(".json"), data), datetime.fromtimestamp(changed, UTC)))
-        except FileNotFoundError:  # DEL was quicker
+        except FileNotFoundError:  # it ended just now
             pass
         except (OSError, ValueError) as error:
             unreadable[path] = reason(error)

@@ -67,11 +67,14 @@ def claim_path(folder: str, uid: str) -> str:
     return f"{folder}/vmtap-claim-{uid}.json"
 
 
-def write_claim(folder: str, claim: Claim, mounts: Mapping[int, tuple[str, str]], hook: str) -> None:
+def write_claim(
+    folder: str, claim: Claim, mounts: Mapping[int, tuple[str, str]], hook: str, run: str
+) -> None:
     """The claim's file, whole or not at all. A file that is there keeps its devices' numbers. Raises CniError 5.
 
     mounts: number of a device → (a file on the node, its path in the container). hook: the path of vmtap-hook on the
-    node, which runs once in each container that gets one of the devices.
+    node, which runs once in each container that gets one of the devices. run: the state folder, where it looks for the
+    agent.
     """
     path = claim_path(folder, claim.uid)
     before = {each["path"]: _numbers(each) for each in _nodes(_read(path))}
@@ -90,6 +93,7 @@ def write_claim(folder: str, claim: Claim, mounts: Mapping[int, tuple[str, str]]
             "hookName": "createRuntime",
             "path": hook,
             "args": ["vmtap-hook", claim.uid],
+            "env": [f"VMTAP_RUN={run}"],  # with it, a runtime passes nothing of its own environment
             "timeout": _HOOK_SECONDS,
         }
     ]

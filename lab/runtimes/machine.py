@@ -71,7 +71,12 @@ class Machine(Closing):
 
     def path(self, inside: str | os.PathLike[str]) -> Path:
         """The path by which this process reaches a path of the node, sockets included."""
-        return self._proc / "root" / os.fspath(inside).lstrip("/")
+        found = os.fspath(inside).lstrip("/")
+        if found.startswith(
+            "var/run/"
+        ):  # the link's target is absolute, and would be this process's own /run
+            found = found.removeprefix("var/")
+        return self._proc / "root" / found
 
     def call(self, function: Callable[[], T]) -> T:
         """Calls function in a thread in the node's network and mount namespaces.

@@ -125,7 +125,11 @@ class Release:
             **self.traces(),
             "files": sorted(str(path) for folder in folders for path in self._in(folder)),
             "folder": self.cluster.machine.path(RUN).exists(),
-            "sockets": [path.name for path in self._in("/var/lib/kubelet/device-plugins", "vmtap*")],
+            "sockets": sorted(
+                path.name
+                for folder in ("device-plugins", "plugins", "plugins_registry")
+                for path in self._in(f"/var/lib/kubelet/{folder}", "vmtap*")
+            ),
             "processes": sorted(p for p in self.cluster.machine.processes().values() if "vmtap" in p),
             "objects": self.cluster.kubectl("get", kinds, "-o", "name").split(),
         }

@@ -59,19 +59,38 @@ class Node:
         """Started now; a context manager. more: the end of its config."""
         programs = CLUSTER.get()
         path = f"{programs}:{os.environ['PATH']}"
-        env = {"PATH": path, "VMTAP_WAIT": "2"}  # a hook inherits the runtime's environment
         return Containerd(
             self.machine,
             self.folder,
             netconf=self.folder / "net.d",
             plugins=programs / "cni",
-            env=env,
+            env={"PATH": path},
             more=more,
         )
 
     def connected(self) -> None:
         """Waits until the agent is a plugin of the runtime's."""
         self.agent.wait_for("NRI")
+
+    def restart(self) -> None:
+        """Start the agent, and wait until it is a plugin of the runtime's, which it may be before it is ready."""
+        self.agent.log.clear()
+        self.agent.start()
+        self.agent.said("NRI")
+
+    def give(self, device: int, netns: str) -> None:
+        """Let a macvtap in that network namespace have the device's minor, which is free."""
+        show = "mount -t sysfs none /sys; cat /sys/class/net/$0/macvtap/*/dev"
+        for number in range(
+            64
+        ):  # the kernel gives the lowest one that is free, and other tests take some, too
+            name = f"stolen{number}"
+            self.machine.run(["ip", "link", "add", "link", "eth1", "name", name, "type", "macvtap"])
+            made = self.machine.run(["unshare", "-m", "sh", "-ec", show, name]).stdout.strip()
+            self.lab.node.ip(f"link set {name} netns {self.machine.path(netns)}")
+            if made == f"{os.major(device)}:{os.minor(device)}":
+                return
+        pytest.fail("no macvtap got the minor")
 
     @property
     def store(self) -> Store:
@@ -94,9 +113,8 @@ class Node:
         index = self.store.reserve_ifindex(claim.attachment(device))
         claim = replace(claim, devices=(replace(device, ifindex=index),))
         Claims(self.machine.path(RUN)).save(claim)
-        hook = str(self.folder / "bin/vmtap-hook")
         self.machine.path(CDI).mkdir(exist_ok=True)
-        cdi.write_claim(str(self.machine.path(CDI)), claim, {}, hook)
+        cdi.write_claim(str(self.machine.path(CDI)), claim, {}, str(self.folder / "bin/hook"), RUN)
         return claim
 
     def container(self, claim: Claim) -> Container:
@@ -124,6 +142,8 @@ def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
     (tmp_path / "net.d/10-pods.conflist").write_text(PODS)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/vmtap-hook").symlink_to(SHIM)
+    (tmp_path / "bin/hook").write_text(f'#!/bin/sh\nVMTAP_WAIT=2 exec {tmp_path}/bin/vmtap-hook "$@"\n')
+    (tmp_path / "bin/hook").chmod(0o755)
     (tmp_path / "interfaces.yaml").write_text('{"interfaces": [{"name": "wire", "source": {"dev": "eth1"}}]}')
     lab.node.ip("link add cni0 up type bridge")  # the plugin would make it, and leave it
     with Machine(lab.node) as machine:
@@ -138,7 +158,7 @@ def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
         agent.start()
         yield made
         if agent.process:
-            agent.end(signal.SIGKILL)  # an orderly end waits for calls to the API server, which is not there
+            agent.end()
 
 
 @pytest.fixture
@@ -189,10 +209,7 @@ def test_a_dead_driver_and_a_remade_sandbox(node: Node, containerd: Containerd) 
     node.agent.end(signal.SIGKILL)
     containerd.cri.stop_pod(first.id)
     other = containerd.cri.run_pod("other")
-    # /var/run is an absolute link, which would lead to the host's /run.
-    space = node.machine.path(node.netns(containerd, other).removeprefix("/var"))
-    node.machine.run(["ip", "link", "add", "link", "eth1", "name", "stolen", "type", "macvtap"])
-    node.lab.node.ip(f"link set stolen netns {space}")
+    node.give(left, node.netns(containerd, other))
     assert Path(node.store.node(index)).stat().st_rdev == left
 
     second = containerd.cri.run_pod(
@@ -202,8 +219,7 @@ def test_a_dead_driver_and_a_remade_sandbox(node: Node, containerd: Containerd) 
     with pytest.raises(CriError, match="the agent vmtapd does not answer"):
         containerd.cri.start(stale)
 
-    node.agent.start()
-    node.connected()
+    node.restart()
     until(lambda: node.store.load(claim.attachment(claim.devices[0])), "the claim is not attached")
     until(lambda: Path(node.store.node(index)).exists(), "there is no device node")
     container = containerd.cri.run(second, node.container(claim), "heals")
@@ -215,17 +231,14 @@ def test_a_container_with_a_node_of_another_pod(node: Node, containerd: Containe
     """Created while the driver was dead, it is started when the agent answers: its node is the other pod's."""
     claim = node.prepare()
     first = containerd.cri.run_pod("vm")
+    left = Path(node.store.node(claim.devices[0].ifindex)).stat().st_rdev
     node.agent.end(signal.SIGKILL)
     containerd.cri.stop_pod(first.id)
     other = containerd.cri.run_pod("other")
-    # /var/run is an absolute link, which would lead to the host's /run.
-    space = node.machine.path(node.netns(containerd, other).removeprefix("/var"))
-    node.machine.run(["ip", "link", "add", "link", "eth1", "name", "stolen", "type", "macvtap"])
-    node.lab.node.ip(f"link set stolen netns {space}")
+    node.give(left, node.netns(containerd, other))
     second = containerd.cri.run_pod("vm", attempt=1)
     stale = containerd.cri.create(second, node.container(claim), "stale")
-    node.agent.start()
-    node.connected()
+    node.restart()
     with pytest.raises(CriError, match="create the container again"):
         containerd.cri.start(stale)
     container = containerd.cri.run(second, node.container(claim), "heals")
@@ -263,8 +276,7 @@ def test_containerd_is_killed_and_started_again(node: Node, containerd: Containe
     containerd.cri.stop_pod(pod.id)
     node.agent.end(signal.SIGKILL)
     third = containerd.cri.run_pod("vm", attempt=1)
-    node.agent.start()
-    node.connected()
+    node.restart()
     until(lambda: Path(node.store.node(claim.devices[0].ifindex)).exists(), "there is no device node")
     again = containerd.cri.run(third, node.container(claim), "again")
     have, want = node.shown(containerd, again, claim)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,6 +221,31 @@ def test_cdi_files_go_with_the_state(ctl: Ctl, tmp_path: Path) -> None:
     (tmp_path / "agent.yaml").write_text(f"cdi: {cdi}\n")
     ctl("uninstall", "--bin-dir", tmp_path, "--state", "--config", tmp_path / "agent.yaml")
     assert [path.name for path in cdi.iterdir()] == ["vmtap-theirs.json"]
+
+
+def test_the_drivers_folder_goes_with_the_state(ctl: Ctl, tmp_path: Path) -> None:
+    """With the sockets of killed agents. What is another driver's stays, and what is served."""
+    uninstall = ("uninstall", "--bin-dir", tmp_path, "--state", "--config", tmp_path / "agent.yaml")
+    with tempfile.TemporaryDirectory(prefix="kubelet-") as short:  # a socket's path has 107 bytes at most
+        kubelet = Path(short)
+        own, registry = kubelet / "plugins/vmtap.dev", kubelet / "plugins_registry"
+        own.mkdir(parents=True)
+        registry.mkdir()
+        (tmp_path / "agent.yaml").write_text(f"kubelet: {kubelet}/device-plugins\n")
+        paths = own / "dra-1.sock", registry / "vmtap.dev-1-reg.sock", registry / "theirs-reg.sock"
+        for path in paths:
+            with socket.socket(socket.AF_UNIX) as dead:
+                dead.bind(str(path))
+        with socket.socket(socket.AF_UNIX) as served:
+            served.bind(str(own / "dra-2.sock"))
+            served.listen()
+            ctl(*uninstall)
+            assert [path.exists() for path in paths] == [False, False, True]
+            assert (own / "dra-2.sock").exists()
+        assert f"{own} is removed" in ctl(*uninstall).stdout
+        assert not own.exists()
+        assert own.parent.exists()
+        assert "plugins" not in ctl(*uninstall).stdout
 
 
 def test_a_package_without_a_shim_says_so(tmp_path: Path) -> None:

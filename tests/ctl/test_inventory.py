@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 KEYS = {
     "id", "network", "containerID", "ifname", "netns", "pod", "vm", "status", "device", "mode", "waiting",
     "interface", "source", "virtualFunction", "vlan", "mac", "mtu", "queues", "addresses", "ifindex", "deviceNumber",
-    "deviceNode", "since", "holders", "toGuest", "fromGuest", "port",
+    "deviceNode", "since", "holders", "toGuest", "fromGuest", "port", "claim",
 }  # fmt: skip
 """docs/vmtapctl.md lists them: taking one away breaks somebody's script."""
 

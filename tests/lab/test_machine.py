@@ -38,6 +38,7 @@ def test_what_is_in_it_stays_in_it(lab: Lab) -> None:
             ["sh", "-euc", "mkdir /var/lib/vmtap-lab-test; echo yes >/run/mine; mount -t tmpfs none /mnt"]
         )
         assert machine.path("/run/mine").read_text() == "yes\n"
+        assert machine.path("/var/run/mine").read_text() == "yes\n"
         assert machine.path("/var/lib/vmtap-lab-test").is_dir()
         assert not Path("/var/lib/vmtap-lab-test").exists()
         assert machine.mounts() == ["/mnt"]

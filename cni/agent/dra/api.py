@@ -2,15 +2,18 @@
 
 A client library for Kubernetes takes 28 MB of the agent's memory; this takes 2. Each call has a connection of its own,
 as calls are rare, and reads token and certificate again, as the kubelet replaces them. Every call is bounded: its time,
-and the bytes of its answer.
+and the bytes of its answer. stop() ends those in progress, as the end of the agent must not wait for a server.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
+import threading
 import time
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from urllib.parse import quote, urlencode
 
@@ -21,7 +24,7 @@ from cni.spec import INVALID_NETWORK_CONFIG, IO_FAILURE, TRY_AGAIN_LATER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from typing import Any
 
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -67,6 +70,20 @@ class Api:
 
     def __init__(self, host: str, port: int, account: str = ACCOUNT, *, seconds: float = 20.0) -> None:
         self._host, self._port, self._account, self._seconds = host, port, account, seconds
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._lines: set[socket.socket] = set()
+        """A duplicate of the socket of each call."""
+        self._failed = 0
+        """Connections that failed: where the host is a name, the next one is to its next address."""
+
+    def stop(self) -> None:
+        """Have all calls fail from now on, and those in progress at once."""
+        with self._lock:
+            self._stopped.set()
+            for line in self._lines:
+                with suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
 
     def get(self, path: str, **query: str) -> Answer:
         """GET the path. Raises CniError 11."""
@@ -98,6 +115,8 @@ class Api:
         until = time.monotonic() + self._seconds
         target = f"{path}?{urlencode(query)}" if query else path
         while True:
+            if self._stopped.is_set():
+                raise CniError(TRY_AGAIN_LATER, "the agent is ending; try again")
             try:
                 answer = self._once(method, target, None if body is None else json.dumps(body), kind, until)
                 if answer.status not in _LATER or time.monotonic() + _PAUSE_SECONDS > until:
@@ -109,26 +128,48 @@ class Api:
                         f"the API server at {self._host}:{self._port} cannot be used; try again",
                         reason(error) or type(error).__name__,
                     ) from None
-            time.sleep(_PAUSE_SECONDS)
+            self._stopped.wait(_PAUSE_SECONDS)
 
     def _once(self, method: str, target: str, body: str | None, kind: str, until: float) -> Answer:
         with open(f"{self._account}/token", encoding="ascii") as file:
             token = file.read().strip()
         context = ssl.create_default_context(cafile=f"{self._account}/ca.crt")
-        connection = http.client.HTTPSConnection(
-            self._host, self._port, timeout=_CONNECT_SECONDS, context=context
-        )
+        connection = http.client.HTTPSConnection(self._host, self._port, context=context)
         headers = {"Authorization": f"Bearer {token}", "Accept": JSON}
         if body is not None:
             headers["Content-Type"] = kind
-        try:
-            connection.connect()
-            connection.sock.settimeout(max(0.1, until - time.monotonic()))
-            connection.request(method, target, body, headers)
-            response = connection.getresponse()
-            return Answer(response.status, _object(_read(response, until)))
-        finally:
-            connection.close()
+        with self._connected() as line:
+            try:
+                connection.sock = context.wrap_socket(line, server_hostname=self._host)
+                connection.sock.settimeout(max(0.1, until - time.monotonic()))
+                connection.request(method, target, body, headers)
+                response = connection.getresponse()
+                return Answer(response.status, _object(_read(response, until)))
+            finally:
+                connection.close()
+
+    @contextmanager
+    def _connected(self) -> Iterator[socket.socket]:
+        """A TCP connection to the server, which stop() shuts down. Raises OSError."""
+        found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[self._failed % len(found)]
+        with socket.socket(family, kind, protocol) as line, line.dup() as duplicate:
+            with self._lock:
+                self._lines.add(duplicate)
+            try:
+                if self._stopped.is_set():  # stop() has not seen it
+                    raise ConnectionAbortedError
+                line.settimeout(_CONNECT_SECONDS)
+                line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                try:
+                    line.connect(address)
+                except OSError:
+                    self._failed += 1
+                    raise
+                yield line
+            finally:
+                with self._lock:
+                    self._lines.remove(duplicate)
 
 
 def segment(name: str) -> str:

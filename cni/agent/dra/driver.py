@@ -72,7 +72,7 @@ class Driver:
                 INVALID_NETWORK_CONFIG,
                 "dra: the node's name is missing; give --node, as by the field spec.nodeName of the agent's pod",
             )
-        api = Api(*_server())
+        self._api = api = Api(*_server())
         self._settings, self._policies, self._store = settings, policies, store
         self._kubelet = os.path.dirname(settings.kubelet.rstrip("/"))
         self._claims = Claims(settings.run)
@@ -98,6 +98,10 @@ class Driver:
         self._rest = 0.0
         """Until when the slices are not written again, by time.monotonic(): a carrier may come and go all the time."""
         self._failures = 0
+        self._registered_at = self._published_at = 0.0
+        """By time.time(): since when a kubelet knows the driver, and when the slices were last right. 0: never."""
+        self._refused = self._error = ""
+        """The kubelet's answer to the registration, and why the slices are not right."""
         self._sockets: Sockets | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="dra", daemon=True)
@@ -106,6 +110,19 @@ class Driver:
         )
         self._failed_publications = registry.counter(
             "vmtap_dra_publish_failures_total", "Attempts to write the node's ResourceSlices that failed."
+        )
+        for call in ("prepare", "unprepare"):
+            for result in ("success", "error"):
+                self._calls.inc(call, result, by=0)  # so that the first error is an increase
+        registry.computed(
+            "vmtap_dra_registered_timestamp_seconds",
+            "When the kubelet registered the driver; 0 if it has not.",
+            look=lambda: {(): self._registered_at},
+        )
+        registry.computed(
+            "vmtap_dra_published_timestamp_seconds",
+            "When the node's ResourceSlices were last found or made as they should be; 0 if never.",
+            look=lambda: {(): self._published_at},
         )
         registry.computed(
             "vmtap_dra_devices",
@@ -142,17 +159,32 @@ class Driver:
         """Stop the threads and the sockets. Prepared claims stay; the kubelet removes the slices after a while."""
         self._stopping = True
         self._wake()
-        self._thread.join(_STOP_SECONDS)
         self._status.stop()
+        self._api.stop()
+        self._status.join()
+        self._thread.join(_STOP_SECONDS)
 
-    def report(self, claim: Claim, records: Sequence[Record]) -> None:
+    def report(self, claim: Claim, records: Sequence[Record]) -> bool:
         """To be called when the claim's devices are attached, before a container of its pod starts.
 
         records: of its attachments. The metadata files are complete when this returns, the claim's status later.
-        Raises CniError 5.
+        Returns whether a file was replaced, which a container that has been created before does not see. Raises
+        CniError 5.
         """
         self._status.report(claim, records)
-        self._metadata.attached(claim, records)
+        return self._metadata.attached(claim, records)
+
+    def state(self) -> dict[str, object]:
+        """For vmtapctl doctor. Times are those of time.time(), 0 for never."""
+        return {
+            "hook": self._settings.hook,
+            "kubelet": self._kubelet,
+            "registered": self._registered_at,
+            "refused": self._refused,
+            "published": self._published_at,
+            "error": self._error,
+            "devices": len(self._pool.devices),
+        }
 
     def _wake(self) -> None:
         with suppress(OSError):  # full: the thread will wake; closed: it has ended
@@ -168,7 +200,8 @@ class Driver:
                     self._look()
                     self._failures = 0
                 except Exception as error:  # the API server and the kubelet come and go
-                    self._failed(error)
+                    if not self._stopping:
+                        self._failed(error)
                 self._wait(poll)
             if self._sockets:
                 self._sockets.close()
@@ -181,6 +214,7 @@ class Driver:
         level, why = ERROR, repr(error)
         if isinstance(error, OSError | CniError | RuntimeError):
             level, why = WARNING, str(error) if isinstance(error, CniError) else reason(error)
+        self._error = why
         log(level, "a step of the driver failed; it is tried again", error=why, seconds=pause)
 
     def _wait(self, poll: select.poll) -> None:
@@ -204,7 +238,7 @@ class Driver:
         if self._sockets and not self._sockets.there:
             log(INFO, "the driver's socket was removed: serving a new one")
             self._sockets.close()
-            self._sockets = None
+            self._sockets, self._registered_at = None, 0.0
         if self._sockets is None:
             self._sockets = Sockets(self._kubelet, self._preparing, self._calls, self._registered)
         self._compute()
@@ -225,15 +259,17 @@ class Driver:
             self._failed_publications.inc()
             self._published = None
             raise
-        self._published = devices
+        self._published, self._published_at, self._error = devices, time.time(), ""
         if self._failures:  # a kubelet that could not wipe the slices does so now
             self._due = sorted([*self._due, *(now + each for each in _AFTER_REGISTRATION[1:])])
         self._due = self._due or [now + _AGAIN]
 
-    def _registered(self) -> None:
+    def _registered(self, error: str) -> None:
         """Called in a gRPC thread: the driver's own thread alone changes when to compare."""
-        self._registration = True
-        self._wake()
+        self._registered_at, self._refused = 0.0 if error else time.time(), error
+        if not error:
+            self._registration = True
+            self._wake()
 
     def _compute(self) -> None:
         try:

@@ -5,7 +5,12 @@
     …/resourceclaimtemplates/NAME IN THE POD/… where the claim was made of a template
 
 Prepare writes them with the devices' attributes. The attach adds the interface's name, MAC and addresses, before the
-containers start. It writes in place, as a container's mount is of the file, not of its name.
+containers start.
+
+A file is replaced, never changed, so that a reader sees all of it. A container has a mount of the file, and not of the
+folder, in which other drivers may have files of the same request: so it keeps the file that was there when it was
+created, and the hook fails a container that was created before the attach (sandbox.py). Writing in place would be seen
+in the mount, but no write(2) is atomic for a reader, and the agent may be killed in it.
 """
 
 from __future__ import annotations
@@ -18,13 +23,14 @@ from contextlib import suppress
 from cni.config.claim import DRIVER, pod_claim
 from cni.errors import CniError, reason
 from cni.spec import IO_FAILURE
+from cni.state import files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from cni.state.claims import Claim
+    from cni.state.claims import Claim, ClaimDevice
     from cni.state.record import Record
 
 _INSIDE = "/var/run/kubernetes.io/dra-device-attributes"
@@ -42,21 +48,24 @@ class Metadata:
     ) -> dict[int, tuple[str, str]]:
         """Write a claim's files. Returns, for the first device of each request, (the file, its path in a container).
 
-        document: the ResourceClaim. attributes: of the devices, by name, as in a ResourceSlice.
+        A file that is there keeps what the attach has added. document: the ResourceClaim. attributes: of the devices,
+        by name, as in a ResourceSlice.
         """
         in_pod = pod_claim(document)
         place = f"resourceclaimtemplates/{in_pod}" if in_pod else f"resourceclaims/{claim.name}"
-        bases = [each.request.partition("/")[0] for each in claim.devices]
         mounts = {}
-        for base in dict.fromkeys(bases):
-            requests: dict[str, list[dict[str, Any]]] = {}
-            for each in claim.devices:
-                if each.request.partition("/")[0] == base:
-                    device: dict[str, Any] = {"driver": DRIVER, "pool": each.pool, "name": each.device}
-                    if found := attributes.get(each.device):
-                        device["attributes"] = found
-                    requests.setdefault(each.request, []).append(device)
+        for base, ours in _files(claim).items():
             path = self._path(claim.uid, base)
+            before = _read(path)
+            there = _devices(before)
+            requests: dict[str, list[dict[str, Any]]] = {}
+            for number, each in enumerate(ours):
+                device: dict[str, Any] = {"driver": DRIVER, "pool": each.pool, "name": each.device}
+                if found := attributes.get(each.device):
+                    device["attributes"] = found
+                if number < len(there) and "networkData" in there[number]:
+                    device["networkData"] = there[number]["networkData"]
+                requests.setdefault(each.request, []).append(device)
             file = {
                 "apiVersion": _VERSION,
                 "kind": "DeviceMetadata",
@@ -64,45 +73,33 @@ class Metadata:
                     "name": claim.name,
                     "namespace": claim.namespace,
                     "uid": claim.uid,
-                    "generation": _generation(path) + 1,
+                    "generation": before["metadata"]["generation"] if before else 0,
                 },
                 **({"podClaimName": in_pod} if in_pod else {}),
                 "requests": [{"name": name, "devices": devices} for name, devices in requests.items()],
             }
-            try:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+            if file != before:
                 _write(path, file)
-            except OSError as error:
-                raise _failed(path, error) from error
-            mounts[bases.index(base)] = (path, f"{_INSIDE}/{place}/{base}/{DRIVER}-metadata.json")
+            first = claim.devices.index(ours[0])
+            mounts[first] = (path, f"{_INSIDE}/{place}/{base}/{DRIVER}-metadata.json")
         return mounts
 
-    def attached(self, claim: Claim, records: Sequence[Record]) -> None:
-        """Add what is known since the attach. A file that is missing stays so, and one that has it already."""
-        network = {
-            (each.pool, each.device): network_data(record)
-            for each in claim.devices
-            for record in records
-            if record.id == claim.attachment(each)
-        }
-        for base in {each.request.partition("/")[0] for each in claim.devices}:
+    def attached(self, claim: Claim, records: Sequence[Record]) -> bool:
+        """Add what is known since the attach. Returns whether a file was replaced. A file that is missing stays so."""
+        network = {record.id: network_data(record) for record in records}
+        replaced = False
+        for base, ours in _files(claim).items():
             path = self._path(claim.uid, base)
-            try:
-                with open(path, encoding="utf-8") as file:
-                    document = json.load(file)
-                changed = False
-                for request in document["requests"]:
-                    for device in request["devices"]:
-                        found = network.get((device["pool"], device["name"]))
-                        if found and device.get("networkData") != found:
-                            device["networkData"], changed = found, True
-                if changed:  # a container may be reading it
-                    document["metadata"]["generation"] += 1
-                    _write(path, document)
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                raise _failed(path, error) from error
+            document = _read(path)
+            changed = False
+            for device, each in zip(_devices(document), ours, strict=False):
+                found = network.get(claim.attachment(each))
+                if found and device.get("networkData") != found:
+                    device["networkData"], changed = found, True
+            if document and changed:
+                _write(path, document)
+                replaced = True
+        return replaced
 
     def remove(self, uid: str) -> None:
         """Remove a claim's files."""
@@ -129,22 +126,40 @@ def network_data(record: Record) -> dict[str, Any]:
     }
 
 
-def _generation(path: str) -> int:
-    """The generation of the file that is there; 0 if there is none."""
-    with suppress(OSError, ValueError, TypeError, KeyError), open(path, encoding="utf-8") as file:
-        return int(json.load(file)["metadata"]["generation"])
-    return 0
+def _files(claim: Claim) -> dict[str, list[ClaimDevice]]:
+    """The claim's devices by file: the name of the request, without that of a subrequest, of which it has one."""
+    found: dict[str, list[ClaimDevice]] = {}
+    for each in claim.devices:
+        found.setdefault(each.request.partition("/")[0], []).append(each)
+    return found
 
 
-def _write(path: str, document: Mapping[str, Any]) -> None:
-    data = json.dumps(document).encode()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+def _read(path: str) -> dict[str, Any] | None:
+    """The file; None if there is none, or none that write() has made. Raises CniError 5."""
     try:
-        os.fchmod(fd, 0o644)  # whatever the umask is: the container's user reads it
-        if os.write(fd, data) < len(data):
-            raise OSError("the file system is full")
-    finally:
-        os.close(fd)
+        with open(path, encoding="utf-8") as file:
+            document = json.load(file)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _failed(path, error) from error
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _devices(document: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    return [device for request in (document or {"requests": ()})["requests"] for device in request["devices"]]
+
+
+def _write(path: str, document: dict[str, Any]) -> None:
+    """Replace the file, or make it, with the next generation. Raises CniError 5."""
+    document["metadata"]["generation"] += 1
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        files.replace(path, json.dumps(document).encode(), mode=0o644)  # the container's user reads it
+    except OSError as error:
+        raise _failed(path, error) from error
 
 
 def _failed(path: str, error: Exception) -> CniError:

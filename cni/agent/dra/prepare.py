@@ -158,7 +158,7 @@ class Preparing:
             if claim != before:
                 self._claims.save(claim)
             mounts = self._metadata.write(claim, document, self._attributes())
-            cdi.write_claim(self._settings.cdi, claim, mounts, self._settings.hook)
+            cdi.write_claim(self._settings.cdi, claim, mounts, self._settings.hook, self._settings.run)
             undo.pop_all()
         return claim
 

@@ -59,8 +59,8 @@ class Sandboxes:
     """Safe for threads: a claim's lock, which Prepare and Unprepare take too, keeps two from working on one claim.
 
     answer: carries out a CNI request; its second argument is called before a wait. attached: called with a claim and
-    the records of its devices before a container of it starts; raises CniError. cni_path: the folder of IPAM plugins;
-    cdi: that of CDI files.
+    the records of its devices before a container of it starts; returns whether it has replaced a file that containers
+    have mounted; raises CniError. cni_path: the folder of IPAM plugins; cdi: that of CDI files.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Sandboxes:
         store: Store,
         claims: Claims,
         answer: Callable[[Request, Callable[[], None]], Response],
-        attached: Callable[[Claim, Sequence[Record]], None],
+        attached: Callable[[Claim, Sequence[Record]], bool],
         *,
         cni_path: str,
         cdi: str,
@@ -130,8 +130,15 @@ class Sandboxes:
                 raise CniError(INVALID_ENVIRONMENT, "vmtap-hook sent no claim, or no network namespace")
             self._owned(uid, container)
             with _reopened(request.netns, container.netns) as sandbox:
-                for path, device in self._attach(uid, container.pod, sandbox, yield_turn).items():
-                    container.check(path, device)
+                devices, replaced = self._attach(uid, container.pod, sandbox, yield_turn)
+            for path, device in devices.items():
+                container.check(path, device)
+            if replaced:
+                raise CniError(
+                    WRONG_DEVICE,
+                    f"the container was created before the attach of claim {uid}, and has its former device metadata: "
+                    "create the container again",
+                )
         except CniError as error:
             return Response(b"", 1, error)
         except Exception as error:  # the container must fail with a reason
@@ -187,8 +194,10 @@ class Sandboxes:
 
     def _attach(
         self, uid: str, pod_uid: str, sandbox: Sandbox, yield_turn: Callable[[], None] = keep_turn
-    ) -> dict[str, tuple[int, int]]:
-        """Attach each device of the claim that is not. Returns (major, minor) by the device's path in a container.
+    ) -> tuple[dict[str, tuple[int, int]], bool]:
+        """Attach each device of the claim that is not.
+
+        Returns (major, minor) by the device's path in a container, and whether a file in the container was replaced.
 
         Raises CniError; what was attached before stays for the next try, and ends with the sandbox.
         """
@@ -204,8 +213,8 @@ class Sandboxes:
                 found[_path(device)] = node
             cdi.set_devices(self._cdi, uid, found)
             records = [self._store.load(claim.attachment(device)) for device in claim.devices]
-            self._report(claim, [record for record in records if record])
-        return found
+            replaced = self._report(claim, [record for record in records if record])
+        return found, replaced
 
     def _add(
         self, claim: Claim, device: ClaimDevice, sandbox: Sandbox, yield_turn: Callable[[], None]
@@ -217,6 +226,8 @@ class Sandboxes:
                 claim.attachment(device)
             ):  # of an earlier sandbox, or of an ADD that was killed
                 self.end(claim, device)
+            else:  # a container that is created meanwhile must not get the numbers of an earlier link
+                cdi.set_devices(self._cdi, claim.uid, {_path(device): None})
             request = self._request("ADD", claim, device, sandbox.path, sandbox.fd)
             if error := self._answer(request, yield_turn).error:
                 raise error

@@ -96,7 +96,7 @@ class _Plugin:
 
 
 class _Registration(registry_services.RegistrationServicer):
-    def __init__(self, endpoint: str, registered: Callable[[], None]) -> None:
+    def __init__(self, endpoint: str, registered: Callable[[str], None]) -> None:
         self._endpoint, self._registered = endpoint, registered
 
     def GetInfo(self, request: registry.InfoRequest, context: Context) -> registry.PluginInfo:  # noqa: N802
@@ -109,20 +109,21 @@ class _Registration(registry_services.RegistrationServicer):
     ) -> registry.RegistrationStatusResponse:
         if request.plugin_registered:
             log(INFO, "the driver is registered with the kubelet", driver=DRIVER)
-            self._registered()
         else:
             log(WARNING, "the kubelet refuses the driver", driver=DRIVER, error=request.error)
+        self._registered("" if request.plugin_registered else request.error or "it gives no reason")
         return registry.RegistrationStatusResponse()
 
 
 class Sockets:
     """The two sockets, which exist once this returns. close() removes them.
 
-    kubelet: its folder. registered: called in a gRPC thread after each registration. Raises RuntimeError, OSError.
+    kubelet: its folder. registered: called in a gRPC thread after each registration, with the kubelet's error, "" if it
+    accepts the driver. Raises RuntimeError, OSError.
     """
 
     def __init__(
-        self, kubelet: str, preparing: Preparing, calls: Counter, registered: Callable[[], None]
+        self, kubelet: str, preparing: Preparing, calls: Counter, registered: Callable[[str], None]
     ) -> None:
         token = os.urandom(4).hex()
         folder, registrations = f"{kubelet}/plugins/{DRIVER}", f"{kubelet}/plugins_registry"

@@ -52,10 +52,13 @@ class Status:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread; reports that wait are lost."""
+        """Have the thread stop after the call of the API server that it is in; reports that wait are lost."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+
+    def join(self) -> None:
+        """Wait for the thread's end."""
         self._thread.join(_STOP_SECONDS)
 
     def report(self, claim: Claim, records: Sequence[Record]) -> None:
@@ -79,6 +82,8 @@ class Status:
                     return
                 waiting = dict(self._waiting)
             for uid, (claim, document) in waiting.items():
+                if self._stopping:
+                    return
                 done = not self._exists(uid) or self._send(claim, document)
                 with self._changed:
                     if done and self._waiting.get(uid) == (claim, document):
@@ -101,6 +106,8 @@ class Status:
             if not answer.ok:
                 raise answer.failed("the claim's status")
         except CniError as error:
+            if self._stopping:
+                return False
             log(WARNING, "the status of a claim is not reported; tried again", error=str(error), **names)
             return False
         log(INFO, "claim reported", **names)

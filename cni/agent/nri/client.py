@@ -101,6 +101,10 @@ class Client:
             connection.shut()
         self._thread.join(_RETRY_SECONDS)
 
+    def state(self) -> dict[str, object]:
+        """For vmtapctl doctor: whether the plugin is connected, to which socket, and why not."""
+        return {"connected": self.connected, "nri": self._path, "nriError": self._logged}
+
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import tempfile
 import uuid
@@ -108,7 +107,7 @@ class Node:
         ]
         claim = replace(claim, devices=tuple(reserved))
         self.claims.save(claim)
-        cdi.write_claim(str(self.folder / "cdi"), claim, {}, str(self.hook_path))
+        cdi.write_claim(str(self.folder / "cdi"), claim, {}, str(self.hook_path), str(self.agent.run))
         return claim
 
     def given(self, claim: Claim) -> tuple[int, int]:
@@ -169,7 +168,10 @@ class Node:
         prefix: tuple[str, ...] = (),
         **env: str,
     ) -> Hooked:
-        """Run the hook for a container in the pod, or one in the host's network namespace."""
+        """Run the hook as the claim's CDI spec declares it, for a container in the pod, or in the host's namespace."""
+        spec = json.loads(Path(cdi.claim_path(str(self.folder / "cdi"), claim.uid)).read_text())
+        [declared] = spec["containerEdits"]["hooks"]
+        env = dict(each.split("=", 1) for each in declared.get("env", ())) | env
         bundle = self.folder / f"bundle-{uuid.uuid4()}"
         bundle.mkdir()
         text = config if isinstance(config, bytes) else json.dumps(config or self.config(claim)).encode()
@@ -182,14 +184,18 @@ class Node:
                 "pid": pid,
                 "bundle": str(bundle),
             }
-            return self.shim(claim.uid, json.dumps(state).encode(), prefix=prefix, **env)
+            argv = [*prefix, declared["path"], *declared["args"][1:]]
+            return self._run(argv, json.dumps(state).encode(), env)
 
-    def shim(self, uid: str, state: bytes, *, prefix: tuple[str, ...] = (), **env: str) -> Hooked:
+    def shim(self, uid: str, state: bytes) -> Hooked:
         """Run the hook with a container's state on stdin."""
+        return self._run([str(self.hook_path), uid], state, {"VMTAP_RUN": str(self.agent.run)})
+
+    def _run(self, argv: list[str], state: bytes, env: Mapping[str, str]) -> Hooked:
         done = subprocess.run(
-            [*prefix, self.hook_path, uid],
+            argv,
             input=state,
-            env={"VMTAP_RUN": str(self.agent.run), "VMTAP_WAIT": "60", **env},
+            env={"VMTAP_WAIT": "60", **env},
             capture_output=True,
             timeout=LIMIT,
             check=False,
@@ -249,7 +255,7 @@ def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
         agent.start()
         yield made
         if agent.process:
-            agent.end(signal.SIGKILL)  # an orderly end waits for calls to the API server, which is not there
+            agent.end()
 
 
 @pytest.fixture

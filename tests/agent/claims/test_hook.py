@@ -7,19 +7,19 @@ import os
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cni.agent.dra.metadata import Metadata
 from tests.agent.claims.conftest import in_pod
 from tests.agent.test_shim import SOURCE
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lab.wire import Lab
     from tests.agent.claims.conftest import Node
 
@@ -113,6 +113,18 @@ def test_a_device_of_another_link_fails_the_container(node: Node, lab: Lab) -> N
         node.hook(claim, pod, changed).refused()
     other = [device, {"path": "/dev/null", "major": 1, "minor": 3}]
     node.hook(claim, pod, config | {"linux": config["linux"] | {"devices": other}}).ok()
+
+
+def test_a_container_that_was_created_before_its_metadata_fails(node: Node, lab: Lab) -> None:
+    """Its mount has the file that was there then."""
+    pod, claim = lab.pod(), node.prepare()
+    node.hook(claim, pod).ok()
+    metadata = Metadata(str(node.agent.run))
+    [path, _] = metadata.write(claim, {"metadata": {}}, {})[0]
+    node.hook(claim, pod).refused("former device metadata", "create the container again")
+    [request] = json.loads(Path(path).read_text())["requests"]
+    assert request["devices"][0]["networkData"]["interfaceName"] == "net0"
+    node.hook(claim, pod).ok()
 
 
 def test_in_the_hosts_network_namespace_nothing_is_attached(node: Node) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cni.agent.nri import nri_pb2 as api
+from cni.state import cdi
 from cni.state.minors import Given
 from cni.state.record import boot_id
 from tests.agent.claims.conftest import WIRE, event, in_pod, sandbox
@@ -326,10 +327,12 @@ def test_a_slow_attach_is_waited_for_by_the_hook(node: Node, lab: Lab, runtime: 
     fake.write(ADD=GATE)
     os.mkfifo(fake.seen / "gate")
     pod, claim = lab.pod(), node.prepare("vm", ipam=FakeIpam.config)
+    cdi.set_devices(str(node.folder / "cdi"), claim.uid, {f"/dev/tap{claim.devices[0].ifindex}": (240, 1)})
     with runtime.accept() as plugin:
         plugin.connected(wait=500)
         assert _run(plugin, pod) == ""  # in time, and the attach goes on
         until(lambda: fake.commands() == ["ADD"], "the delegate does not run")
+        assert node.given(claim) == (1, 3)  # and not the numbers of the link before
         assert "net0" not in pod.links()
         assert _run(plugin, lab.pod(), "another") == ""
         (fake.seen / "gate").write_text("")

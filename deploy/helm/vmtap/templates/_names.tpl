@@ -112,6 +112,9 @@ initContainers:
       - {name: bin, mountPath: {{ .Values.cni.binDir }}}
       # The parent of the state folder, so that the state folder can be removed.
       - {name: run, mountPath: /host/run}
+      # The driver of resource claims has a folder of its own in the first, and a socket in the second.
+      - {name: plugins, mountPath: /var/lib/kubelet/plugins}
+      - {name: plugins-registry, mountPath: /var/lib/kubelet/plugins_registry}
       - {name: cdi, mountPath: /var/run/cdi}
 containers:
   - name: done
@@ -128,6 +131,8 @@ containers:
 volumes:
   - {name: bin, hostPath: {path: {{ .Values.cni.binDir }}, type: DirectoryOrCreate}}
   - {name: run, hostPath: {path: /run, type: Directory}}
+  - {name: plugins, hostPath: {path: {{ dir .Values.devicePlugin.kubeletDir }}/plugins, type: DirectoryOrCreate}}
+  - {name: plugins-registry, hostPath: {path: {{ dir .Values.devicePlugin.kubeletDir }}/plugins_registry, type: DirectoryOrCreate}}
   - {name: cdi, hostPath: {path: {{ .Values.devicePlugin.cdiDir }}, type: DirectoryOrCreate}}
 {{- end }}
 

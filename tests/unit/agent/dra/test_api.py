@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cni.agent.dra import api as module
 from cni.agent.dra.api import APPLY, Api
 from cni.errors import CniError
 from cni.spec import INVALID_NETWORK_CONFIG, IO_FAILURE, TRY_AGAIN_LATER
+from tests.waiting import LIMIT, until
 
 
 class Server(ThreadingHTTPServer):
@@ -87,6 +89,61 @@ def test_a_call(server: Server, api: Api) -> None:
     assert (method, path, json.loads(body)) == ("PATCH", "/a/b?force=true&x=a+b", {"c": 1})
     assert headers["Authorization"] == "Bearer secret"
     assert headers["Content-Type"] == "application/apply-patch+yaml"
+
+
+@pytest.mark.parametrize("where", ["refused", "connect", "handshake", "answer"])
+def test_stop_ends_a_call_wherever_it_is(
+    server: Server, certificate: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No limit of time ends it here."""
+    monkeypatch.setattr(module, "_CONNECT_SECONDS", 1e6)
+    reached, over = threading.Event(), threading.Event()
+
+    def answer() -> tuple[int, bytes]:
+        reached.set()
+        over.wait(LIMIT)
+        return 200, b"{}"
+
+    server.reply = answer
+    errors: list[CniError] = []
+
+    def call() -> None:
+        with pytest.raises(CniError) as raised:
+            client.get("/")
+        errors.append(raised.value)
+
+    with ExitStack() as stack:
+        stack.callback(over.set)
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        port = silent.getsockname()[1]
+        if where == "connect":  # the queue of connections is full: a SYN is dropped
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        elif where == "answer":
+            port = server.server_address[1]
+        elif where == "refused":
+            silent.close()
+        client = Api("127.0.0.1", port, str(certificate.parent), seconds=1e6)
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        if where == "answer":
+            assert reached.wait(LIMIT)
+        elif where != "refused":
+            state = "02" if where == "connect" else "01"  # SYN_SENT, ESTABLISHED
+            until(lambda: _states(port) == {state}, "the client is not there")
+        client.stop()
+        thread.join(LIMIT)
+        assert not thread.is_alive()
+    assert [error.code for error in errors] == [TRY_AGAIN_LATER]
+    with pytest.raises(CniError, match="is ending"):
+        client.get("/")
+
+
+def _states(port: int) -> set[str]:
+    """The states of the sockets that this process alone has connected to the port (proc(5), net/tcp)."""
+    with open("/proc/net/tcp", encoding="ascii") as file:
+        lines = [line.split() for line in file][1:]
+    newest = [each[3] for each in lines if each[2] == f"0100007F:{port:04X}"]
+    return set(newest) - ({"01"} if "02" in newest else set())
 
 
 def test_a_token_that_the_kubelet_replaces(server: Server, api: Api, certificate: Path) -> None:

@@ -113,6 +113,7 @@ def test_the_cdi_spec(node: Node) -> None:
     [hook] = spec["containerEdits"]["hooks"]
     assert hook["hookName"] == "createRuntime"
     assert (hook["path"], hook["args"]) == ("/opt/cni/bin/vmtap-hook", ["vmtap-hook", UID])
+    assert hook["env"] == [f"VMTAP_RUN={node.folder}/run"]
     [device] = spec["devices"]
     assert (spec["kind"], device["name"]) == ("vmtap.dev/claim", f"{UID}-0")
     [made] = device["containerEdits"]["deviceNodes"]
@@ -150,8 +151,8 @@ def test_metadata_of_a_template_and_after_the_attach(node: Node, tmp_path: Path)
     }
     found = node.claims.load(UID)
     assert found
-    inode = path.stat().st_ino
-    Metadata(f"{tmp_path}/run").attached(found, [record(found, found.devices[0])])
+    metadata = Metadata(f"{tmp_path}/run")
+    assert metadata.attached(found, [record(found, found.devices[0])])
     after = json.loads(path.read_text())
     assert after["metadata"]["generation"] == 2
     assert after["requests"][0]["devices"][0]["networkData"] == {
@@ -160,10 +161,49 @@ def test_metadata_of_a_template_and_after_the_attach(node: Node, tmp_path: Path)
         "ips": ["10.1.0.5/24"],
     }
     assert "networkData" not in after["requests"][0]["devices"][1]
-    assert path.stat().st_ino == inode  # a container has it mounted
-    Metadata(f"{tmp_path}/run").attached(found, [record(found, found.devices[0])])
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert not metadata.attached(found, [record(found, found.devices[0])])
+    node.prepare()
     assert json.loads(path.read_text()) == after
     assert json.loads(Path(mounts[2][0]["hostPath"]).read_text())["requests"][0]["name"] == "b/x"
+
+
+def test_metadata_is_replaced_whole_or_not_at_all(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.prepare()
+    found = node.claims.load(UID)
+    assert found
+    [mount] = node.spec()["devices"][0]["containerEdits"]["mounts"]
+    path, metadata = Path(mount["hostPath"]), Metadata(f"{node.folder}/run")
+    before = path.read_text()
+    with path.open() as reader:  # of a container
+        begin = reader.read(10)
+        metadata.attached(found, [record(found, found.devices[0])])
+        assert begin + reader.read() == before
+    after = path.read_text()
+    with monkeypatch.context() as patched:
+        write = os.write
+        patched.setattr(os, "write", lambda fd, data: write(fd, data[:7]))  # the file system is full
+        with pytest.raises(CniError, match="device metadata"):
+            metadata.attached(found, [replace(record(found, found.devices[0]), mac="02:00:00:00:00:02")])
+    assert path.read_text() == after
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_metadata_of_a_device_that_two_requests_share(node: Node) -> None:
+    node.prepare()
+    found = node.claims.load(UID)
+    assert found
+    names = {"a": "02:00:00:00:00:0a", "b": "02:00:00:00:00:0b"}
+    devices = [replace(found.devices[0], request=each, ifname=each, share=each) for each in names]
+    shared = replace(found, devices=tuple(devices))
+    metadata = Metadata(f"{node.folder}/run")
+    mounts = metadata.write(shared, node.api.claims["vms/c"], {})
+    metadata.attached(
+        shared, [replace(record(shared, each), mac=names[each.request]) for each in shared.devices]
+    )
+    for number, mac in enumerate(names.values()):
+        [request] = json.loads(Path(mounts[number][0]).read_text())["requests"]
+        assert [each["networkData"]["hardwareAddress"] for each in request["devices"]] == [mac]
 
 
 def record(claim: Claim, device: ClaimDevice) -> Record:

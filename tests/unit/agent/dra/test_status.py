@@ -35,6 +35,7 @@ def test_an_attached_device(api: StandIn) -> None:
     status.report(CLAIM, [record(CLAIM, DEVICE)])
     until(lambda: api.calls == [PATCH], "it was not reported")
     status.stop()
+    status.join()
     assert api.bodies[0]["metadata"] == {"name": "vm-a-nic", "namespace": "vms", "uid": UID}
     found = device(api)
     assert (found["driver"], found["pool"], found["device"]) == ("vmtap.dev", "node1", "dataplane-0")
@@ -61,6 +62,7 @@ def test_the_same_is_reported_once(api: StandIn) -> None:
     status.report(replace(CLAIM, pod_uid="p2"), [attached])
     until(lambda: len(api.calls) == 3, "another pod's is not reported")
     status.stop()
+    status.join()
     assert api.calls == [PATCH] * 3
 
 
@@ -70,6 +72,7 @@ def test_a_device_that_is_not_attached(api: StandIn) -> None:
     status.report(CLAIM, [])
     until(lambda: api.calls, "it was not reported")
     status.stop()
+    status.join()
     assert device(api)["conditions"][0]["status"] == "False"
     assert "networkData" not in device(api)
 
@@ -84,6 +87,7 @@ def test_a_failure_is_tried_again(api: StandIn, monkeypatch: pytest.MonkeyPatch)
     api.status = 200
     until(lambda: not status._waiting, "it is tried for ever")
     status.stop()
+    status.join()
 
 
 @pytest.mark.parametrize("gone", ["prepared", "api"])
@@ -94,4 +98,5 @@ def test_a_claim_that_is_gone_is_forgotten(api: StandIn, gone: str) -> None:
     status.start()
     until(lambda: not status._waiting, "it is tried for ever")
     status.stop()
+    status.join()
     assert api.calls == ([PATCH] if gone == "api" else [])
