@@ -327,7 +327,9 @@ def _claims(
         cni_path=os.path.dirname(settings.hook),
         cdi=settings.cdi,
     )
-    driver = Driver(settings, agent.policies, store, registry, sandboxes.end)
+    driver = Driver(
+        settings, agent.policies, store, registry, end=sandboxes.end, allocated=agent.node.allocated
+    )
     agent.hook = sandboxes.hook
     return [driver, Client(settings.nri, sandboxes)]
 

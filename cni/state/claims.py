@@ -3,6 +3,7 @@
 NodePrepareResources writes the file before the pod's sandbox exists, and NodeUnprepareResources removes it after the
 sandbox has ended. Each device becomes an attachment by an ordinary ADD: its network is the config's name, its container
 id the claim's UID. So its id, and the interface index that is derived from the id, stay when the sandbox is made again.
+The id also reserves the index of a device that the device plugin offers (deviceid.py), as its share of the capacity.
 """
 
 from __future__ import annotations

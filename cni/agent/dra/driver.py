@@ -1,7 +1,7 @@
 """The driver's thread: serves the kubelet, and keeps the slices as policy and links are.
 
-It waits for events: of links, of PCI devices, of the folders of the policy, of the kubelet and of the VFs that
-attachments hold, and registrations. After each it looks at all of it. The slices are compared with the API server's
+It waits for events: of links, of PCI devices, of the folders of the policy, of the kubelet and of what attachments
+hold, and registrations. After each it looks at all of it. The slices are compared with the API server's
 when they should change, some times after each registration, since the kubelet that starts removes all of the node's,
 and else every _AGAIN seconds.
 """
@@ -35,7 +35,7 @@ from cni.state.claims import Claims
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from cni.agent.metrics import Registry
     from cni.agent.policies import Policies
@@ -56,6 +56,7 @@ _SOONEST, _LATEST = 1.0, 60.0
 class Driver:
     """Works from start() to stop(). end: ends the attachment of a claim's device, under the claim's lock.
 
+    allocated: as of Preparing.
     Raises CniError 7 if the settings or the environment lack what it needs, OSError if event sockets cannot be made.
     """
 
@@ -65,7 +66,9 @@ class Driver:
         policies: Policies,
         store: Store,
         registry: Registry,
+        *,
         end: Callable[[Claim, ClaimDevice], None],
+        allocated: Callable[[], Collection[int]] | None,
     ) -> None:
         if not settings.node:
             raise CniError(
@@ -87,6 +90,7 @@ class Driver:
             policy=policies,
             attributes=lambda: {each["name"]: each["attributes"] for each in self._pool.devices},
             end=end,
+            allocated=allocated,
         )
         self._pool = Pool([])
         self._published: str | None = None
@@ -125,6 +129,9 @@ class Driver:
                 f"{settings.run}/claims",
             )
             self._folders = stack.enter_context(closing(Folders(watched)))
+            # Without the device plugin, only claims take devices.
+            indexes = (f"{settings.run}/ifindex",) if settings.device_plugin else ()
+            self._indexes = stack.enter_context(closing(Folders(indexes)))
             sysfs = mount.detached(b"sysfs")
             stack.callback(os.close, sysfs)
             self._sysfs = f"/proc/self/fd/{sysfs}"
@@ -160,7 +167,7 @@ class Driver:
 
     def _run(self) -> None:
         poll = select.poll()
-        for each in (self._links, self._pci, self._folders, self._woken):
+        for each in (self._links, self._pci, self._folders, self._indexes, self._woken):
             poll.register(each, select.POLLIN)
         with self._stack:
             while not self._stopping:
@@ -187,9 +194,16 @@ class Driver:
         """Return at an event that may change the slices, or when the next comparison is due."""
         sources = {str(each["attributes"]["source"]["string"]) for each in self._pool.devices}
         quiet = {self._links.fileno(): lambda: self._links.take(sources), self._pci.fileno(): self._pci.take}
+        due = self._due[0] if self._due else time.monotonic() + _AGAIN
+        poll.modify(self._indexes, select.POLLIN)
         while not self._stopping:
-            due = self._due[0] if self._due else time.monotonic() + _AGAIN
             ready = poll.poll(max(0.0, due - time.monotonic()) * 1000 + 1)
+            if [fd for fd, _ in ready] == [
+                self._indexes.fileno()
+            ]:  # by each ADD: many of them cause one look
+                poll.modify(self._indexes, 0)
+                due = min(due, time.monotonic() + _REST_SECONDS)
+                continue
             with suppress(BlockingIOError):
                 self._woken.recv(1 << 10)
             with suppress(OSError):
@@ -199,6 +213,7 @@ class Driver:
 
     def _look(self) -> None:
         self._folders.take()
+        self._indexes.take()
         self._links.take()
         self._pci.take()
         if self._sockets and not self._sockets.there:
@@ -247,6 +262,7 @@ class Driver:
             dict(self._store.functions_held()),
             {each.device for claim in claims for each in claim.devices},
             {claim.attachment(each) for claim in claims for each in claim.devices},
+            [index for index, _ in self._store.reserved()],
         )
         found = pool(policy.interfaces if policy else (), node)
         for name, (why, next_step) in found.left_out.items():

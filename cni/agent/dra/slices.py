@@ -1,9 +1,9 @@
 """The devices of the node's ResourceSlices, from the policy and the links. Must not use the network or gRPC.
 
 Each interface has as many devices as its capacity, all alike; of an SR-IOV entry each device is a virtual function. A
-device without its source, or a VF that an attachment without a claim holds, is left out: a scheduler must not choose
-it. A link without a carrier is no reason: the attribute shows it, and a class may select by it. Every attribute but the
-PCI address is always there, since a selector that reads a missing one fails.
+device without its source is left out, and one for each device or VF that an attachment without a claim holds: a
+scheduler must not choose it. A link without a carrier is no reason: the attribute shows it, and a class may select by
+it. Every attribute but the PCI address is always there, since a selector that reads a missing one fails.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from cni.config.claim import DRIVER, device_name
 from cni.config.policy import IMPOSSIBLE, MODES
 from cni.kernel.rtnl import IFF_LOWER_UP, IFF_RUNNING, IFF_UP
 from cni.kernel.sysfs import read_number
+from cni.state import deviceid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Node:
     """The names of devices of prepared claims, which stay."""
     attached: Collection[str] = ()
     """The ids of the attachments of prepared claims."""
+    indexes: Collection[int] = ()
+    """The interface indexes that are reserved."""
 
     @property
     def foreign(self) -> Held:
@@ -71,18 +74,19 @@ class Node:
     def numbers(self, entry: Interface, offer: Offer, now: tuple[Device, ...]) -> Iterator[int]:
         """The numbers of the devices to offer.
 
-        VFs of one PF are alike. For each that cannot be used, one device is left out: the last that no claim has.
+        The devices of an interface, or of one PF, are alike. For each that cannot be used, one is left out: the last
+        that no claim has.
         """
-        if not offer.virtual:
-            yield from range(len(now))
-            return
         for pf in dict.fromkeys(each.pf for each in now):
             numbers = [number for number, each in enumerate(now) if each.pf == pf]
             taken = [number for number in numbers if device_name(entry.name, number) in self.claimed]
             free = [number for number in numbers if number not in taken]
-            # The fault of a PF, such as no carrier, is that of all its VFs.
-            down = state(pf, self.links, self.sysfs).fault
-            useless = 0 if down else sum(bool(now[number].fault) for number in numbers)
+            if not offer.virtual:
+                useless = len(deviceid.numbers(entry.name, self.indexes)) - len(taken)
+            elif state(pf, self.links, self.sysfs).fault:  # such as no carrier: all its VFs have it
+                useless = 0
+            else:
+                useless = sum(bool(now[number].fault) for number in numbers)
             yield from sorted([*taken, *free[: max(0, len(free) - useless)]])
 
     def attributes(self, link: Link, device: Device) -> dict[str, Any]:

@@ -243,6 +243,27 @@ def vf(root: Path, pf: str, number: int, *, numa: int = -1, driver: str | None =
     (root / "devices" / pf / f"virtfn{number}").symlink_to(device)
 
 
+@pytest.mark.parametrize(
+    ("attached", "claims", "claimed"),
+    [
+        ((), (), []),
+        ((0, 3), (), []),
+        ((0,), (3, 1), [1, 3]),
+        ((0,), (9, 8), [2, 3]),  # the capacity was lowered: an attached device stays healthy
+        ((0, 1, 2), (9, 8, 7), [3]),
+    ],
+)
+def test_as_many_as_claims_have_are_not_the_kubelets(
+    tmp_path: Path, attached: tuple[int, ...], claims: tuple[int, ...], claimed: list[int]
+) -> None:
+    held = {deviceid.ifindex("data", number): "a" for number in attached}
+    held |= {deviceid.ifindex("data", number): "c" for number in claims}
+    offer = Offer("data", ("eth1",), 4)
+    found = devices(offer, links(link("eth1", 2)), str(tmp_path), Held({}, held, {"c"}))
+    assert [number for number, each in enumerate(found) if each.claimed] == claimed
+    assert not any(each.fault for each in found)
+
+
 PFS = (link("pf0", 2), link("pf1", 3))
 VFS = tuple(
     link(f"{pf}v{number}", 10 * (at + 1) + number)

@@ -12,6 +12,7 @@ import pytest
 from cni.agent.dra.slices import MOST, Node, chunks, pool
 from cni.config import policy
 from cni.kernel.rtnl import IFF_LOWER_UP, IFF_RUNNING, IFF_UP
+from cni.state import deviceid
 from tests.unit.agent.deviceplugin.test_devices import link
 
 NIC = "eth1"
@@ -99,6 +100,30 @@ def test_a_source_that_is_away_has_no_devices(sysfs: Path) -> None:
     found = pool(interfaces(entry("gone", "eth9"), entry()), node(sysfs))
     assert {values(each)["interface"] for each in found.devices} == {"data"}
     assert found.left_out == {"gone": ("eth9 is not on this node", "plug it in, or correct the policy")}
+
+
+@pytest.mark.parametrize(
+    ("attached", "claims", "offered"),
+    [
+        ((), (), [0, 1, 2, 3]),
+        ((0,), (), [0, 1, 2]),  # by the device plugin
+        ((), (3,), [0, 1, 2, 3]),  # the claim's own stays
+        ((0, 1), (3, 2), [2, 3]),
+        ((5,), (3,), [0, 1, 3]),  # the capacity was lowered
+        ((), (7, 6, 5), [0]),
+        ((0, 1, 2, 3, 4), (), []),
+    ],
+)
+def test_one_capacity_for_the_device_plugin_and_claims(
+    sysfs: Path, attached: tuple[int, ...], claims: tuple[int, ...], offered: list[int]
+) -> None:
+    """Each claim's device has its number, as has the device that it has reserved."""
+    indexes = [deviceid.ifindex("data", number) for number in (*attached, *claims)]
+    elsewhere = [7, deviceid.ifindex("other", 0), 0x10000000]
+    claimed = [f"data-{number}" for number in claims]
+    there = node(sysfs, claimed=claimed, indexes=[*indexes, *elsewhere])
+    found = pool(interfaces(entry(capacity=4)), there).devices
+    assert [each["name"] for each in found] == [f"data-{number}" for number in offered]
 
 
 class TestVirtualFunctions:
