@@ -33,6 +33,8 @@ KUBEVIRT_UID = 107
 """The user of QEMU in KubeVirt's launcher, and in many images."""
 POD_CLAIM = "resource.kubernetes.io/pod-claim-name"
 """The annotation of a claim that was made of a template: its name in the pod."""
+NETWORKS = "k8s.v1.cni.cncf.io/dra-networks"
+"""The annotation of a pod that has the MACs of its VM, as KubeVirt's enhancement 183 proposes."""
 
 SHARED = (
     *(
@@ -130,6 +132,23 @@ def pod_claim(claim: Mapping[str, Any]) -> str | None:
     annotations = _object(claim, "metadata").get("annotations")
     found = annotations.get(POD_CLAIM) if isinstance(annotations, dict) else None
     return found if isinstance(found, str) and found and found.isascii() else None
+
+
+def macs(networks: str, claim: str) -> dict[str, list[str]]:
+    """Request → the MACs of its devices, of the claim of that name in the pod. networks: the annotation NETWORKS.
+
+    A MAC is not checked. Raises CniError 7 if the annotation is not valid.
+    """
+    try:
+        entries = [each for each in json.loads(networks or "[]") if each["claimName"] == claim]
+        found = {each["requestName"]: each.get("macs") or [] for each in entries}
+        valid = all(isinstance(mac, str) for each in found.values() for mac in [*each])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        valid = False
+    if not valid or not all(isinstance(each, list) for each in found.values()):
+        wanted = '[{"claimName": CLAIM, "requestName": REQUEST, "macs": [MAC]}]'
+        raise _refusal(f"the pod's annotation {NETWORKS} is {schema.show(networks)}; its form is {wanted}")
+    return found
 
 
 def allocated(claim: Mapping[str, Any]) -> list[Allocated]:

@@ -43,7 +43,7 @@ class ClaimDevice:
     ifindex: int
     """The interface index that Prepare has reserved for the attachment."""
     mac: str | None
-    """The guest's MAC where Prepare has settled it; None: ADD derives it."""
+    """The guest's MAC, by the parameters or by the pod's annotation; None: ADD derives it."""
     config: dict[str, Any]
     """The network config, with cniVersion, name and type."""
     args: str
@@ -65,6 +65,8 @@ class Claim:
     pod_uid: str
     pod_name: str
     devices: tuple[ClaimDevice, ...]
+    in_pod: str = ""
+    """The claim's name in the pod, where it was made of a template."""
 
     def attachment(self, device: ClaimDevice) -> str:
         """The id of the device's attachment, which names its record."""

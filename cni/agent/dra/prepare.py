@@ -89,7 +89,8 @@ class Preparing:
         wanted = [self._device(each, namespace, pod_name, pod_uid) for each in claims.allocated(answer.body)]
         if not wanted:
             raise _refusal(f"ResourceClaim {namespace}/{name} has no device of {claims.DRIVER}")
-        claim = Claim(uid, namespace, name, pod_uid, pod_name, tuple(wanted))
+        in_pod = claims.pod_claim(answer.body) or ""
+        claim = Claim(uid, namespace, name, pod_uid, pod_name, tuple(wanted), in_pod)
         allocated = self._allocated() if self._allocated and not self._claims.load(uid) else ()
         with self._store.locked(f"claim/{uid}"):
             before = self._claims.load(uid)
@@ -147,7 +148,7 @@ class Preparing:
     ) -> Claim:
         """Reserve and write everything; undone if a step fails. Returns the claim with its interface indexes."""
         ids = [claim.attachment(each) for each in claim.devices]
-        kept = {before.attachment(each): each.ifindex for each in before.devices} if before else {}
+        kept = {before.attachment(each): each for each in before.devices} if before else {}
         with ExitStack() as undo, ExitStack() as locks:
             for id in sorted(ids):  # a reconciler leaves alone what is locked
                 locks.enter_context(self._store.locked(id))
@@ -155,9 +156,10 @@ class Preparing:
             for id, each in zip(ids, claim.devices, strict=True):
                 if id not in kept:
                     undo.callback(self._forget, id)
-                index = self._store.reserve_ifindex(id, claimed=kept.get(id, 0))
+                known = kept.get(id)
+                index = self._store.reserve_ifindex(id, claimed=known.ifindex if known else 0)
                 self._reserve_device(id, str(each.config["interface"]), allocated)
-                devices.append(replace(each, ifindex=index))
+                devices.append(replace(each, ifindex=index, mac=known.mac if known else each.mac))
             claim = replace(claim, devices=tuple(devices))
             if before is None:
                 undo.callback(self._claims.remove, claim.uid)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import ERROR, WARNING
 
 from cni.agent.dra.container import Container
 from cni.agent.log import log
 from cni.attach.call import Request
 from cni.attach.delete import attempt, raise_all
+from cni.config.claim import macs
 from cni.errors import CniError
 from cni.kernel import netns, tapdev
 from cni.kernel.rtnl import Rtnl
@@ -92,7 +93,7 @@ class Sandboxes:
                     "hostNetwork",
                 )
             with _opened(pod.netns) as sandbox:
-                self._attach(claim.uid, pod.uid, sandbox)
+                self._attach(claim.uid, pod.uid, sandbox, networks=pod.networks)
 
     def stop(self, pod: Pod) -> None:
         """End what is attached in a sandbox that ends. Raises CniError after every claim has been tried."""
@@ -186,10 +187,16 @@ class Sandboxes:
             return []
 
     def _attach(
-        self, uid: str, pod_uid: str, sandbox: Sandbox, yield_turn: Callable[[], None] = keep_turn
+        self,
+        uid: str,
+        pod_uid: str,
+        sandbox: Sandbox,
+        yield_turn: Callable[[], None] = keep_turn,
+        networks: str = "",
     ) -> dict[str, tuple[int, int]]:
         """Attach each device of the claim that is not. Returns (major, minor) by the device's path in a container.
 
+        networks: the pod's annotation, of which the hook does not know.
         Raises CniError; what was attached before stays for the next try, and ends with the sandbox.
         """
         found: dict[str, tuple[int, int]] = {}
@@ -199,6 +206,8 @@ class Sandboxes:
                 raise CniError(
                     TRY_AGAIN_LATER, f"the resource claim {uid} is not prepared for this pod any more"
                 )
+            if (settled := _with_macs(claim, networks)) != claim:
+                self._claims.save(claim := settled)
             for device in claim.devices:
                 node = self._attached(claim, device, sandbox) or self._add(claim, device, sandbox, yield_turn)
                 found[_path(device)] = node
@@ -256,7 +265,8 @@ class Sandboxes:
             "CNI_PATH": self._cni_path,
             "PATH": os.environ.get("PATH", os.defpath),
         }
-        return Request(env, json.dumps(device.config).encode(), netns=fd, ifindex=device.ifindex)
+        config = device.config | ({"mac": device.mac} if device.mac else {})
+        return Request(env, json.dumps(config).encode(), netns=fd, ifindex=device.ifindex)
 
     @contextmanager
     def _locked(self, uid: str, yield_turn: Callable[[], None] = keep_turn) -> Iterator[None]:
@@ -290,6 +300,16 @@ def _leads_to(path: str, identity: tuple[int, int]) -> bool:
         status = os.stat(path)
         return (status.st_dev, status.st_ino) == identity
     return False
+
+
+def _with_macs(claim: Claim, networks: str) -> Claim:
+    """The claim with the MACs of the pod's annotation. Raises CniError 7 if that is not valid."""
+    rest = {key: iter(each) for key, each in macs(networks, claim.in_pod or claim.name).items()}
+    devices = [
+        replace(each, mac=next(rest.get(each.request.partition("/")[0], iter(())), each.mac))
+        for each in claim.devices
+    ]
+    return replace(claim, devices=tuple(devices))
 
 
 def _path(device: ClaimDevice) -> str:

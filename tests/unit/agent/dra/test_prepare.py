@@ -365,6 +365,18 @@ def test_the_spec_is_where_a_runtime_finds_it(node: Node) -> None:
     assert cdi.claim_path(str(node.cdi), UID) == f"{node.cdi}/vmtap-claim-{UID}.json"
 
 
+def test_a_later_call_keeps_the_mac_of_the_pods_annotation(node: Node) -> None:
+    node.offer(result(), annotations={"resource.kubernetes.io/pod-claim-name": "net"})
+    node.prepare()
+    found = node.claims.load(UID)
+    assert found
+    assert (found.in_pod, found.devices[0].mac) == ("net", None)
+    settled = replace(found, devices=(replace(found.devices[0], mac="02:00:00:00:00:09"),))
+    node.claims.save(settled)
+    node.prepare()
+    assert node.claims.load(UID) == settled
+
+
 class TestCapacity:
     """Of the interface dataplane, which has 4 devices for claims and the device plugin together."""
 
