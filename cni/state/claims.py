@@ -48,6 +48,9 @@ class ClaimDevice:
     """The network config, with cniVersion, name and type."""
     args: str
     """CNI_ARGS: IgnoreUnknown, and the pod's namespace, name and UID."""
+    function: str = ""
+    """The PCI address of the device, if it is a virtual function that is there. ADD takes another one if it is not
+    free."""
 
     @property
     def network(self) -> str:

@@ -49,8 +49,9 @@ class Offer:
 
 @dataclass(frozen=True)
 class Device:
-    """The state of one device. fault: "" if it is healthy; node: the NUMA node, if known; pf: the PF of a VF.
+    """The state of one device. fault: "" if it is healthy; node: the NUMA node, if known.
 
+    pf, pci: of a VF, its PF and its address; "" where there is none.
     claimed: whether a resource claim has it, or another device in its place: the kubelet must not allocate it.
     """
 
@@ -58,6 +59,7 @@ class Device:
     next_step: str = ""
     node: int | None = None
     pf: str = ""
+    pci: str = ""
     claimed: bool = False
 
 
@@ -106,7 +108,7 @@ def devices(offer: Offer, links: Links, sysfs: str, held: Held) -> tuple[Device,
     found = []
     places = vf_discovery.places(offer.sources, offer.vfs, sysfs)
     for number, (name, function) in enumerate(places[: offer.capacity]):
-        device = pfs[name]
+        device = replace(pfs[name], pci=function.pci) if function else pfs[name]
         if function and function.numa >= 0:
             device = replace(device, node=function.numa)
         if function and not device.fault:

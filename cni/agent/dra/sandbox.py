@@ -266,7 +266,8 @@ class Sandboxes:
             "PATH": os.environ.get("PATH", os.defpath),
         }
         config = device.config | ({"mac": device.mac} if device.mac else {})
-        return Request(env, json.dumps(config).encode(), netns=fd, ifindex=device.ifindex)
+        stdin = json.dumps(config).encode()
+        return Request(env, stdin, netns=fd, ifindex=device.ifindex, function=device.function)
 
     @contextmanager
     def _locked(self, uid: str, yield_turn: Callable[[], None] = keep_turn) -> Iterator[None]:

@@ -283,7 +283,10 @@ def test_each_virtual_function_of_the_pool_is_a_device(tmp_path: Path) -> None:
     pf(tmp_path, "pf0", 2, numa=0)
     pf(tmp_path, "pf1", 3, numa=1)
     found = devices(POOL, links(*PFS, *VFS), str(tmp_path), Held())
-    assert found == (Device(pf="pf0", node=0),) * 2 + (Device(pf="pf1", node=1),) * 3
+    assert found == (
+        *(Device(pf="pf0", node=0, pci=f"pf0:{number}") for number in range(2)),
+        *(Device(pf="pf1", node=1, pci=f"pf1:{number}") for number in range(3)),
+    )
     assert len(faults(replace(POOL, capacity=4), tmp_path, *PFS, *VFS)) == 4
 
 
