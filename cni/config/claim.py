@@ -63,6 +63,7 @@ _UNSETTABLE = {
 _NO_FIELD = "a claim cannot set it; leave it out"
 _SLUG = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _IFNAME = "net"
+_SHARED = "shared"
 
 
 @dataclass(frozen=True)
@@ -86,27 +87,33 @@ class Allocated:
         return self.request.partition("/")[0]
 
 
-def device_name(interface: str, number: int) -> str:
-    """The name in slices of an interface's device of that number: a DNS label, at most 61 characters."""
+def device_name(interface: str, number: int | None) -> str:
+    """The name in slices of an interface's device of that number: a DNS label, at most 62 characters.
+
+    number: None for the device that stands for all of the interface's.
+    """
     slug = interface
     if not _SLUG.fullmatch(interface):
         readable = re.sub(r"[^a-z0-9]+", "-", interface.lower()).strip("-")
         slug = f"{readable}-{blake2s(interface.encode(), digest_size=2).hexdigest()}"
-    return f"{slug}-{number}"
+    return f"{slug}-{_SHARED if number is None else number}"
 
 
-def interface_of(policy: Policy, device: str) -> tuple[Interface, int]:
-    """The policy's entry of a device, and the device's number. Raises CniError 7 if the policy has none."""
+def interface_of(policy: Policy, device: str) -> tuple[Interface, int | None]:
+    """The policy's entry of a device, and the device's number as of device_name().
+
+    Raises CniError 7 if the policy has none.
+    """
     slug, _, digits = device.rpartition("-")
-    number = int(digits) if re.fullmatch("0|[1-9][0-9]{0,3}", digits) else -1
-    found = [each for each in policy.interfaces if device_name(each.name, number) == device]
-    if not slug or number < 0 or len(found) != 1:
+    number = int(digits) if re.fullmatch("0|[1-9][0-9]{0,3}", digits) else None
+    found = [each for each in policy.interfaces if slug and device_name(each.name, number) == device]
+    if len(found) != 1 or (number is None and found[0].functions):
         names = schema.listed([each.name for each in policy.interfaces])
         raise _refusal(
             f"device {device}: the node's policy has no interface of it now; interfaces are: {names}"
         )
     [entry] = found
-    if number >= entry.devices:
+    if number is not None and number >= entry.devices:
         raise _refusal(
             f"device {device}: interface {entry.name} offers {entry.devices} devices now; raise its capacity"
         )

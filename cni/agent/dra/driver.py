@@ -24,7 +24,7 @@ from cni.agent.dra.metadata import Metadata
 from cni.agent.dra.prepare import Preparing
 from cni.agent.dra.publishing import Publishing
 from cni.agent.dra.serving import Sockets
-from cni.agent.dra.slices import Node, Pool, pool
+from cni.agent.dra.slices import Node, Pool, count, pool
 from cni.agent.dra.status import Status
 from cni.agent.inotify import Folders
 from cni.agent.log import log
@@ -97,6 +97,8 @@ class Driver:
         """The devices, as JSON, of the last comparison that succeeded."""
         self._due: list[float] = []
         """When to compare next, by time.monotonic(), sorted."""
+        self._asked = False
+        """Whether the API server has been asked what it stores. It is asked again at each registration."""
         self._registration = False
         """Whether a kubelet has registered the driver since the last look."""
         self._rest = 0.0
@@ -113,8 +115,8 @@ class Driver:
         )
         registry.computed(
             "vmtap_dra_devices",
-            "Devices of the node's ResourceSlices.",
-            look=lambda: {(): len(self._pool.devices)},
+            "Devices of the node's ResourceSlices, each slot of a shared one counted.",
+            look=lambda: {(): count(self._pool.devices)},
         )
         registry.computed(
             "vmtap_dra_prepared", "Prepared claims.", look=lambda: {(): len(self._claims.all())}
@@ -198,9 +200,7 @@ class Driver:
         poll.modify(self._indexes, select.POLLIN)
         while not self._stopping:
             ready = poll.poll(max(0.0, due - time.monotonic()) * 1000 + 1)
-            if [fd for fd, _ in ready] == [
-                self._indexes.fileno()
-            ]:  # by each ADD: many of them cause one look
+            if {fd for fd, _ in ready} == {self._indexes.fileno()}:  # each ADD: many of them cause one look
                 poll.modify(self._indexes, 0)
                 due = min(due, time.monotonic() + _REST_SECONDS)
                 continue
@@ -222,6 +222,9 @@ class Driver:
             self._sockets = None
         if self._sockets is None:
             self._sockets = Sockets(self._kubelet, self._preparing, self._calls, self._registered)
+        if self._registration or not self._asked:
+            self._publishing.ask()
+            self._asked = True
         self._compute()
         devices = json.dumps(self._pool.devices)
         now = time.monotonic()
@@ -233,6 +236,7 @@ class Driver:
         if self._due[0] > now:
             return
         self._due = [each for each in self._due if each > now]
+        shares = self._publishing.shares
         try:
             if self._publishing.publish(self._pool.devices):
                 self._rest = time.monotonic() + _REST_SECONDS
@@ -240,7 +244,9 @@ class Driver:
             self._failed_publications.inc()
             self._published = None
             raise
-        self._published = devices
+        self._published = devices if self._publishing.shares == shares else None
+        if self._published is None:
+            self._due = [now]  # an API server that has lost the feature: without shared devices, then
         if self._failures:  # a kubelet that could not wipe the slices does so now
             self._due = sorted([*self._due, *(now + each for each in _AFTER_REGISTRATION[1:])])
         self._due = self._due or [now + _AGAIN]
@@ -260,11 +266,11 @@ class Driver:
             self._links.by_name(),
             self._sysfs,
             dict(self._store.functions_held()),
-            {each.device for claim in claims for each in claim.devices},
+            [each.device for claim in claims for each in claim.devices],
             {claim.attachment(each) for claim in claims for each in claim.devices},
             [index for index, _ in self._store.reserved()],
         )
-        found = pool(policy.interfaces if policy else (), node)
+        found = pool(policy.interfaces if policy else (), node, shares=self._publishing.shares)
         for name, (why, next_step) in found.left_out.items():
             if self._pool.left_out.get(name) != (why, next_step):
                 log(WARNING, "an interface is not in the slices", interface=name, why=why, next=next_step)

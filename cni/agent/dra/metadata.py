@@ -15,6 +15,7 @@ import os
 import shutil
 from contextlib import suppress
 
+from cni.agent.dra.slices import PCI
 from cni.config.claim import DRIVER, pod_claim
 from cni.errors import CniError, reason
 from cni.spec import IO_FAILURE
@@ -80,7 +81,7 @@ class Metadata:
     def attached(self, claim: Claim, records: Sequence[Record]) -> None:
         """Add what is known since the attach. A file that is missing stays so, and one that has it already."""
         network = {
-            (each.pool, each.device): network_data(record)
+            (each.pool, each.device): record
             for each in claim.devices
             for record in records
             if record.id == claim.attachment(each)
@@ -93,9 +94,10 @@ class Metadata:
                 changed = False
                 for request in document["requests"]:
                     for device in request["devices"]:
-                        found = network.get((device["pool"], device["name"]))
-                        if found and device.get("networkData") != found:
-                            device["networkData"], changed = found, True
+                        record = network.get((device["pool"], device["name"]))
+                        if record and (now := device | _since_attach(record, device)) != device:
+                            device.update(now)
+                            changed = True
                 if changed:  # a container may be reading it
                     document["metadata"]["generation"] += 1
                     _write(path, document)
@@ -127,6 +129,14 @@ def network_data(record: Record) -> dict[str, Any]:
         "hardwareAddress": record.mac,
         **({"ips": ips} if ips else {}),
     }
+
+
+def _since_attach(record: Record, device: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a device in a file that the attach decides: of a VF, the address is that of the one taken."""
+    found: dict[str, Any] = {"networkData": network_data(record)}
+    if record.vf:
+        found["attributes"] = device.get("attributes", {}) | {PCI: {"string": record.vf.pci}}
+    return found
 
 
 def _generation(path: str) -> int:

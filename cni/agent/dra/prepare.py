@@ -119,7 +119,8 @@ class Preparing:
         if policy is None:
             raise _refusal("this node has no policy file, which a claim needs")
         entry, number = claims.interface_of(policy, device.device)
-        config = claims.network_config(device, entry, _source(entry, number))
+        source, function = _source(entry, number)
+        config = claims.network_config(device, entry, source)
         try:
             conf = claims.parse(config)
             policies.authorize(policy, conf)
@@ -141,6 +142,7 @@ class Preparing:
             mac=conf.mac,
             config=config,
             args=f"IgnoreUnknown=1;{pod_words}",
+            function=function,
         )
 
     def _settle(
@@ -215,16 +217,17 @@ class Preparing:
         self._claims.remove(uid)
 
 
-def _source(entry: Interface, number: int) -> str | None:
-    """The PF of a device that is a virtual function; None for another one."""
-    if not entry.functions:
-        return None
+def _source(entry: Interface, number: int | None) -> tuple[str | None, str]:
+    """(PF, PCI address or "") of a device that is a virtual function; (None, "") for another one."""
+    if not entry.functions or number is None:
+        return None, ""
     places = vf_discovery.places(entry.sources, entry.functions.vfs)
     if number >= len(places):
         raise _refusal(
             f"interface {entry.name} has {len(places)} virtual functions now, and number {number} is allocated"
         )
-    return places[number][0]
+    pf, function = places[number]
+    return pf, function.pci if function else ""
 
 
 def _names(claim: Claim) -> dict[str, object]:

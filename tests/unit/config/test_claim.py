@@ -249,7 +249,7 @@ def test_device_names_are_dns_labels_that_lead_back(name: str) -> None:
         "interfaces": [{"name": each, "source": {"dev": "eth1"}} for each in dict.fromkeys([name, "a", "x"])]
     }
     found = policy.of("f", document)
-    for number in (0, 7, 99):
+    for number in (0, 7, 99, None):
         device = claims.device_name(name, number)
         assert len(device) <= 63
         assert device == device.lower()

@@ -377,6 +377,24 @@ def test_a_later_call_keeps_the_mac_of_the_pods_annotation(node: Node) -> None:
     assert node.claims.load(UID) == settled
 
 
+def test_shares_of_one_device(node: Node) -> None:
+    """Two requests of one claim have two shares: two links, and each a part of the capacity."""
+    results = [result(each, "dataplane-shared", shareID=f"share-{each}") for each in ("a", "b")]
+    node.offer(*results)
+    assert [each.device for each in node.prepare()] == ["dataplane-shared"] * 2
+    found = node.claims.load(UID)
+    assert found
+    assert [each.share for each in found.devices] == ["share-a", "share-b"]
+    assert len({each.ifindex for each in found.devices} | {each.ifname for each in found.devices}) == 4
+    assert len(deviceid.numbers("dataplane", node.reserved())) == 2
+
+
+def test_a_virtual_function_is_no_shared_device(node: Node) -> None:
+    node.policy = policy.of("f", {"interfaces": [FILE["interfaces"][0] | {"type": "sr-iov"}]})
+    node.offer(result(device="dataplane-shared"))
+    assert "no interface of it now" in node.refusal()
+
+
 class TestCapacity:
     """Of the interface dataplane, which has 4 devices for claims and the device plugin together."""
 
