@@ -329,7 +329,9 @@ def _claims(
         cni_path=os.path.dirname(settings.hook),
         cdi=settings.cdi,
     )
-    driver = Driver(settings, agent.policies, store, registry, sandboxes.end)
+    driver = Driver(
+        settings, agent.policies, store, registry, end=sandboxes.end, allocated=agent.node.allocated
+    )
     client = Client(settings.nri, sandboxes)
     agent.hook, agent.claims = sandboxes.hook, lambda: driver.state() | client.state()
     return [driver, client]

@@ -74,6 +74,8 @@ def _plain(properties: dict[str, Any], argv: Sequence[str]) -> dict[str, Any] | 
         text = text if given else next(words, "-")
         if flag != positive or kind not in ("string", "integer") or (not given and text.startswith("-")):
             return None
+        if text == "--":  # argparse leaves it out (argparse.py, _get_values)
+            return None
         try:
             flags[name] = text if kind == "string" else int(text)
         except ValueError:

@@ -42,6 +42,8 @@ class Request:
     """An fd of CNI_NETNS where the caller has opened it; one of O_PATH will do."""
     ifindex: int = 0
     """The interface index that a resource claim has reserved, and keeps, for the attachment; 0: ADD reserves one."""
+    function: str = ""
+    """The PCI address of the virtual function that the device of a resource claim is; "" if it is none."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,10 @@ def decide_for(call: Call, grant: Grant, source: Link | None) -> Plan:
                 f"source device {grant.source!r} is called {now!r} now: correct the policy or the network config, "
                 "or give the NIC its name back",
             )
-    return decide(source, call.conf, grant, call.container_id, call.ifname, arguments=call.arguments)
+    plan = decide(source, call.conf, grant, call.container_id, call.ifname, arguments=call.arguments)
+    if plan.lower and call.request.function:
+        return replace(plan, lower=replace(plan.lower, first=call.request.function))
+    return plan
 
 
 def decide(

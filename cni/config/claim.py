@@ -33,6 +33,8 @@ KUBEVIRT_UID = 107
 """The user of QEMU in KubeVirt's launcher, and in many images."""
 POD_CLAIM = "resource.kubernetes.io/pod-claim-name"
 """The annotation of a claim that was made of a template: its name in the pod."""
+NETWORKS = "k8s.v1.cni.cncf.io/dra-networks"
+"""The annotation of a pod that has the MACs of its VM, as KubeVirt's enhancement 183 proposes."""
 
 SHARED = (
     *(
@@ -61,6 +63,7 @@ _UNSETTABLE = {
 _NO_FIELD = "a claim cannot set it; leave it out"
 _SLUG = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _IFNAME = "net"
+_SHARED = "shared"
 
 
 @dataclass(frozen=True)
@@ -84,27 +87,33 @@ class Allocated:
         return self.request.partition("/")[0]
 
 
-def device_name(interface: str, number: int) -> str:
-    """The name in slices of an interface's device of that number: a DNS label, at most 61 characters."""
+def device_name(interface: str, number: int | None) -> str:
+    """The name in slices of an interface's device of that number: a DNS label, at most 62 characters.
+
+    number: None for the device that stands for all of the interface's.
+    """
     slug = interface
     if not _SLUG.fullmatch(interface):
         readable = re.sub(r"[^a-z0-9]+", "-", interface.lower()).strip("-")
         slug = f"{readable}-{blake2s(interface.encode(), digest_size=2).hexdigest()}"
-    return f"{slug}-{number}"
+    return f"{slug}-{_SHARED if number is None else number}"
 
 
-def interface_of(policy: Policy, device: str) -> tuple[Interface, int]:
-    """The policy's entry of a device, and the device's number. Raises CniError 7 if the policy has none."""
+def interface_of(policy: Policy, device: str) -> tuple[Interface, int | None]:
+    """The policy's entry of a device, and the device's number as of device_name().
+
+    Raises CniError 7 if the policy has none.
+    """
     slug, _, digits = device.rpartition("-")
-    number = int(digits) if re.fullmatch("0|[1-9][0-9]{0,3}", digits) else -1
-    found = [each for each in policy.interfaces if device_name(each.name, number) == device]
-    if not slug or number < 0 or len(found) != 1:
+    number = int(digits) if re.fullmatch("0|[1-9][0-9]{0,3}", digits) else None
+    found = [each for each in policy.interfaces if slug and device_name(each.name, number) == device]
+    if len(found) != 1 or (number is None and found[0].functions):
         names = schema.listed([each.name for each in policy.interfaces])
         raise _refusal(
             f"device {device}: the node's policy has no interface of it now; interfaces are: {names}"
         )
     [entry] = found
-    if number >= entry.devices:
+    if number is not None and number >= entry.devices:
         raise _refusal(
             f"device {device}: interface {entry.name} offers {entry.devices} devices now; raise its capacity"
         )
@@ -130,6 +139,23 @@ def pod_claim(claim: Mapping[str, Any]) -> str | None:
     annotations = _object(claim, "metadata").get("annotations")
     found = annotations.get(POD_CLAIM) if isinstance(annotations, dict) else None
     return found if isinstance(found, str) and found and found.isascii() else None
+
+
+def macs(networks: str, claim: str) -> dict[str, list[str]]:
+    """Request → the MACs of its devices, of the claim of that name in the pod. networks: the annotation NETWORKS.
+
+    A MAC is not checked. Raises CniError 7 if the annotation is not valid.
+    """
+    try:
+        entries = [each for each in json.loads(networks or "[]") if each["claimName"] == claim]
+        found = {each["requestName"]: each.get("macs") or [] for each in entries}
+        valid = all(isinstance(mac, str) for each in found.values() for mac in [*each])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        valid = False
+    if not valid or not all(isinstance(each, list) for each in found.values()):
+        wanted = '[{"claimName": CLAIM, "requestName": REQUEST, "macs": [MAC]}]'
+        raise _refusal(f"the pod's annotation {NETWORKS} is {schema.show(networks)}; its form is {wanted}")
+    return found
 
 
 def allocated(claim: Mapping[str, Any]) -> list[Allocated]:

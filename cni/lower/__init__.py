@@ -60,6 +60,8 @@ class Wanted:
     """The pool of a virtual function."""
     number: int | None = None
     """The function's number, counted through the pool, if the kubelet has allocated one."""
+    first: str = ""
+    """The PCI address of the function to take if it is free: that of a resource claim's device."""
     vlan: Vlan | None = None
     """A VLAN device of the source."""
     offload: bool = False

@@ -87,7 +87,8 @@ def take(
             _make(name, entry.vfs, yield_turn)
         everything = places(entry.pool, entry.vfs)
         busy: dict[str, str] = {}
-        for at, (_pf, each) in enumerate(everything):
+        order = sorted(enumerate(everything), key=lambda it: not (it[1][1] and it[1][1].pci == wanted.first))
+        for at, (_pf, each) in order:
             if each is None or (wanted.number is not None and at != wanted.number):
                 continue
             if why := why_busy(host, store, each):

@@ -3,6 +3,7 @@
 NodePrepareResources writes the file before the pod's sandbox exists, and NodeUnprepareResources removes it after the
 sandbox has ended. Each device becomes an attachment by an ordinary ADD: its network is the config's name, its container
 id the claim's UID. So its id, and the interface index that is derived from the id, stay when the sandbox is made again.
+The id also reserves the index of a device that the device plugin offers (deviceid.py), as its share of the capacity.
 """
 
 from __future__ import annotations
@@ -43,11 +44,14 @@ class ClaimDevice:
     ifindex: int
     """The interface index that Prepare has reserved for the attachment."""
     mac: str | None
-    """The guest's MAC where Prepare has settled it; None: ADD derives it."""
+    """The guest's MAC, by the parameters or by the pod's annotation; None: ADD derives it."""
     config: dict[str, Any]
     """The network config, with cniVersion, name and type."""
     args: str
     """CNI_ARGS: IgnoreUnknown, and the pod's namespace, name and UID."""
+    function: str = ""
+    """The PCI address of the device, if it is a virtual function that is there. ADD takes another one if it is not
+    free."""
 
     @property
     def network(self) -> str:
@@ -65,6 +69,8 @@ class Claim:
     pod_uid: str
     pod_name: str
     devices: tuple[ClaimDevice, ...]
+    in_pod: str = ""
+    """The claim's name in the pod, where it was made of a template."""
 
     def attachment(self, device: ClaimDevice) -> str:
         """The id of the device's attachment, which names its record."""

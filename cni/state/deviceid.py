@@ -10,6 +10,10 @@ from __future__ import annotations
 import re
 from _blake2 import blake2s  # hashlib would load OpenSSL: 5 ms of every pod's start
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 DEFAULT_CAPACITY = 100
 """Devices of an interface whose policy entry has no capacity. kubevirt/macvtap-cni has the same default."""
 MOST = 4096
@@ -37,6 +41,12 @@ def ifindex(name: str, number: int) -> int:
     second.
     """
     return BASE | int.from_bytes(blake2s(name.encode(), digest_size=2).digest()) << 12 | number
+
+
+def numbers(name: str, indexes: Iterable[int]) -> set[int]:
+    """The numbers of the interface's devices whose indexes are among these."""
+    first = ifindex(name, 0)
+    return {index - first for index in indexes if 0 <= index - first < MOST}
 
 
 def index_of(device_id: str | None) -> int:

@@ -228,7 +228,7 @@ class Store:
         """
         with _io(self._ifindex):
             if number := deviceid.index_of(device_id):
-                if self._hold(number, id):
+                if self.hold(number, id):
                     return number
                 holder = self.reserved_by(number)
                 record = self.load(holder) if holder else None
@@ -238,7 +238,7 @@ class Store:
                     f"deviceID {device_id}: {owner} has it still; try again when that has ended",
                 )
             for number in (claimed,) if claimed else _candidates(id):
-                if self._hold(number, id):
+                if self.hold(number, id):
                     return number
         raise CniError(TRY_AGAIN_LATER, "no free interface index was found; try again")
 
@@ -246,7 +246,7 @@ class Store:
         """Save a record for a link that was found without one; whether ADD could have given the link its index."""
         with _io(self._ifindex):
             ours = record.ifindex >= deviceid.BASE or record.ifindex in _candidates(record.id)
-            if not ours or not self._hold(record.ifindex, record.id):
+            if not ours or not self.hold(record.ifindex, record.id):
                 return False
         self.save(record, sealed=True)
         if record.vf:
@@ -275,7 +275,7 @@ class Store:
             for name in os.listdir(self._dev) if os.path.isdir(self._dev) else []:
                 number = name.removeprefix("tap").removesuffix(".new")
                 # While the sweep holds the index, no ADD can be making the node.
-                if number.isdecimal() and int(number) not in keep and self._hold(int(number), _SWEEP):
+                if number.isdecimal() and int(number) not in keep and self.hold(int(number), _SWEEP):
                     self.release(int(number), _SWEEP)
                     swept.append(int(number))
         return swept
@@ -328,8 +328,10 @@ class Store:
             with _io(self.functions):
                 _unlink(f"{self.functions}/{pci}")
 
-    def _hold(self, number: int, id: str) -> bool:
-        return _hold(f"{self._ifindex}/{number}", id)
+    def hold(self, number: int, id: str) -> bool:
+        """Reserve that interface index; False if another id has it."""
+        with _io(self._ifindex):
+            return _hold(f"{self._ifindex}/{number}", id)
 
 
 def _hold(path: str, id: str) -> bool:

@@ -17,6 +17,9 @@ import pytest
 
 from cni.agent.deviceplugin import v1beta1_pb2 as api
 from cni.state import deviceid
+from cni.state.claims import Claim as Prepared
+from cni.state.claims import ClaimDevice, Claims
+from cni.state.store import Store
 from lab.kubernetes.kubelet import SOCKET, Claim, Kubelet, PluginError
 from lab.wire import BRIDGE_UPLINK, NIC
 from tests.agent.conftest import Agent
@@ -141,6 +144,26 @@ def test_by_configuration_a_cdi_name_and_no_mount(node: Node) -> None:
     (written,) = (node.folder / "cdi").iterdir()
     spec = json.loads(written.read_text())
     assert f"{spec['kind']}={spec['devices'][0]['name']}" == answer.cdi_devices[0].name
+
+
+def test_a_device_that_a_claim_has_is_not_the_kubelets(node: Node) -> None:
+    node.kubelet.start()
+    node.policy(entry("data", capacity=3))
+    node.start("--dra", "--node=n", KUBERNETES_SERVICE_HOST="127.0.0.1", KUBERNETES_SERVICE_PORT="9")
+    node.kubelet.wait_resource(DATA)
+    store, claims = Store(node.agent.run), Claims(node.agent.run)
+    network = {"cniVersion": "1.1.0", "name": "claim-nic", "type": "vmtap"}
+    device = ClaimDevice("nic", "data-0", "n", "", "net1", 0, None, network, "")
+    claim = Prepared("u1", "default", "c", "p1", "vm", (device,))
+    for number in (2, 7):  # the second one was the claim's before the capacity was lowered
+        store.hold(deviceid.ifindex("data", number), claim.attachment(device))
+    claims.save(claim)
+    node.kubelet.wait_devices(
+        DATA, lambda now: [each.healthy for each in now.values()] == [True, False, False]
+    )
+    claims.remove("u1")
+    node.kubelet.wait_devices(DATA, lambda now: all(each.healthy for each in now.values()))
+    assert not [line for line in node.agent.log if line["msg"] == "devices are unhealthy"]
 
 
 @pytest.mark.parametrize(

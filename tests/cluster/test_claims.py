@@ -219,6 +219,26 @@ def test_selectors(dra: Dra) -> None:
     dra.wait_prepared("second")
 
 
+def test_one_capacity_for_claims_and_the_device_plugin(dra: Dra) -> None:
+    """Of the interface narrow, which has one device."""
+    dra.cluster.apply(
+        device_class("narrow", 'mine.interface == "narrow"'),
+        template("narrow", "narrow"),
+        pod("by-plugin", "narrow"),
+    )
+    ready(dra, "by-plugin")
+    dra.wait_published(CAPACITY)
+    dra.cluster.apply(claiming("by-claim", "narrow"))
+    dra.wait_event("by-claim", "cannot allocate all claims")
+    dra.delete("by-plugin")
+    ready(dra, "by-claim")
+    dra.release.wait_resource("narrow", 0)
+    dra.cluster.apply(pod("by-plugin", "narrow"))
+    dra.wait_event("by-plugin", "Insufficient")
+    dra.delete("by-claim")
+    ready(dra, "by-plugin")
+
+
 def test_the_examples(dra: Dra) -> None:
     for name in ("deviceclass", "claimtemplate", "vm-pod"):
         dra.cluster.kubectl("apply", "-f", "-", stdin=(EXAMPLES / f"{name}.yaml").read_text())

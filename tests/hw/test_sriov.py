@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cni.attach.call import Request
 from cni.kernel import tapdev
+from cni.plugin import handle
 from cni.port import guard
 from cni.state.record import Record
 from cni.state.store import Store
@@ -62,6 +65,18 @@ def two(node: Root, plugin: Plugin) -> Iterator[Nic]:
     assert plugin.leftovers() == []
     if nic.count() == 2:
         assert nic.changed_since(before) == []
+
+
+def test_a_claims_device_is_its_function_or_another_if_that_is_taken(
+    two: Nic, plugin: Plugin, pods: Callable[[], Netns]
+) -> None:
+    for container, expected in (("claim1", 1), ("claim2", 0)):
+        env = plugin.environment("ADD", pods(), container)
+        request = Request(env, json.dumps(_config()).encode(), function=two.pci(1))
+        assert handle(request, plugin.given()).status == 0
+        function = _record(plugin, container).vf
+        assert function
+        assert (function.number, function.pci) == (expected, two.pci(expected))
 
 
 def test_an_attachment_has_a_function_and_gives_it_back(

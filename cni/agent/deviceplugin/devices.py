@@ -49,20 +49,30 @@ class Offer:
 
 @dataclass(frozen=True)
 class Device:
-    """The state of one device. fault: "" if it is healthy; node: the NUMA node, if known; pf: the PF of a VF."""
+    """The state of one device. fault: "" if it is healthy; node: the NUMA node, if known.
+
+    pf, pci: of a VF, its PF and its address; "" where there is none.
+    claimed: whether a resource claim has it, or another device in its place: the kubelet must not allocate it.
+    """
 
     fault: str = ""
     next_step: str = ""
     node: int | None = None
     pf: str = ""
+    pci: str = ""
+    claimed: bool = False
 
 
 @dataclass(frozen=True)
 class Held:
-    """What attachments hold now: PCI address → attachment id, and interface index → attachment id."""
+    """What attachments hold now: PCI address → attachment id, and interface index → attachment id.
+
+    claims: the ids of the attachments of prepared resource claims.
+    """
 
     functions: Mapping[str, str] = field(default_factory=dict)
     indexes: Mapping[int, str] = field(default_factory=dict)
+    claims: Collection[str] = ()
 
 
 def offers(interfaces: Iterable[Interface]) -> tuple[list[Offer], dict[str, tuple[str, str]]]:
@@ -92,12 +102,13 @@ def offers(interfaces: Iterable[Interface]) -> tuple[list[Offer], dict[str, tupl
 def devices(offer: Offer, links: Links, sysfs: str, held: Held) -> tuple[Device, ...]:
     """The devices of the offer, by number. sysfs: the mount point of a sysfs of the links' network namespace."""
     if not offer.virtual:
-        return (state(offer.sources[0], links, sysfs),) * offer.capacity
+        device, claimed = state(offer.sources[0], links, sysfs), _claimed(offer, held)
+        return tuple(replace(device, claimed=number in claimed) for number in range(offer.capacity))
     pfs = {name: _pf(name, offer, links, sysfs) for name in offer.sources}
     found = []
     places = vf_discovery.places(offer.sources, offer.vfs, sysfs)
     for number, (name, function) in enumerate(places[: offer.capacity]):
-        device = pfs[name]
+        device = replace(pfs[name], pci=function.pci) if function else pfs[name]
         if function and function.numa >= 0:
             device = replace(device, node=function.numa)
         if function and not device.fault:
@@ -116,6 +127,18 @@ def devices(offer: Offer, links: Links, sysfs: str, held: Held) -> tuple[Device,
             )
         found.append(device)
     return tuple(found)
+
+
+def _claimed(offer: Offer, held: Held) -> set[int]:
+    """The numbers of the devices that a kubelet must not allocate, because claims have as many of the interface.
+
+    They are the claims' own. For one beyond the capacity, which was lowered, it is the last one that nobody has: a
+    kubelet that starts refuses a pod whose device is unhealthy (devicemanager/manager.go, devicesToAllocate).
+    """
+    taken = deviceid.numbers(offer.name, held.indexes)
+    claimed = deviceid.numbers(offer.name, (index for index, id in held.indexes.items() if id in held.claims))
+    free = [number for number in reversed(range(offer.capacity)) if number not in taken]
+    return claimed | {*free[: sum(number >= offer.capacity for number in claimed)]}
 
 
 def _pf(name: str, offer: Offer, links: Links, sysfs: str) -> Device:

@@ -1,7 +1,8 @@
 """Offers the policy's interfaces to the kubelet while the agent runs.
 
 One thread waits for events: of links (rtnetlink), of PCI devices (uevents), of the folders of the policy, of the
-kubelet and of the VFs that attachments hold (inotify), and answers to registrations. After each it reconciles:
+kubelet, of prepared claims and of the VFs that attachments hold (inotify), and answers to registrations. After each it
+reconciles:
 
     policy, links, VFs  → offers → one Resource each, on a socket of its own, kept current
     kubelet.sock        → if it was replaced, or a plugin socket is gone (a new kubelet empties its folder): serve
@@ -34,7 +35,7 @@ from cni.agent.deviceplugin.links import Links
 from cni.agent.deviceplugin.pci import PciEvents
 from cni.agent.deviceplugin.registration import Registration
 from cni.agent.deviceplugin.served import LATEST, Served
-from cni.agent.deviceplugin.serving import HEALTHY, UNHEALTHY, Answers, Resource
+from cni.agent.deviceplugin.serving import CLAIMED, HEALTHY, UNHEALTHY, Answers, Resource
 from cni.agent.deviceplugin.sockets import sweep
 from cni.agent.inotify import Folders
 from cni.agent.log import log
@@ -109,7 +110,8 @@ class DevicePlugin:
         with ExitStack() as stack:
             self._links = stack.enter_context(closing(Links()))
             self._pci = stack.enter_context(closing(PciEvents()))
-            watched = (self._folder, os.path.dirname(policies.path), store.functions)
+            watched = [self._folder, os.path.dirname(policies.path), store.functions]
+            watched += [f"{settings.run}/claims"] if settings.dra else []
             self._folders = stack.enter_context(closing(Folders(watched)))
             sysfs = mount.detached(b"sysfs")
             stack.callback(os.close, sysfs)
@@ -215,7 +217,8 @@ class DevicePlugin:
         for name in self._served.keys() - {offer.name for offer in offered}:
             self._withdraw(name)
         links = self._links.by_name()
-        held = self._answers.held() if any(offer.virtual for offer in offered) else Held()
+        wanted = self._settings.dra or any(offer.virtual for offer in offered)
+        held = self._answers.held() if wanted else Held()
         for offer in offered:
             now = devices(offer, links, self._sysfs, held)
             served = self._served.get(offer.name)
@@ -318,9 +321,11 @@ class DevicePlugin:
     def _count(self) -> dict[Labels, float]:
         found: dict[Labels, float] = {}
         for name, served in list(self._served.items()):
-            sick = sum(bool(each.fault) for each in served.devices)
-            found[self._name(name), UNHEALTHY] = sick
-            found[self._name(name), HEALTHY] = len(served.devices) - sick
+            states = [
+                UNHEALTHY if each.fault else CLAIMED if each.claimed else HEALTHY for each in served.devices
+            ]
+            for each in (UNHEALTHY, CLAIMED, HEALTHY):
+                found[self._name(name), each] = states.count(each)
         return found
 
 

@@ -18,6 +18,7 @@ from cni.agent.deviceplugin.devices import Device, Held, preferred
 from cni.agent.log import log
 from cni.dataclass import dataclass
 from cni.state import cdi, deviceid
+from cni.state.claims import Claims
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 HEALTHY = "Healthy"
 UNHEALTHY = "Unhealthy"
+CLAIMED = "Claimed"
+"""Of metrics only: the kubelet gets such a device as unhealthy."""
 _THREADS = 4
 """A kubelet has one ListAndWatch stream and one call at a time; the stream of an earlier kubelet may not have ended."""
 _GOODBYE_SECONDS = 5.0
@@ -70,11 +73,12 @@ class Answers:
 
     def held(self) -> Held:
         """What attachments hold now. Raises CniError 5."""
+        claims = Claims(self.settings.run).reserved() if self.settings.dra else ()
         first, indexes = dict(self.store.functions_held()), dict(self.store.reserved())
         # An attachment reserves its index before its VF and releases it after: a VF that is held before and after the
         # indexes are listed has its index in the list.
         functions = {pci: id for pci, id in first.items() if self.store.function_held_by(pci) == id}
-        return Held(functions, indexes)
+        return Held(functions, indexes, claims)
 
 
 class Resource(services.DevicePluginServicer):
@@ -141,7 +145,7 @@ class Resource(services.DevicePluginServicer):
         for number, each in enumerate(self._devices):
             answer.devices.add(
                 ID=deviceid.format(self._interface, number),
-                health=UNHEALTHY if each.fault else HEALTHY,
+                health=UNHEALTHY if each.fault or each.claimed else HEALTHY,
                 topology=None if each.node is None else api.TopologyInfo(nodes=[api.NUMANode(ID=each.node)]),
             )
         return answer

@@ -1,7 +1,7 @@
 """The driver's thread: serves the kubelet, and keeps the slices as policy and links are.
 
-It waits for events: of links, of PCI devices, of the folders of the policy, of the kubelet and of the VFs that
-attachments hold, and registrations. After each it looks at all of it. The slices are compared with the API server's
+It waits for events: of links, of PCI devices, of the folders of the policy, of the kubelet and of what attachments
+hold, and registrations. After each it looks at all of it. The slices are compared with the API server's
 when they should change, some times after each registration, since the kubelet that starts removes all of the node's,
 and else every _AGAIN seconds.
 """
@@ -24,7 +24,7 @@ from cni.agent.dra.metadata import Metadata
 from cni.agent.dra.prepare import Preparing
 from cni.agent.dra.publishing import Publishing
 from cni.agent.dra.serving import Sockets
-from cni.agent.dra.slices import Node, Pool, pool
+from cni.agent.dra.slices import Node, Pool, count, pool
 from cni.agent.dra.status import Status
 from cni.agent.inotify import Folders
 from cni.agent.log import log
@@ -35,7 +35,7 @@ from cni.state.claims import Claims
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from cni.agent.metrics import Registry
     from cni.agent.policies import Policies
@@ -56,6 +56,7 @@ _SOONEST, _LATEST = 1.0, 60.0
 class Driver:
     """Works from start() to stop(). end: ends the attachment of a claim's device, under the claim's lock.
 
+    allocated: as of Preparing.
     Raises CniError 7 if the settings or the environment lack what it needs, OSError if event sockets cannot be made.
     """
 
@@ -65,7 +66,9 @@ class Driver:
         policies: Policies,
         store: Store,
         registry: Registry,
+        *,
         end: Callable[[Claim, ClaimDevice], None],
+        allocated: Callable[[], Collection[int]] | None,
     ) -> None:
         if not settings.node:
             raise CniError(
@@ -87,12 +90,15 @@ class Driver:
             policy=policies,
             attributes=lambda: {each["name"]: each["attributes"] for each in self._pool.devices},
             end=end,
+            allocated=allocated,
         )
         self._pool = Pool([])
         self._published: str | None = None
         """The devices, as JSON, of the last comparison that succeeded."""
         self._due: list[float] = []
         """When to compare next, by time.monotonic(), sorted."""
+        self._asked = False
+        """Whether the API server has been asked what it stores. It is asked again at each registration."""
         self._registration = False
         """Whether a kubelet has registered the driver since the last look."""
         self._rest = 0.0
@@ -126,8 +132,8 @@ class Driver:
         )
         registry.computed(
             "vmtap_dra_devices",
-            "Devices of the node's ResourceSlices.",
-            look=lambda: {(): len(self._pool.devices)},
+            "Devices of the node's ResourceSlices, each slot of a shared one counted.",
+            look=lambda: {(): count(self._pool.devices)},
         )
         registry.computed(
             "vmtap_dra_prepared", "Prepared claims.", look=lambda: {(): len(self._claims.all())}
@@ -142,6 +148,9 @@ class Driver:
                 f"{settings.run}/claims",
             )
             self._folders = stack.enter_context(closing(Folders(watched)))
+            # Without the device plugin, only claims take devices.
+            indexes = (f"{settings.run}/ifindex",) if settings.device_plugin else ()
+            self._indexes = stack.enter_context(closing(Folders(indexes)))
             sysfs = mount.detached(b"sysfs")
             stack.callback(os.close, sysfs)
             self._sysfs = f"/proc/self/fd/{sysfs}"
@@ -192,7 +201,7 @@ class Driver:
 
     def _run(self) -> None:
         poll = select.poll()
-        for each in (self._links, self._pci, self._folders, self._woken):
+        for each in (self._links, self._pci, self._folders, self._indexes, self._woken):
             poll.register(each, select.POLLIN)
         with self._stack:
             while not self._stopping:
@@ -221,9 +230,14 @@ class Driver:
         """Return at an event that may change the slices, or when the next comparison is due."""
         sources = {str(each["attributes"]["source"]["string"]) for each in self._pool.devices}
         quiet = {self._links.fileno(): lambda: self._links.take(sources), self._pci.fileno(): self._pci.take}
+        due = self._due[0] if self._due else time.monotonic() + _AGAIN
+        poll.modify(self._indexes, select.POLLIN)
         while not self._stopping:
-            due = self._due[0] if self._due else time.monotonic() + _AGAIN
             ready = poll.poll(max(0.0, due - time.monotonic()) * 1000 + 1)
+            if {fd for fd, _ in ready} == {self._indexes.fileno()}:  # each ADD: many of them cause one look
+                poll.modify(self._indexes, 0)
+                due = min(due, time.monotonic() + _REST_SECONDS)
+                continue
             with suppress(BlockingIOError):
                 self._woken.recv(1 << 10)
             with suppress(OSError):
@@ -233,6 +247,7 @@ class Driver:
 
     def _look(self) -> None:
         self._folders.take()
+        self._indexes.take()
         self._links.take()
         self._pci.take()
         if self._sockets and not self._sockets.there:
@@ -241,6 +256,9 @@ class Driver:
             self._sockets, self._registered_at = None, 0.0
         if self._sockets is None:
             self._sockets = Sockets(self._kubelet, self._preparing, self._calls, self._registered)
+        if self._registration or not self._asked:
+            self._publishing.ask()
+            self._asked = True
         self._compute()
         devices = json.dumps(self._pool.devices)
         now = time.monotonic()
@@ -252,6 +270,7 @@ class Driver:
         if self._due[0] > now:
             return
         self._due = [each for each in self._due if each > now]
+        shares = self._publishing.shares
         try:
             if self._publishing.publish(self._pool.devices):
                 self._rest = time.monotonic() + _REST_SECONDS
@@ -260,6 +279,9 @@ class Driver:
             self._published = None
             raise
         self._published, self._published_at, self._error = devices, time.time(), ""
+        if self._publishing.shares != shares:
+            self._published = None
+            self._due = [now]  # an API server that has lost the feature: without shared devices, then
         if self._failures:  # a kubelet that could not wipe the slices does so now
             self._due = sorted([*self._due, *(now + each for each in _AFTER_REGISTRATION[1:])])
         self._due = self._due or [now + _AGAIN]
@@ -281,10 +303,11 @@ class Driver:
             self._links.by_name(),
             self._sysfs,
             dict(self._store.functions_held()),
-            {each.device for claim in claims for each in claim.devices},
+            [each.device for claim in claims for each in claim.devices],
             {claim.attachment(each) for claim in claims for each in claim.devices},
+            [index for index, _ in self._store.reserved()],
         )
-        found = pool(policy.interfaces if policy else (), node)
+        found = pool(policy.interfaces if policy else (), node, shares=self._publishing.shares)
         for name, (why, next_step) in found.left_out.items():
             if self._pool.left_out.get(name) != (why, next_step):
                 log(WARNING, "an interface is not in the slices", interface=name, why=why, next=next_step)

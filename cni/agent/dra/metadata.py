@@ -20,6 +20,7 @@ import os
 import shutil
 from contextlib import suppress
 
+from cni.agent.dra.slices import PCI
 from cni.config.claim import DRIVER, pod_claim
 from cni.errors import CniError, reason
 from cni.spec import IO_FAILURE
@@ -86,16 +87,17 @@ class Metadata:
 
     def attached(self, claim: Claim, records: Sequence[Record]) -> bool:
         """Add what is known since the attach. Returns whether a file was replaced. A file that is missing stays so."""
-        network = {record.id: network_data(record) for record in records}
+        attached = {record.id: record for record in records}
         replaced = False
         for base, ours in _files(claim).items():
             path = self._path(claim.uid, base)
             document = _read(path)
             changed = False
             for device, each in zip(_devices(document), ours, strict=False):
-                found = network.get(claim.attachment(each))
-                if found and device.get("networkData") != found:
-                    device["networkData"], changed = found, True
+                record = attached.get(claim.attachment(each))
+                if record and (now := device | _since_attach(record, device)) != device:
+                    device.update(now)
+                    changed = True
             if document and changed:
                 _write(path, document)
                 replaced = True
@@ -131,6 +133,14 @@ def _files(claim: Claim) -> dict[str, list[ClaimDevice]]:
     found: dict[str, list[ClaimDevice]] = {}
     for each in claim.devices:
         found.setdefault(each.request.partition("/")[0], []).append(each)
+    return found
+
+
+def _since_attach(record: Record, device: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a device in a file that the attach decides: of a VF, the address is that of the one taken."""
+    found: dict[str, Any] = {"networkData": network_data(record)}
+    if record.vf:
+        found["attributes"] = device.get("attributes", {}) | {PCI: {"string": record.vf.pci}}
     return found
 
 

@@ -3,8 +3,9 @@
 NodePrepareResources comes before there is a sandbox: it settles everything that a later attach needs, so that what can
 be refused is refused here, where the user sees the reason as an event of the pod. Nothing is attached. It leaves
 
-    the reserved interface index of each device, the claim's file (state/claims.py), its metadata (metadata.py) and its
-    CDI spec (state/cdi.py)
+    what each device has reserved: its interface index, and one of the devices that the device plugin offers of the
+    interface, whose index no ADD of the kubelet's gets then; the claim's file (state/claims.py), its metadata
+    (metadata.py) and its CDI spec (state/cdi.py)
 
 all of them or none. It may be called again at any time, also by a kubelet that has lost its checkpoint, and after a
 reboot. NodeUnprepareResources ends the claim's attachments, if the sandbox's end has not, and removes all of it.
@@ -22,13 +23,13 @@ from cni.config import policy as policies
 from cni.dataclass import dataclass, replace
 from cni.errors import CniError, reason
 from cni.lower import vf_discovery
-from cni.spec import INVALID_NETWORK_CONFIG, IO_FAILURE
-from cni.state import cdi
+from cni.spec import INVALID_NETWORK_CONFIG, IO_FAILURE, TRY_AGAIN_LATER
+from cni.state import cdi, deviceid
 from cni.state.claims import Claim, ClaimDevice, Claims
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from typing import Any
 
     from cni.agent.dra.api import Api
@@ -52,8 +53,9 @@ class Prepared:
 class Preparing:
     """The claims of this node. Threads may share it; a claim is worked on by one at a time.
 
-    policy: returns the policy in force. attributes: of the devices in the node's slices, by name. end: ends an
-    attachment of a claim, raises CniError.
+    policy: returns the policy in force. attributes: of the devices in the node's slices, by name. allocated: the
+    interface indexes of devices that the kubelet has allocated, raises CniError; None without the device plugin.
+    end: ends an attachment of a claim, raises CniError.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class Preparing:
         policy: Callable[[], Policy | None],
         attributes: Callable[[], Mapping[str, Any]],
         end: Callable[[Claim, ClaimDevice], None],
+        allocated: Callable[[], Collection[int]] | None = None,
     ) -> None:
         self._settings, self._store, self._metadata, self._api = settings, store, metadata, api
-        self._policy, self._attributes, self._end = policy, attributes, end
+        self._policy, self._attributes, self._end, self._allocated = policy, attributes, end, allocated
         self._claims = Claims(settings.run)
 
     def prepare(self, namespace: str, name: str, uid: str) -> list[Prepared]:
@@ -86,13 +89,15 @@ class Preparing:
         wanted = [self._device(each, namespace, pod_name, pod_uid) for each in claims.allocated(answer.body)]
         if not wanted:
             raise _refusal(f"ResourceClaim {namespace}/{name} has no device of {claims.DRIVER}")
-        claim = Claim(uid, namespace, name, pod_uid, pod_name, tuple(wanted))
+        in_pod = claims.pod_claim(answer.body) or ""
+        claim = Claim(uid, namespace, name, pod_uid, pod_name, tuple(wanted), in_pod)
+        allocated = self._allocated() if self._allocated and not self._claims.load(uid) else ()
         with self._store.locked(f"claim/{uid}"):
             before = self._claims.load(uid)
             if before and before.pod_uid != pod_uid:
                 self._discard(uid, before)
                 before = None
-            claim = self._settle(claim, before, answer.body)
+            claim = self._settle(claim, before, answer.body, allocated)
         if claim != before:
             log(INFO, "claim prepared", **_names(claim), devices=[each.device for each in claim.devices])
         return [
@@ -114,7 +119,8 @@ class Preparing:
         if policy is None:
             raise _refusal("this node has no policy file, which a claim needs")
         entry, number = claims.interface_of(policy, device.device)
-        config = claims.network_config(device, entry, _source(entry, number))
+        source, function = _source(entry, number)
+        config = claims.network_config(device, entry, source)
         try:
             conf = claims.parse(config)
             policies.authorize(policy, conf)
@@ -136,21 +142,26 @@ class Preparing:
             mac=conf.mac,
             config=config,
             args=f"IgnoreUnknown=1;{pod_words}",
+            function=function,
         )
 
-    def _settle(self, claim: Claim, before: Claim | None, document: Mapping[str, Any]) -> Claim:
+    def _settle(
+        self, claim: Claim, before: Claim | None, document: Mapping[str, Any], allocated: Collection[int]
+    ) -> Claim:
         """Reserve and write everything; undone if a step fails. Returns the claim with its interface indexes."""
         ids = [claim.attachment(each) for each in claim.devices]
-        kept = {before.attachment(each): each.ifindex for each in before.devices} if before else {}
+        kept = {before.attachment(each): each for each in before.devices} if before else {}
         with ExitStack() as undo, ExitStack() as locks:
             for id in sorted(ids):  # a reconciler leaves alone what is locked
                 locks.enter_context(self._store.locked(id))
             devices = []
             for id, each in zip(ids, claim.devices, strict=True):
-                index = self._store.reserve_ifindex(id, claimed=kept.get(id, 0))
                 if id not in kept:
-                    undo.callback(self._store.forget_id, id, index)
-                devices.append(replace(each, ifindex=index))
+                    undo.callback(self._forget, id)
+                known = kept.get(id)
+                index = self._store.reserve_ifindex(id, claimed=known.ifindex if known else 0)
+                self._reserve_device(id, str(each.config["interface"]), allocated)
+                devices.append(replace(each, ifindex=index, mac=known.mac if known else each.mac))
             claim = replace(claim, devices=tuple(devices))
             if before is None:
                 undo.callback(self._claims.remove, claim.uid)
@@ -162,12 +173,40 @@ class Preparing:
             undo.pop_all()
         return claim
 
+    def _reserve_device(self, id: str, interface: str, allocated: Collection[int]) -> None:
+        """Reserve one device of the interface's capacity, which claims and the kubelet share, unless the id has one.
+
+        Takes the last one: the device plugin prefers the first. VFs are reserved by the ADD. allocated: the indexes of
+        the kubelet's. Raises CniError 11 if there is none.
+        """
+        policy = self._policy()
+        entry = next((each for each in policy.interfaces if each.name == interface), None) if policy else None
+        if entry is None or entry.functions:
+            return
+        reserved = dict(self._store.reserved())
+        if deviceid.numbers(interface, (index for index, holder in reserved.items() if holder == id)):
+            return
+        taken = deviceid.numbers(interface, {*reserved, *allocated})
+        if len(taken) < entry.devices:
+            for number in reversed(range(entry.devices)):
+                if number not in taken and self._store.hold(deviceid.ifindex(interface, number), id):
+                    return
+        raise CniError(
+            TRY_AGAIN_LATER,
+            f"interface {interface} has {entry.devices} devices, for claims and the device plugin together, and all "
+            "are taken: wait until a pod ends, or raise its capacity",
+        )
+
+    def _forget(self, id: str) -> None:
+        """Remove all that the id has reserved."""
+        self._store.forget_id(id, *(number for number, holder in self._store.reserved() if holder == id))
+
     def _discard(self, uid: str, claim: Claim | None) -> None:
         """Remove all that there is of a claim; its file last, so that a later call finds what is left."""
         for each in claim.devices if claim else ():
             assert claim  # noqa: S101 - for mypy
             self._end(claim, each)
-            self._store.forget_id(claim.attachment(each), each.ifindex)
+            self._forget(claim.attachment(each))
         try:
             cdi.remove(cdi.claim_path(self._settings.cdi, uid))
         except OSError as error:
@@ -178,16 +217,17 @@ class Preparing:
         self._claims.remove(uid)
 
 
-def _source(entry: Interface, number: int) -> str | None:
-    """The PF of a device that is a virtual function; None for another one."""
-    if not entry.functions:
-        return None
+def _source(entry: Interface, number: int | None) -> tuple[str | None, str]:
+    """(PF, PCI address or "") of a device that is a virtual function; (None, "") for another one."""
+    if not entry.functions or number is None:
+        return None, ""
     places = vf_discovery.places(entry.sources, entry.functions.vfs)
     if number >= len(places):
         raise _refusal(
             f"interface {entry.name} has {len(places)} virtual functions now, and number {number} is allocated"
         )
-    return places[number][0]
+    pf, function = places[number]
+    return pf, function.pci if function else ""
 
 
 def _names(claim: Claim) -> dict[str, object]:

@@ -15,7 +15,7 @@ from http import HTTPStatus
 from logging import INFO, WARNING
 
 from cni.agent.dra.api import RESOURCE, segment
-from cni.agent.dra.slices import chunks
+from cni.agent.dra.slices import SEVERAL, chunks
 from cni.agent.log import log
 from cni.config.claim import DRIVER
 from cni.dataclass import dataclass
@@ -46,8 +46,27 @@ class Publishing:
 
     def __init__(self, api: Api, node: str) -> None:
         self._api, self._node = api, node
+        self.shares = False
+        """Whether the API server stores that a device may have several allocations, as far as is known."""
         self._written: dict[str, _Written] = {}
         self._dropped: set[str] = set()
+
+    def ask(self) -> None:
+        """Find out shares: a dry run returns the slice as it would be stored, and stores nothing. Raises CniError."""
+        document = {
+            **_KIND,
+            "metadata": {"name": self._name("probe")},
+            "spec": {
+                "driver": DRIVER,
+                "nodeName": self._node,
+                "pool": {"name": self._node, "generation": 1, "resourceSliceCount": 1},
+                "devices": [{"name": "probe", SEVERAL: True}],
+            },
+        }
+        answer = self._api.call("POST", _PATH, document, query={"dryRun": "All"})
+        self._check(answer, "probe")
+        [device] = (answer.body.get("spec") or {}).get("devices") or [{}]
+        self.shares = device.get(SEVERAL) is True
 
     def publish(self, devices: list[dict[str, Any]]) -> bool:
         """Write the slices that are not as wanted, and remove others; whether there was one. Raises CniError."""
@@ -96,7 +115,9 @@ class Publishing:
         sent = document["spec"]["devices"]
         stored = (answer.body.get("spec") or {}).get("devices") or []
         self._written[name] = _Written(sent, stored)
-        if dropped := _dropped(sent, stored) - self._dropped:
+        all_dropped = _dropped(sent, stored)
+        self.shares &= SEVERAL not in all_dropped
+        if dropped := all_dropped - self._dropped:
             self._dropped |= dropped
             what = "the API server drops fields of devices that it does not know"
             log(WARNING, what, fields=sorted(dropped))
@@ -114,7 +135,7 @@ class Publishing:
             failed: CniError = answer.failed(f"ResourceSlice {name}")
             raise failed
 
-    def _name(self, number: int) -> str:
+    def _name(self, number: int | str) -> str:
         node = self._node
         if len(node) > _NAME:
             node = f"{node[:_NAME].rstrip('-.')}-{blake2s(node.encode(), digest_size=4).hexdigest()}"

@@ -16,7 +16,8 @@ from cni.agent.dra.container import Container
 from cni.agent.log import log
 from cni.attach.call import Request
 from cni.attach.delete import attempt, raise_all
-from cni.dataclass import dataclass
+from cni.config.claim import macs
+from cni.dataclass import dataclass, replace
 from cni.errors import CniError
 from cni.kernel import netns, tapdev
 from cni.kernel.rtnl import Rtnl
@@ -92,7 +93,7 @@ class Sandboxes:
                     "hostNetwork",
                 )
             with _opened(pod.netns) as sandbox:
-                self._attach(claim.uid, pod.uid, sandbox)
+                self._attach(claim.uid, pod.uid, sandbox, networks=pod.networks)
 
     def stop(self, pod: Pod) -> None:
         """End what is attached in a sandbox that ends. Raises CniError after every claim has been tried."""
@@ -193,12 +194,18 @@ class Sandboxes:
             return []
 
     def _attach(
-        self, uid: str, pod_uid: str, sandbox: Sandbox, yield_turn: Callable[[], None] = keep_turn
+        self,
+        uid: str,
+        pod_uid: str,
+        sandbox: Sandbox,
+        yield_turn: Callable[[], None] = keep_turn,
+        networks: str = "",
     ) -> tuple[dict[str, tuple[int, int]], bool]:
         """Attach each device of the claim that is not.
 
         Returns (major, minor) by the device's path in a container, and whether a file in the container was replaced.
 
+        networks: the pod's annotation, of which the hook does not know.
         Raises CniError; what was attached before stays for the next try, and ends with the sandbox.
         """
         found: dict[str, tuple[int, int]] = {}
@@ -208,6 +215,8 @@ class Sandboxes:
                 raise CniError(
                     TRY_AGAIN_LATER, f"the resource claim {uid} is not prepared for this pod any more"
                 )
+            if (settled := _with_macs(claim, networks)) != claim:
+                self._claims.save(claim := settled)
             for device in claim.devices:
                 node = self._attached(claim, device, sandbox) or self._add(claim, device, sandbox, yield_turn)
                 found[_path(device)] = node
@@ -222,9 +231,8 @@ class Sandboxes:
         """Attach one device. Returns its (major, minor)."""
         where = f"{_name(claim)}, request {device.request}"
         try:
-            if self._store.load(
-                claim.attachment(device)
-            ):  # of an earlier sandbox, or of an ADD that was killed
+            # Of an earlier sandbox, or of an ADD that was killed.
+            if self._store.load(claim.attachment(device)):
                 self.end(claim, device)
             else:  # a container that is created meanwhile must not get the numbers of an earlier link
                 cdi.set_devices(self._cdi, claim.uid, {_path(device): None})
@@ -267,7 +275,9 @@ class Sandboxes:
             "CNI_PATH": self._cni_path,
             "PATH": os.environ.get("PATH", os.defpath),
         }
-        return Request(env, json.dumps(device.config).encode(), netns=fd, ifindex=device.ifindex)
+        config = device.config | ({"mac": device.mac} if device.mac else {})
+        stdin = json.dumps(config).encode()
+        return Request(env, stdin, netns=fd, ifindex=device.ifindex, function=device.function)
 
     @contextmanager
     def _locked(self, uid: str, yield_turn: Callable[[], None] = keep_turn) -> Iterator[None]:
@@ -301,6 +311,16 @@ def _leads_to(path: str, identity: tuple[int, int]) -> bool:
         status = os.stat(path)
         return (status.st_dev, status.st_ino) == identity
     return False
+
+
+def _with_macs(claim: Claim, networks: str) -> Claim:
+    """The claim with the MACs of the pod's annotation. Raises CniError 7 if that is not valid."""
+    rest = {key: iter(each) for key, each in macs(networks, claim.in_pod or claim.name).items()}
+    devices = [
+        replace(each, mac=next(rest.get(each.request.partition("/")[0], iter(())), each.mac))
+        for each in claim.devices
+    ]
+    return replace(claim, devices=tuple(devices))
 
 
 def _path(device: ClaimDevice) -> str:

@@ -1,14 +1,18 @@
 """The devices of the node's ResourceSlices, from the policy and the links. Must not use the network or gRPC.
 
 Each interface has as many devices as its capacity, all alike; of an SR-IOV entry each device is a virtual function. A
-device without its source, or a VF that an attachment without a claim holds, is left out: a scheduler must not choose
-it. A link without a carrier is no reason: the attribute shows it, and a class may select by it. Every attribute but the
-PCI address is always there, since a selector that reads a missing one fails.
+device without its source is left out, and one for each device or VF that an attachment without a claim holds: a
+scheduler must not choose it. A link without a carrier is no reason: the attribute shows it, and a class may select by
+it. Every attribute but those of PCI is always there, since a selector that reads a missing one fails.
+
+Where the API server knows devices that have several allocations at once, one stands for all of an interface that are
+alike, with a capacity of as many slots.
 """
 
 from __future__ import annotations
 
 import os
+from functools import cache
 
 from cni.agent.deviceplugin.devices import Held, devices, numa_node, offers, state
 from cni.config.claim import DRIVER, device_name
@@ -16,6 +20,7 @@ from cni.config.policy import IMPOSSIBLE, MODES
 from cni.dataclass import dataclass, field
 from cni.kernel.rtnl import IFF_LOWER_UP, IFF_RUNNING, IFF_UP
 from cni.kernel.sysfs import read_number
+from cni.state import deviceid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +35,10 @@ DEVICES = 128
 """Devices of a ResourceSlice at most (resource.k8s.io/v1, ResourceSliceMaxDevices)."""
 MOST = 4096
 """Devices of a node at most: more are left out. Each is 1 KiB for the API server and for every scheduler."""
-_PCI = "resource.kubernetes.io/pciBusID"
+PCI = "resource.kubernetes.io/pciBusID"
+SEVERAL = "allowMultipleAllocations"
+"""A field of a device. API servers without the feature gate DRAConsumableCapacity drop it."""
+_ROOT = "resource.kubernetes.io/pcieRoot"
 _TEXT = 64
 """Characters of a string attribute at most (DeviceAttributeMaxValueLength)."""
 _UP = IFF_UP | IFF_LOWER_UP | IFF_RUNNING
@@ -53,9 +61,11 @@ class Node:
     held: Mapping[str, str] = field(default_factory=dict)
     """PCI address of a VF → the id of the attachment that holds it."""
     claimed: Collection[str] = ()
-    """The names of devices of prepared claims, which stay."""
+    """The names of devices of prepared claims, which stay; that of a shared device as often as claims have it."""
     attached: Collection[str] = ()
     """The ids of the attachments of prepared claims."""
+    indexes: Collection[int] = ()
+    """The interface indexes that are reserved."""
 
     @property
     def foreign(self) -> Held:
@@ -71,19 +81,28 @@ class Node:
     def numbers(self, entry: Interface, offer: Offer, now: tuple[Device, ...]) -> Iterator[int]:
         """The numbers of the devices to offer.
 
-        VFs of one PF are alike. For each that cannot be used, one device is left out: the last that no claim has.
+        One that cannot be used, and that no claim has, is left out. Where an attachment without a claim has any of the
+        interface, or has taken a claim's VF, it is the last one that no claim has.
         """
-        if not offer.virtual:
-            yield from range(len(now))
-            return
         for pf in dict.fromkeys(each.pf for each in now):
             numbers = [number for number, each in enumerate(now) if each.pf == pf]
             taken = [number for number in numbers if device_name(entry.name, number) in self.claimed]
             free = [number for number in numbers if number not in taken]
-            # The fault of a PF, such as no carrier, is that of all its VFs.
-            down = state(pf, self.links, self.sysfs).fault
-            useless = 0 if down else sum(bool(now[number].fault) for number in numbers)
+            useless = 0
+            if not offer.virtual:
+                useless = len(deviceid.numbers(entry.name, self.indexes)) - len(taken)
+            elif not state(pf, self.links, self.sysfs).fault:  # such as no carrier: all its VFs have it
+                free = [number for number in free if not now[number].fault]
+                useless = sum(bool(now[number].fault) for number in taken)
             yield from sorted([*taken, *free[: max(0, len(free) - useless)]])
+
+    def slots(self, entry: Interface) -> int:
+        """How many claims may have the interface's shared device, those that have it now included."""
+        shared = device_name(entry.name, None)
+        others = len(deviceid.numbers(entry.name, self.indexes)) - sum(
+            each == shared for each in self.claimed
+        )
+        return entry.devices - others
 
     def attributes(self, link: Link, device: Device) -> dict[str, Any]:
         """The attributes that follow from the source's link."""
@@ -95,29 +114,36 @@ class Node:
             "speed": {"int": max(0, read_number(f"{folder}/speed") or 0)},
             "numaNode": {"int": -1 if numa is None else numa},
         }
-        if pci := _pci(f"{folder}/device"):
-            found[_PCI] = {"string": pci}
+        if pci := device.pci or _pci(f"{folder}/device"):
+            found[PCI] = {"string": pci}
+        if root := _pci_root(folder):  # which a PF and its VFs share
+            found[_ROOT] = {"string": root}
         return found
 
 
-def pool(interfaces: Iterable[Interface], node: Node) -> Pool:
-    """The node's devices, in the order of the policy."""
+def pool(interfaces: Iterable[Interface], node: Node, *, shares: bool = False) -> Pool:
+    """The node's devices, in the order of the policy. shares: whether a device may have several allocations."""
     entries = {entry.name: entry for entry in interfaces}
     found: list[dict[str, Any]] = []
     offered, left_out = offers(entries.values())
     for offer in offered:
         entry = entries[offer.name]
         now = devices(offer, node.links, node.sysfs, node.foreign)
-        for number in node.numbers(entry, offer, now):
-            source = now[number].pf or offer.sources[0]
+        of_link = cache(node.attributes)  # the devices of a NIC are alike, and each look reads sysfs
+        slots = node.slots(entry) if shares and not offer.virtual else None
+        numbers = node.numbers(entry, offer, now) if slots is None else [None] * (slots > 0)
+        for number in numbers:
+            device = now[number or 0]
+            source = device.pf or offer.sources[0]
             link = node.link(source)
             if link is None:
                 left_out[offer.name] = (f"{source} is not on this node", "plug it in, or correct the policy")
                 continue
-            attributes = {**_of_policy(entry, number, source), **node.attributes(link, now[number])}
-            if entry.functions:  # the NIC's address is not that of the function
-                attributes.pop(_PCI, None)
-            found.append({"name": device_name(entry.name, number), "attributes": attributes})
+            attributes = {**_of_policy(entry, number, source), **of_link(link, device)}
+            if entry.functions and not device.pci:  # it is not there yet, and the address is the PF's
+                attributes.pop(PCI, None)
+            one = {"name": device_name(entry.name, number), "attributes": attributes}
+            found.append(one if slots is None else one | _shared(slots))
     if len(found) > MOST:
         what = f"the policy has {len(found)} devices, and a node's slices {MOST}"
         left_out["*"] = (what, "lower the capacities")
@@ -129,7 +155,18 @@ def chunks(devices: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [devices[at : at + DEVICES] for at in range(0, len(devices), DEVICES)] or [[]]
 
 
-def _of_policy(entry: Interface, number: int, source: str) -> dict[str, Any]:
+def count(devices: Iterable[dict[str, Any]]) -> int:
+    """How many claims could have one of these devices at once."""
+    return sum(int(each["capacity"]["slots"]["value"]) if SEVERAL in each else 1 for each in devices)
+
+
+def _shared(slots: int) -> dict[str, Any]:
+    """The fields of a device of which a request gets one slot each."""
+    policy = {"default": "1", "validValues": ["1"]}
+    return {SEVERAL: True, "capacity": {"slots": {"value": str(slots), "requestPolicy": policy}}}
+
+
+def _of_policy(entry: Interface, number: int | None, source: str) -> dict[str, Any]:
     """The attributes that follow from the policy's entry."""
     modes = entry.modes or MODES
     name = device_name(entry.name, number)
@@ -159,3 +196,12 @@ def _pci(device: str) -> str:
         return os.path.basename(os.readlink(device)) if subsystem == "pci" else ""
     except OSError:
         return ""
+
+
+def _pci_root(link: str) -> str:
+    """The PCI host bridge of a NIC, as "pci0000:00"; "" without one. link: its entry of class/net in sysfs."""
+    try:
+        root = os.readlink(link).partition("/devices/")[2].partition("/")[0]
+    except OSError:
+        return ""
+    return root if root.startswith("pci") else ""

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from cni.agent.log import log
 from cni.agent.nri import nri_pb2 as api
 from cni.agent.nri.connection import PLUGIN, REQUEST, RESPONSE, RUNTIME, Connection, Message, ProtocolError
+from cni.config.claim import NETWORKS
 from cni.dataclass import dataclass
 from cni.errors import CniError, reason
 
@@ -69,6 +70,8 @@ class Pod:
     """The path of its network namespace; "" if it has none of its own."""
     pid: int
     """Of the sandbox's process; 0 if it has ended, or the runtime has none."""
+    networks: str = ""
+    """The pod's annotation config.claim.NETWORKS."""
 
 
 class Client:
@@ -244,4 +247,5 @@ class Client:
 
 def _pod(pod: api.PodSandbox) -> Pod:
     paths = [each.path for each in pod.linux.namespaces if each.type == "network"]
-    return Pod(pod.id, pod.namespace, pod.name, pod.uid, paths[0] if paths else "", pod.pid)
+    networks = pod.annotations.get(NETWORKS, "")
+    return Pod(pod.id, pod.namespace, pod.name, pod.uid, paths[0] if paths else "", pod.pid, networks)

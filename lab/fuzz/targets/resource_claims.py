@@ -1,4 +1,5 @@
-"""A ResourceClaim as the API server has it → config/claim.py; and the file of a prepared one → state/claims.py.
+"""A ResourceClaim as the API server has it, a pod's annotation → config/claim.py; the file of a prepared claim →
+state/claims.py.
 
 What the API server lets a user write is less than what is tried here.
 """
@@ -21,8 +22,9 @@ _POLICY = policy.of(
 
 
 def run(data: bytes) -> None:
-    """Decode data as both."""
+    """Decode data as all three."""
     _file(data)
+    _annotation(data)
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
@@ -44,6 +46,15 @@ def run(data: bytes) -> None:
     for each in found:
         assert not each.fields.keys() - {*claim.SHARED}
         _granted(each)
+
+
+def _annotation(data: bytes) -> None:
+    try:
+        found = claim.macs(data.decode(errors="replace"), "net")
+    except CniError as error:
+        claims.refused(error, (7,))
+        return
+    assert all(isinstance(mac, str) for each in found.values() for mac in each)
 
 
 def _granted(device: claim.Allocated) -> None:
@@ -75,4 +86,5 @@ def _file(data: bytes) -> None:
     assert files.decode(uid, json.dumps(asdict(found)).encode()) == found
 
 
-TARGET = Target(run, words=keys(schema.load("claim"), schema.load("netconf")), json=True)
+_WORDS = ("claimName", "requestName", "macs")
+TARGET = Target(run, words=(*keys(schema.load("claim"), schema.load("netconf")), *_WORDS), json=True)

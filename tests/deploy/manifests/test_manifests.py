@@ -172,7 +172,6 @@ def test_the_schemas_are_strict() -> None:
         ("overlays/k3s", K3S),
         ("overlays/openshift", OPENSHIFT),
         ("overlays/dra", DRA),
-        ("overlays/openshift-dra", OPENSHIFT | DRA),
     ],
 )
 def test_helm_and_kustomize_make_the_same(path: str, values: Document) -> None:

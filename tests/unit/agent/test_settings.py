@@ -25,6 +25,7 @@ WORDS = (
 
 @given(st.lists(WORDS, max_size=6))
 @example(["--run", "/run/x", "--no-dra", "--delegate-seconds=7", "--metrics", "", "--config", "file"])
+@example(["--run=--"])
 def test_flags_are_read_as_argparse_reads_them(argv: list[str]) -> None:
     plain = settings._plain(PROPERTIES, argv)
     output = io.StringIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -146,6 +147,47 @@ def test_a_claim_cannot_undo_what_its_class_narrows(field: dict[str, Any]) -> No
     assert only(claim(result(), configs=[config(field)])).ipam_of_claim == ("ipam" in field)
 
 
+MACS = ["02:00:00:00:00:01", "02:00:00:00:00:02"]
+
+
+@pytest.mark.parametrize(
+    ("networks", "found"),
+    [
+        ("", {}),
+        ("[]", {}),
+        ([{"claimName": "net", "requestName": "nic", "macs": MACS}], {"nic": MACS}),
+        (
+            [
+                {"claimName": "gpu", "requestName": "nic", "macs": 7},
+                {"claimName": "net", "requestName": "a", "macs": MACS[:1], "more": 1},
+                {"claimName": "net", "requestName": "b"},
+            ],
+            {"a": MACS[:1], "b": []},
+        ),
+    ],
+)
+def test_macs_of_the_pods_annotation(networks: object, found: dict[str, list[str]]) -> None:
+    text = networks if isinstance(networks, str) else json.dumps(networks)
+    assert claims.macs(text, "net") == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "7", "null", "{}x", '["net"]', "[[]]", '[{"requestName": "nic"}]', "[" * 100_000),
+        '[{"claimName": "net"}]',
+        '[{"claimName": "net", "requestName": ["nic"], "macs": []}]',
+        '[{"claimName": "net", "requestName": "nic", "macs": "02:00:00:00:00:01"}]',
+        '[{"claimName": "net", "requestName": "nic", "macs": {"a": 1}}]',
+        '[{"claimName": "net", "requestName": "nic", "macs": [7]}]',
+    ],
+)
+def test_an_annotation_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(CniError, match=f"annotation {re.escape(claims.NETWORKS)}") as refused:
+        claims.macs(text, "net")
+    assert len(str(refused.value)) < 500
+
+
 def test_an_interface_name_survives_the_pod_and_the_claim() -> None:
     template = {"annotations": {claims.POD_CLAIM: "nic"}}
     first = only(claim(result(), **template))
@@ -207,7 +249,7 @@ def test_device_names_are_dns_labels_that_lead_back(name: str) -> None:
         "interfaces": [{"name": each, "source": {"dev": "eth1"}} for each in dict.fromkeys([name, "a", "x"])]
     }
     found = policy.of("f", document)
-    for number in (0, 7, 99):
+    for number in (0, 7, 99, None):
         device = claims.device_name(name, number)
         assert len(device) <= 63
         assert device == device.lower()

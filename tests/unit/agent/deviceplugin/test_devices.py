@@ -243,6 +243,27 @@ def vf(root: Path, pf: str, number: int, *, numa: int = -1, driver: str | None =
     (root / "devices" / pf / f"virtfn{number}").symlink_to(device)
 
 
+@pytest.mark.parametrize(
+    ("attached", "claims", "claimed"),
+    [
+        ((), (), []),
+        ((0, 3), (), []),
+        ((0,), (3, 1), [1, 3]),
+        ((0,), (9, 8), [2, 3]),  # the capacity was lowered: an attached device stays healthy
+        ((0, 1, 2), (9, 8, 7), [3]),
+    ],
+)
+def test_as_many_as_claims_have_are_not_the_kubelets(
+    tmp_path: Path, attached: tuple[int, ...], claims: tuple[int, ...], claimed: list[int]
+) -> None:
+    held = {deviceid.ifindex("data", number): "a" for number in attached}
+    held |= {deviceid.ifindex("data", number): "c" for number in claims}
+    offer = Offer("data", ("eth1",), 4)
+    found = devices(offer, links(link("eth1", 2)), str(tmp_path), Held({}, held, {"c"}))
+    assert [number for number, each in enumerate(found) if each.claimed] == claimed
+    assert not any(each.fault for each in found)
+
+
 PFS = (link("pf0", 2), link("pf1", 3))
 VFS = tuple(
     link(f"{pf}v{number}", 10 * (at + 1) + number)
@@ -262,7 +283,10 @@ def test_each_virtual_function_of_the_pool_is_a_device(tmp_path: Path) -> None:
     pf(tmp_path, "pf0", 2, numa=0)
     pf(tmp_path, "pf1", 3, numa=1)
     found = devices(POOL, links(*PFS, *VFS), str(tmp_path), Held())
-    assert found == (Device(pf="pf0", node=0),) * 2 + (Device(pf="pf1", node=1),) * 3
+    assert found == (
+        *(Device(pf="pf0", node=0, pci=f"pf0:{number}") for number in range(2)),
+        *(Device(pf="pf1", node=1, pci=f"pf1:{number}") for number in range(3)),
+    )
     assert len(faults(replace(POOL, capacity=4), tmp_path, *PFS, *VFS)) == 4
 
 

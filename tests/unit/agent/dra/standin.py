@@ -47,9 +47,11 @@ class StandIn(Api):
             _, _, rest = path.partition("/namespaces/")
             found = self.claims.get(rest.replace("/resourceclaims", "").removesuffix("/status"))
             return Answer(200, copy.deepcopy(found)) if found else Answer(404, {"message": "not found"})
-        return self._slice(method, path, last, body)
+        return self._slice(method, path, last, body, dry="dryRun" in (query or {}))
 
-    def _slice(self, method: str, path: str, name: str, body: Mapping[str, Any] | None) -> Answer:
+    def _slice(
+        self, method: str, path: str, name: str, body: Mapping[str, Any] | None, *, dry: bool
+    ) -> Answer:
         assert path.startswith(SLICES)
         if method == "GET":
             return Answer(200, {"items": copy.deepcopy([*self.slices.values()])})
@@ -60,5 +62,6 @@ class StandIn(Api):
         for device in stored["spec"]["devices"]:
             for field in self.drops & device.keys():
                 del device[field]
-        self.slices[stored["metadata"]["name"]] = stored
+        if not dry:
+            self.slices[stored["metadata"]["name"]] = stored
         return Answer(200, copy.deepcopy(stored))

@@ -47,7 +47,7 @@ def test_a_stop_waits_for_no_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             [f"--run={tmp_path}/run", "--node=n", f"--kubelet={kubelet}/device-plugins"]
         )
         policies = Policies(f"{tmp_path}/interfaces.yaml", None, required=False)
-        driver = Driver(settings, policies, store, Registry(), lambda *_: None)
+        driver = Driver(settings, policies, store, Registry(), end=lambda *_: None, allocated=None)
         driver._claims.save(CLAIM)
         driver.start()
         driver.report(CLAIM, [record(CLAIM, DEVICE)])

@@ -15,7 +15,7 @@ from cni.agent.dra.metadata import Metadata
 from cni.agent.dra.prepare import Prepared, Preparing
 from cni.config import policy
 from cni.errors import CniError
-from cni.state import cdi
+from cni.state import cdi, deviceid
 from cni.state.claims import Claim, ClaimDevice, Claims
 from cni.state.record import Record, boot_id
 from cni.state.store import Store
@@ -36,6 +36,7 @@ class Node:
         self.folder = tmp_path
         self.api = StandIn()
         self.policy: policy.Policy | None = policy.of("f", FILE)
+        self.allocated: dict[int, str] = {}
         self.ended: list[str] = []
         self.end_error: CniError | None = None
         settings = agent_settings.load([f"--run={tmp_path}/run", f"--cdi={self.cdi}"])
@@ -48,6 +49,7 @@ class Node:
             policy=lambda: self.policy,
             attributes=lambda: {"dataplane-0": {"mtu": {"int": 1500}}},
             end=self._end,
+            allocated=lambda: self.allocated,
         )
 
     def _end(self, claim: Claim, device: ClaimDevice) -> None:
@@ -84,6 +86,16 @@ class Node:
     def reserved(self) -> dict[int, str]:
         return dict(self.store.reserved())
 
+    def prepare_another(self, number: int) -> int:
+        """Prepare the claim of another pod. Returns the number of the interface's device that it has reserved."""
+        uid = f"more{number}"
+        pod = [{"resource": "pods", "name": uid, "uid": uid}]
+        self.api.claims["vms/more"] = claim(result(device="dataplane-0"), reserved=pod, uid=uid)
+        self.preparing.prepare("vms", "more", uid)
+        held = [index for index, id in self.reserved().items() if id.startswith(uid)]
+        [found] = deviceid.numbers("dataplane", held)
+        return found
+
 
 @pytest.fixture
 def node(tmp_path: Path) -> Node:
@@ -100,7 +112,8 @@ def test_what_it_leaves_is_what_an_attach_needs(node: Node) -> None:
     assert (found.pod_uid, found.pod_name, found.namespace, found.name) == ("p1", "vm-a", "vms", "c")
     assert (device.ifname, device.mac, device.network) == ("net1", "02:00:00:00:00:07", "claim-nic")
     assert device.args == "IgnoreUnknown=1;K8S_POD_NAMESPACE=vms;K8S_POD_NAME=vm-a;K8S_POD_UID=p1"
-    assert node.reserved() == {device.ifindex: found.attachment(device)}
+    last = deviceid.ifindex("dataplane", 3)
+    assert node.reserved() == dict.fromkeys((device.ifindex, last), found.attachment(device))
     assert node.store.reserve_ifindex(found.attachment(device)) == device.ifindex  # what ADD does
 
 
@@ -326,7 +339,7 @@ def test_a_claim_that_another_pod_has_now_is_prepared_anew(node: Node) -> None:
     found = node.claims.load(UID)
     assert found
     assert (found.pod_uid, found.pod_name) == ("p2", "vm-b")
-    assert len(node.reserved()) == 1
+    assert {*node.reserved().values()} == {found.attachment(each) for each in found.devices}
 
 
 @pytest.mark.parametrize(
@@ -390,3 +403,75 @@ def test_the_spec_is_where_a_runtime_finds_it(node: Node) -> None:
     node.prepare()
     assert os.listdir(node.cdi) == [f"vmtap-claim-{UID}.json"]
     assert cdi.claim_path(str(node.cdi), UID) == f"{node.cdi}/vmtap-claim-{UID}.json"
+
+
+def test_a_later_call_keeps_the_mac_of_the_pods_annotation(node: Node) -> None:
+    node.offer(result(), annotations={"resource.kubernetes.io/pod-claim-name": "net"})
+    node.prepare()
+    found = node.claims.load(UID)
+    assert found
+    assert (found.in_pod, found.devices[0].mac) == ("net", None)
+    settled = replace(found, devices=(replace(found.devices[0], mac="02:00:00:00:00:09"),))
+    node.claims.save(settled)
+    node.prepare()
+    assert node.claims.load(UID) == settled
+
+
+def test_shares_of_one_device(node: Node) -> None:
+    """Two requests of one claim have two shares: two links, and each a part of the capacity."""
+    results = [result(each, "dataplane-shared", shareID=f"share-{each}") for each in ("a", "b")]
+    node.offer(*results)
+    assert [each.device for each in node.prepare()] == ["dataplane-shared"] * 2
+    found = node.claims.load(UID)
+    assert found
+    assert [each.share for each in found.devices] == ["share-a", "share-b"]
+    assert len({each.ifindex for each in found.devices} | {each.ifname for each in found.devices}) == 4
+    assert len(deviceid.numbers("dataplane", node.reserved())) == 2
+
+
+def test_a_virtual_function_is_no_shared_device(node: Node) -> None:
+    node.policy = policy.of("f", {"interfaces": [FILE["interfaces"][0] | {"type": "sr-iov"}]})
+    node.offer(result(device="dataplane-shared"))
+    assert "no interface of it now" in node.refusal()
+
+
+class TestCapacity:
+    """Of the interface dataplane, which has 4 devices for claims and the device plugin together."""
+
+    def test_claims_take_the_last_device_that_nobody_has(self, node: Node) -> None:
+        node.store.reserve_ifindex("attached", "dataplaneMvp3")
+        node.allocated = {deviceid.ifindex("dataplane", 1): "dataplaneMvp1"}  # and not attached yet
+        assert [node.prepare_another(number) for number in range(2)] == [2, 0]
+        files = node.files()
+        node.offer(result())
+        assert "dataplane has 4 devices, for claims and the device plugin together" in node.refusal()
+        assert node.files() == files
+        node.allocated = {}
+        node.prepare()
+
+    def test_the_device_plugin_does_not_get_a_claims_device(self, node: Node) -> None:
+        node.prepare()
+        with pytest.raises(CniError, match="has it still"):
+            node.store.reserve_ifindex("attached", "dataplaneMvp3")
+        node.preparing.unprepare(UID)
+        node.store.reserve_ifindex("attached", "dataplaneMvp3")
+
+    def test_a_lower_capacity_leaves_what_is_there_and_counts_it(self, node: Node) -> None:
+        node.prepare()
+        node.prepare_another(1)
+        files = node.files()
+        node.policy = policy.of("f", {"interfaces": [FILE["interfaces"][0] | {"capacity": 2}]})
+        node.prepare()
+        assert node.files() == files
+        with pytest.raises(CniError, match="all are taken"):
+            node.prepare_another(2)
+
+    def test_what_an_attach_ends_keeps_the_device(self, node: Node) -> None:
+        """An attachment's end forgets its record, and the claim stays."""
+        node.prepare()
+        reserved = node.reserved()
+        found = node.claims.load(UID)
+        assert found
+        [device] = found.devices
+        node.store.forget_id(found.attachment(device), keep=device.ifindex)
+        assert node.reserved() == reserved

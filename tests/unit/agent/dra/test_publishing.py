@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cni.agent.dra.publishing import Publishing
+from cni.agent.dra.slices import SEVERAL
 from cni.errors import CniError
 from tests.unit.agent.dra.standin import StandIn
 
@@ -100,3 +101,24 @@ def test_names_are_short_enough(api: StandIn) -> None:
     names = {each["metadata"]["name"] for each in api.bodies}
     assert len(names) == 2
     assert max(map(len, names)) <= 253
+
+
+@pytest.mark.parametrize("drops", [set(), {SEVERAL}])
+def test_what_the_server_would_store_is_found_out_without_a_change(api: StandIn, drops: set[str]) -> None:
+    api.drops = drops
+    publishing = Publishing(api, NODE)
+    assert not publishing.shares
+    publishing.ask()
+    assert publishing.shares is not bool(drops)
+    assert api.slices == {}
+
+
+def test_a_server_that_loses_the_feature(api: StandIn) -> None:
+    publishing = Publishing(api, NODE)
+    publishing.ask()
+    several = [{**each, SEVERAL: True} for each in devices(1)]
+    publishing.publish(several)
+    assert publishing.shares
+    api.drops = {SEVERAL}
+    publishing.publish([*several, *devices(1)])
+    assert not publishing.shares

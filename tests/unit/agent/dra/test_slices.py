@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from cni.agent.dra.slices import MOST, Node, chunks, pool
+from cni.agent.dra.slices import MOST, SEVERAL, Node, chunks, count, pool
 from cni.config import policy
 from cni.kernel.rtnl import IFF_LOWER_UP, IFF_RUNNING, IFF_UP
+from cni.state import deviceid
 from tests.unit.agent.deviceplugin.test_devices import link
 
 NIC = "eth1"
@@ -65,6 +66,7 @@ def test_attributes(sysfs: Path) -> None:
         "speed": 10000,
         "numaNode": 1,
         "resource.kubernetes.io/pciBusID": "0000:00:05.0",
+        "resource.kubernetes.io/pcieRoot": "pci0000:00",
         "k8s.cni.cncf.io/deviceID": "data-1",
         "k8s.cni.cncf.io/resourceName": "vmtap.dev/data",
     }
@@ -101,6 +103,63 @@ def test_a_source_that_is_away_has_no_devices(sysfs: Path) -> None:
     assert found.left_out == {"gone": ("eth9 is not on this node", "plug it in, or correct the policy")}
 
 
+@pytest.mark.parametrize(
+    ("attached", "claims", "offered"),
+    [
+        ((), (), [0, 1, 2, 3]),
+        ((0,), (), [0, 1, 2]),  # by the device plugin
+        ((), (3,), [0, 1, 2, 3]),  # the claim's own stays
+        ((0, 1), (3, 2), [2, 3]),
+        ((5,), (3,), [0, 1, 3]),  # the capacity was lowered
+        ((), (7, 6, 5), [0]),
+        ((0, 1, 2, 3, 4), (), []),
+    ],
+)
+def test_one_capacity_for_the_device_plugin_and_claims(
+    sysfs: Path, attached: tuple[int, ...], claims: tuple[int, ...], offered: list[int]
+) -> None:
+    """Each claim's device has its number, as has the device that it has reserved."""
+    indexes = [deviceid.ifindex("data", number) for number in (*attached, *claims)]
+    elsewhere = [7, deviceid.ifindex("other", 0), 0x10000000]
+    claimed = [f"data-{number}" for number in claims]
+    there = node(sysfs, claimed=claimed, indexes=[*indexes, *elsewhere])
+    found = pool(interfaces(entry(capacity=4)), there).devices
+    assert [each["name"] for each in found] == [f"data-{number}" for number in offered]
+
+
+@pytest.mark.parametrize(
+    ("attached", "shared", "numbered", "slots"),
+    [
+        ((), 0, 0, 4),
+        ((0,), 2, 0, 3),  # by the device plugin
+        ((), 0, 1, 3),  # a claim from before the API server had the feature
+        ((0, 1), 1, 1, 1),
+        ((0, 1, 2, 3), 0, 0, None),
+        ((5,), 3, 0, 3),  # the capacity was lowered
+    ],
+)
+def test_one_device_with_slots(
+    sysfs: Path, attached: tuple[int, ...], shared: int, numbered: int, slots: int | None
+) -> None:
+    held = [*attached, *range(10, 10 + shared + numbered)]
+    there = node(
+        sysfs,
+        claimed=["data-shared"] * shared + ["data-0"] * numbered,
+        indexes=[deviceid.ifindex("data", number) for number in held],
+    )
+    devices = pool(interfaces(entry(capacity=4)), there, shares=True).devices
+    assert count(devices) == (slots or 0)
+    if slots is None:
+        assert devices == []
+        return
+    [device] = devices
+    assert (device["name"], device[SEVERAL]) == ("data-shared", True)
+    policy = {"default": "1", "validValues": ["1"]}
+    assert device["capacity"] == {"slots": {"value": str(slots), "requestPolicy": policy}}
+    assert values(device)["k8s.cni.cncf.io/deviceID"] == "data-shared"
+    assert values(device)["carrier"] is True
+
+
 class TestVirtualFunctions:
     @pytest.fixture
     def vfs(self, sysfs: Path) -> Path:
@@ -120,19 +179,40 @@ class TestVirtualFunctions:
         names = [NIC, *(f"vf{number}" for number in range(4))]
         there = Node({name: link(name, at) for at, name in enumerate(names, 2)}, str(sysfs), **more)
         devices = pool(interfaces(entry(type="sr-iov")), there).devices
-        assert not any("resource.kubernetes.io/pciBusID" in each["attributes"] for each in devices)
+        for each in devices:
+            number = each["name"].rpartition("-")[2]
+            assert values(each)["resource.kubernetes.io/pciBusID"] == f"0000:00:06.{number}"
+            assert values(each)["resource.kubernetes.io/pcieRoot"] == "pci0000:00"
         return [each["name"] for each in devices]
 
     def test_each_is_a_device(self, vfs: Path) -> None:
         assert self.found(vfs) == ["data-0", "data-1", "data-2", "data-3"]
+        there = Node({NIC: link(NIC, 2)}, str(vfs))
+        found = pool(interfaces(entry(type="sr-iov")), there, shares=True).devices
+        assert not any(SEVERAL in each for each in found)
 
     def test_one_that_a_cni_attachment_has_is_left_out(self, vfs: Path) -> None:
-        assert self.found(vfs, held={"0000:00:06.0": "a-1"}) == ["data-0", "data-1", "data-2"]
+        assert self.found(vfs, held={"0000:00:06.0": "a-1"}) == ["data-1", "data-2", "data-3"]
 
     def test_one_that_a_claim_has_stays(self, vfs: Path) -> None:
         held = {"0000:00:06.0": "a-1", "0000:00:06.2": "c-1"}
+        assert self.found(vfs, held=held, attached={"c-1"}, claimed={"data-3"}) == [
+            "data-1",
+            "data-2",
+            "data-3",
+        ]
+
+    def test_one_that_was_taken_from_a_claim_costs_another(self, vfs: Path) -> None:
+        held = {"0000:00:06.3": "a-1", "0000:00:06.0": "c-1"}
         assert self.found(vfs, held=held, attached={"c-1"}, claimed={"data-3"}) == [
             "data-0",
             "data-1",
             "data-3",
         ]
+
+    def test_one_that_is_not_there_yet_has_no_address(self, vfs: Path) -> None:
+        for number in range(4):
+            (vfs / f"devices/pci0000:00/0000:00:05.0/virtfn{number}").unlink()
+        there = Node({NIC: link(NIC, 2)}, str(vfs))
+        [device] = pool(interfaces(entry(type="sr-iov", vfs=1)), there).devices
+        assert "resource.kubernetes.io/pciBusID" not in device["attributes"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cni.agent.nri import nri_pb2 as api
 from cni.agent.nri.client import Client, Pod
 from cni.agent.nri.connection import MOST, PLUGIN, RUNTIME, Connection, ProtocolError
+from cni.config.claim import NETWORKS
 from cni.errors import CniError
 from tests.unit.agent.nri.runtime import HEADER, Plugin, Runtime
 from tests.waiting import LIMIT, until
@@ -28,6 +29,7 @@ SANDBOX = api.PodSandbox(
     uid="u1",
     namespace="vms",
     pid=7,
+    annotations={NETWORKS: "[]", "another": "x"},
     linux=api.LinuxPodSandbox(
         namespaces=[
             api.LinuxNamespace(type="ipc"),
@@ -35,7 +37,7 @@ SANDBOX = api.PodSandbox(
         ]
     ),
 )
-POD = Pod("s1", "vms", "vm", "u1", "/run/netns/a", 7)
+POD = Pod("s1", "vms", "vm", "u1", "/run/netns/a", 7, "[]")
 RUN = api.StateChangeEvent(event=api.RUN_POD_SANDBOX, pod=SANDBOX)
 STOP = api.StateChangeEvent(event=api.STOP_POD_SANDBOX, pod=SANDBOX)
 
