@@ -329,9 +329,8 @@ def _claims(
         cni_path=os.path.dirname(settings.hook),
         cdi=settings.cdi,
     )
-    driver = Driver(
-        settings, agent.policies, store, registry, end=sandboxes.end, allocated=agent.node.allocated
-    )
+    end, allocated = sandboxes.end, agent.node.allocated
+    driver = Driver(settings, agent.policies, store, registry, end=end, allocated=allocated)
     client = Client(settings.nri, sandboxes)
     agent.hook, agent.claims = sandboxes.hook, lambda: driver.state() | client.state()
     return [driver, client]
@@ -341,9 +340,8 @@ def _pages(path: str, agent: Agent, broker: Broker, registry: metrics.Registry) 
     """Serve health and metrics. A server that cannot listen is logged and left out: pods must start all the same."""
 
     def text() -> Answer:
-        body = registry.render(
-            lambda name, error: log(WARNING, "a metric is left out", metric=name, error=str(error))
-        )
+        warn = "a metric is left out"
+        body = registry.render(lambda name, error: log(WARNING, warn, metric=name, error=str(error)))
         return Answer(HTTPStatus.OK, metrics.CONTENT_TYPE, body)
 
     live = {"socket": lambda: health.served(path), "broker": broker.stuck}

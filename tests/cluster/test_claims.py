@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cni.config.claim import DRIVER
+from cni.config.claim import DRIVER, NETWORKS
 from cni.state.claims import Claim, Claims
 from lab.kubernetes.client import KUBECTL_PAUSE
 from lab.kubernetes.cluster import NODE
@@ -148,6 +148,12 @@ def test_the_policy_is_in_slices_that_are_the_nodes(dra: Dra) -> None:
     assert first["bridge"] is first["vepa"] is first["pepa"] is first["carrier"] is True
 
 
+def test_a_server_without_shared_devices_gets_single_ones(dra: Dra) -> None:
+    """The API server of 1.34 drops the field, which a dry run shows; nothing of that is stored."""
+    assert {name.rpartition("-")[2] for name in dra.devices()} == {str(each) for each in range(CAPACITY)}
+    assert "drops fields" not in dra.log()
+
+
 def test_slices_follow_the_policy(dra: Dra) -> None:
     values = dra.release.values["interfaces"]
     more = {"name": "one-more", "source": {"dev": NIC}, "modes": ["vepa"], "vlans": [7], "capacity": 200}
@@ -217,6 +223,35 @@ def test_selectors(dra: Dra) -> None:
     dra.wait_event("second", "cannot allocate all claims")
     dra.delete("chosen")
     dra.wait_prepared("second")
+
+
+def unscheduled(dra: Dra, name: str) -> str:
+    """The scheduler's message about a pod that it has placed nowhere; "" if there is none."""
+    conditions = dra.cluster.get("pod", name)["status"].get("conditions") or []
+    found = [each for each in conditions if (each["type"], each["status"]) == ("PodScheduled", "False")]
+    return str(found[0]["message"]) if found else ""
+
+
+def test_selectors_by_mode_carrier_and_numa_node(dra: Dra) -> None:
+    """A selector that matches nothing leaves the pod Pending, and one that matches later places it."""
+    dra.cluster.apply(
+        device_class("here", "mine.bridge && mine.carrier && mine.numaNode < 1"),
+        device_class("elsewhere", "mine.bridge && mine.numaNode == 7"),
+        *(template(name, name) for name in ("here", "elsewhere")),
+        claiming("placed", "here"),
+        claiming("pending", "elsewhere"),
+    )
+    dra.wait_prepared("placed")
+    dra.wait(lambda: "cannot allocate all claims" in unscheduled(dra, "pending"), "it is not Pending")
+    dra.cluster.lab.node.ip(f"link set {NIC} down")
+    try:
+        dra.wait(lambda: not any(each["carrier"] for each in dra.devices().values()), "there is a carrier")
+        dra.cluster.apply(claiming("waits", "here"))
+        dra.wait(lambda: "cannot allocate all claims" in unscheduled(dra, "waits"), "it is not Pending")
+    finally:
+        dra.cluster.lab.node.ip(f"link set {NIC} up")
+    dra.wait_prepared("waits")
+    assert unscheduled(dra, "pending")
 
 
 def test_one_capacity_for_claims_and_the_device_plugin(dra: Dra) -> None:
@@ -397,6 +432,17 @@ def test_the_mac_stays_when_the_pod_is_made_again(dra: Dra, runs: str) -> None:
     [after] = dra.release.records()
     assert after["container_id"] != before["container_id"]
     assert after["mac"] == before["mac"]
+
+
+def test_a_mac_of_the_pods_annotation(dra: Dra) -> None:
+    """By containerd's NRI."""
+    document = claiming("asks", "nic")
+    macs = [{"claimName": "net", "requestName": "nic", "macs": ["02:00:00:00:0d:02"]}]
+    document["metadata"]["annotations"][NETWORKS] = json.dumps(macs)
+    dra.cluster.apply(template("nic", "any", {"ifname": "net1"}), document)
+    ready(dra, "asks")
+    assert [record["mac"] for record in dra.release.records()] == ["02:00:00:00:0d:02"]
+    assert inside(dra, "asks", "busybox cat /sys/class/net/net1/address") == "02:00:00:00:0d:02"
 
 
 def test_a_container_and_the_runtime_start_again(dra: Dra, runs: str) -> None:

@@ -15,9 +15,10 @@ from cni.agent.dra.metadata import Metadata
 from cni.agent.dra.prepare import Prepared, Preparing
 from cni.config import policy
 from cni.errors import CniError
+from cni.kernel.vf_settings import VfSettings
 from cni.state import cdi, deviceid
 from cni.state.claims import Claim, ClaimDevice, Claims
-from cni.state.record import Record, boot_id
+from cni.state.record import Record, VfLink, VirtualFunction, boot_id
 from cni.state.store import Store
 from tests.unit.agent.dra.standin import StandIn
 from tests.unit.config.test_claim import claim, config, result
@@ -217,6 +218,21 @@ def test_metadata_of_a_device_that_two_requests_share(node: Node) -> None:
     for number, mac in enumerate(names.values()):
         [request] = json.loads(Path(mounts[number][0]).read_text())["requests"]
         assert [each["networkData"]["hardwareAddress"] for each in request["devices"]] == [mac]
+
+
+def test_metadata_has_the_address_of_the_function_that_was_taken(node: Node, tmp_path: Path) -> None:
+    """Which another attachment may have made another one than that of the slices."""
+    node.prepare()
+    found = node.claims.load(UID)
+    assert found
+    link = VfLink("02:00:00:00:00:03", 1500, 0, "", ipv6=True, pinned=False)
+    function = VirtualFunction("0000:01:10.2", 1, "igbvf", VfSettings(), VfSettings(), link)
+    Metadata(f"{tmp_path}/run").attached(found, [replace(record(found, found.devices[0]), vf=function)])
+    document = json.loads((tmp_path / f"run/metadata/{UID}/nic.json").read_text())
+    assert document["requests"][0]["devices"][0]["attributes"] == {
+        "mtu": {"int": 1500},
+        "resource.kubernetes.io/pciBusID": {"string": "0000:01:10.2"},
+    }
 
 
 def record(claim: Claim, device: ClaimDevice) -> Record:
