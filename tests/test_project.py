@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -147,24 +148,18 @@ def test_an_attachments_life_imports_nothing_heavy(lab: Lab, plugin: Plugin) -> 
     ("flags", "heavy"),
     [([], AGENT_HEAVY), (["--device-plugin"], {"ssl", "argparse", "jsonschema", "pyroute2"})],
 )
-def test_an_agent_keeps_nothing_heavy(lab: Lab, tmp_path: Path, flags: list[str], heavy: set[str]) -> None:
-    policy = tmp_path / "interfaces.yaml"
-    policy.write_text("interfaces: [{name: data, source: {dev: eth1}}]\n")
-    folders = [
-        "--run",
-        str(tmp_path / "run"),
-        "--policy",
-        str(policy),
-        "--kubelet",
-        str(tmp_path / "kubelet"),
-    ]
-    served = ["--metrics", "127.0.0.1:0", "--health=127.0.0.1:0", "--delegate-seconds", "9", *flags]
-    done = subprocess.run(
-        lab.node.argv([sys.executable, "-I", "-c", AGENT_MODULES, *folders, *served]),
-        capture_output=True,
-        timeout=LIMIT,
-        check=False,
-    )
+def test_an_agent_keeps_nothing_heavy(lab: Lab, flags: list[str], heavy: set[str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="vmtap-") as folder:  # short, as the kubelet's folder has sockets
+        policy = Path(folder) / "interfaces.yaml"
+        policy.write_text("interfaces: [{name: data, source: {dev: eth1}}]\n")
+        files = ["--run", f"{folder}/run", "--policy", str(policy), f"--kubelet={folder}/kubelet"]
+        served = ["--metrics", "127.0.0.1:0", "--health=127.0.0.1:0", "--delegate-seconds", "9", *flags]
+        done = subprocess.run(
+            lab.node.argv([sys.executable, "-I", "-c", AGENT_MODULES, *files, *served]),
+            capture_output=True,
+            timeout=LIMIT,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
     modules = set(json.loads(done.stdout))
     assert ("grpc" in modules) == bool(flags)
