@@ -148,21 +148,14 @@ def test_an_attachments_life_imports_nothing_heavy(lab: Lab, plugin: Plugin) -> 
     ("flags", "heavy"),
     [([], AGENT_HEAVY), (["--device-plugin"], {"ssl", "argparse", "jsonschema", "pyroute2"})],
 )
-def test_an_agent_keeps_nothing_heavy(lab: Lab, tmp_path: Path, flags: list[str], heavy: set[str]) -> None:
-    policy = tmp_path / "interfaces.yaml"
-    policy.write_text("interfaces: [{name: data, source: {dev: eth1}}]\n")
-    with tempfile.TemporaryDirectory() as short:  # a unix socket's path is short
-        folders = [
-            "--run",
-            str(tmp_path / "run"),
-            "--policy",
-            str(policy),
-            "--kubelet",
-            short,
-        ]
+def test_an_agent_keeps_nothing_heavy(lab: Lab, flags: list[str], heavy: set[str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="vmtap-") as folder:  # short, as the kubelet's folder has sockets
+        policy = Path(folder) / "interfaces.yaml"
+        policy.write_text("interfaces: [{name: data, source: {dev: eth1}}]\n")
+        files = ["--run", f"{folder}/run", "--policy", str(policy), f"--kubelet={folder}/kubelet"]
         served = ["--metrics", "127.0.0.1:0", "--health=127.0.0.1:0", "--delegate-seconds", "9", *flags]
         done = subprocess.run(
-            lab.node.argv([sys.executable, "-I", "-c", AGENT_MODULES, *folders, *served]),
+            lab.node.argv([sys.executable, "-I", "-c", AGENT_MODULES, *files, *served]),
             capture_output=True,
             timeout=LIMIT,
             check=False,
