@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from cni.ctl.lldp import Neighbour
     from cni.ctl.open_devices import Holder
+    from cni.kernel.lldp import Neighbour
     from cni.kernel.rtnl import Link
     from cni.state.claims import Claim, ClaimDevice
     from cni.state.record import Record

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from cni.ctl.lldp import Evb, Neighbour
+    from cni.kernel.lldp import Evb, Neighbour
     from cni.kernel.rtnl import Link
 
 _ETHERTYPE = 0x88B5

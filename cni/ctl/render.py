@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from cni.ctl.finding import Finding
     from cni.ctl.inventory import Attachment, Node, Source, Traffic
-    from cni.ctl.lldp import Evb
     from cni.ctl.probe import Probe
+    from cni.kernel.lldp import Evb
     from cni.state.port_profile import Port
 
 STATUS = {

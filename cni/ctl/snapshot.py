@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from cni.config.policy import Policy
-    from cni.ctl.lldp import Neighbour
     from cni.ctl.locations import Settings
     from cni.ctl.open_devices import Holder
+    from cni.kernel.lldp import Neighbour
     from cni.kernel.rtnl import Link
     from cni.kernel.sysfs import Sysfs
     from cni.state.claims import Claim

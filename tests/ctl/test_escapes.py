@@ -18,6 +18,7 @@ from cni.ctl.finding import Finding
 from cni.ctl.inventory import Attachment, Node, Source
 from cni.ctl.open_devices import Holder
 from cni.errors import CniError
+from cni.kernel.lldp import Neighbour, parse
 from cni.names import printable
 from cni.state.probe_results import Probed
 from cni.state.record import Record
@@ -39,7 +40,7 @@ def _node() -> Node:
         args=f"K8S_POD_NAMESPACE={EVIL};K8S_POD_NAME={EVIL}",
     )  # fmt: skip
     holder = Holder(1, 107, EVIL, EVIL, 1)
-    source = Source(EVIL, None, nics=(EVIL,), neighbours=(lldp.Neighbour(EVIL, EVIL),))
+    source = Source(EVIL, None, nics=(EVIL,), neighbours=(Neighbour(EVIL, EVIL),))
     attachment = Attachment(record, datetime.now(UTC), "in use", holders=(holder,))
     return Node(EVIL, datetime.now(UTC), (source,), (attachment,), {EVIL: EVIL})
 
@@ -49,7 +50,7 @@ def evil(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "take", lambda *_, **__: _node())
     monkeypatch.setattr(doctor, "examine", lambda _: [Finding(EVIL, "error", f"{EVIL}\n{EVIL}", EVIL)])
     found = Probed(EVIL, False, EVIL, EVIL, 1, "b")
-    made = probe.Probe(found, 1.0, {EVIL: lldp.Neighbour(EVIL, EVIL)}, {})
+    made = probe.Probe(found, 1.0, {EVIL: Neighbour(EVIL, EVIL)}, {})
     monkeypatch.setattr(probe, "run", lambda *_: made)
     monkeypatch.setattr(watch, "_News", _NoNews)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # SIGPIPE would end what runs the tests
@@ -118,7 +119,7 @@ def test_errors(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def test_lldp_from_the_wire_and_from_lldpd() -> None:
     tlv = bytes([5 << 1, 4]) + b"\x1b[2J"
     frame = bytes(14) + bytes([1 << 1, 3, 7]) + b"\x9b1" + bytes([2 << 1, 3, 5]) + b"p\n" + tlv + bytes(2)
-    assert lldp.parse(frame) == lldp.Neighbour(r"\u001b[2J", r"p\n")
+    assert parse(frame) == Neighbour(r"\u001b[2J", r"p\n")
     port = [{"id": [{"type": "ifname", "value": "p\n"}]}]
     known = {
         "lldp": [{"interface": [{"name": "eth1", "chassis": [{"name": [{"value": EVIL}]}], "port": port}]}]

@@ -15,6 +15,7 @@ import pytest
 from cni.ctl import __main__ as vmtapctl
 from cni.ctl import doctor, lldp
 from cni.ctl.finding import Finding
+from cni.kernel.lldp import Neighbour
 from tests.ctl.conftest import Ctl
 from tests.ctl.test_inventory import KEYS
 from tests.runner import BIN
@@ -137,7 +138,7 @@ def test_what_lldpd_says() -> None:
         "port": [{"id": [mac], "descr": [{"value": "node"}], "ttl": [{"value": "120"}]}],
     }
     assert lldp.of_lldpcli(json.dumps({"lldp": [{"interface": [interface]}]}).encode()) == {
-        "eth1": lldp.Neighbour("leaf-12", "node")
+        "eth1": Neighbour("leaf-12", "node")
     }
     assert lldp.of_lldpcli(b'{"lldp": [{}]}') == {}
 

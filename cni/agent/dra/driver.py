@@ -1,9 +1,9 @@
 """The driver's thread: serves the kubelet, and keeps the slices as policy and links are.
 
-It waits for events: of links, of PCI devices, of the folders of the policy, of the kubelet and of what attachments
-hold, and registrations. After each it looks at all of it. The slices are compared with the API server's
-when they should change, some times after each registration, since the kubelet that starts removes all of the node's,
-and else every _AGAIN seconds.
+It waits for events: of links, of PCI devices, of switches (LLDP), of the folders of the policy, of the kubelet and of
+what attachments hold, and registrations. After each it looks at all of it. The slices are compared with the API
+server's when they should change, some times after each registration, since the kubelet that starts removes all of the
+node's, and else every _AGAIN seconds.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cni.agent.dra.publishing import Publishing
 from cni.agent.dra.serving import Sockets
 from cni.agent.dra.slices import Node, Pool, count, pool
 from cni.agent.dra.status import Status
+from cni.agent.dra.switches import Switches
 from cni.agent.inotify import Folders
 from cni.agent.log import log
 from cni.errors import CniError, reason
@@ -138,19 +139,24 @@ class Driver:
         registry.computed(
             "vmtap_dra_prepared", "Prepared claims.", look=lambda: {(): len(self._claims.all())}
         )
+        self._open(policies.path)
+
+    def _open(self, policy: str) -> None:
+        """Open the sources of events; policy: its path. Raises OSError."""
         with ExitStack() as stack:
             self._links = stack.enter_context(closing(Links()))
             self._pci = stack.enter_context(closing(PciEvents()))
             watched = (
                 f"{self._kubelet}/plugins_registry",
-                os.path.dirname(policies.path),
-                store.functions,
-                f"{settings.run}/claims",
+                os.path.dirname(policy),
+                self._store.functions,
+                f"{self._settings.run}/claims",
             )
             self._folders = stack.enter_context(closing(Folders(watched)))
             # Without the device plugin, only claims take devices.
-            indexes = (f"{settings.run}/ifindex",) if settings.device_plugin else ()
+            indexes = (f"{self._settings.run}/ifindex",) if self._settings.device_plugin else ()
             self._indexes = stack.enter_context(closing(Folders(indexes)))
+            self._switches = stack.enter_context(closing(Switches()))
             sysfs = mount.detached(b"sysfs")
             stack.callback(os.close, sysfs)
             self._sysfs = f"/proc/self/fd/{sysfs}"
@@ -201,7 +207,7 @@ class Driver:
 
     def _run(self) -> None:
         poll = select.poll()
-        for each in (self._links, self._pci, self._folders, self._indexes, self._woken):
+        for each in (self._links, self._pci, self._folders, self._indexes, self._switches, self._woken):
             poll.register(each, select.POLLIN)
         with self._stack:
             while not self._stopping:
@@ -229,7 +235,11 @@ class Driver:
     def _wait(self, poll: select.poll) -> None:
         """Return at an event that may change the slices, or when the next comparison is due."""
         sources = {str(each["attributes"]["source"]["string"]) for each in self._pool.devices}
-        quiet = {self._links.fileno(): lambda: self._links.take(sources), self._pci.fileno(): self._pci.take}
+        quiet = {
+            self._links.fileno(): lambda: self._links.take(sources),
+            self._pci.fileno(): self._pci.take,
+            self._switches.fileno(): self._switches.take,
+        }
         due = self._due[0] if self._due else time.monotonic() + _AGAIN
         poll.modify(self._indexes, select.POLLIN)
         while not self._stopping:
@@ -250,6 +260,7 @@ class Driver:
         self._indexes.take()
         self._links.take()
         self._pci.take()
+        self._switches.take()
         if self._sockets and not self._sockets.there:
             log(INFO, "the driver's socket was removed: serving a new one")
             self._sockets.close()
@@ -299,19 +310,23 @@ class Driver:
         except CniError:  # no valid policy so far: logged where it was read
             policy = None
         claims = self._claims.all()
+        links = self._links.by_name()
         node = Node(
-            self._links.by_name(),
+            links,
             self._sysfs,
             dict(self._store.functions_held()),
             [each.device for claim in claims for each in claim.devices],
             {claim.attachment(each) for claim in claims for each in claim.devices},
             [index for index, _ in self._store.reserved()],
+            self._switches.neighbours(),
         )
         found = pool(policy.interfaces if policy else (), node, shares=self._publishing.shares)
         for name, (why, next_step) in found.left_out.items():
             if self._pool.left_out.get(name) != (why, next_step):
                 log(WARNING, "an interface is not in the slices", interface=name, why=why, next=next_step)
         self._pool = found
+        sources = {str(each["attributes"]["source"]["string"]) for each in found.devices}
+        self._switches.listen({name: links[name].index for name in sources & links.keys()})
 
 
 def _server() -> tuple[str, int]:

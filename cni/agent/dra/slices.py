@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from cni.agent.deviceplugin.devices import Device, Offer
     from cni.config.policy import Interface
+    from cni.kernel.lldp import Neighbour
     from cni.kernel.rtnl import Link
 
 DEVICES = 128
@@ -66,6 +67,8 @@ class Node:
     """The ids of the attachments of prepared claims."""
     indexes: Collection[int] = ()
     """The interface indexes that are reserved."""
+    neighbours: Mapping[str, Neighbour] = field(default_factory=dict)
+    """The switch ports that LLDP has stated, by NIC."""
 
     @property
     def foreign(self) -> Held:
@@ -107,12 +110,15 @@ class Node:
     def attributes(self, link: Link, device: Device) -> dict[str, Any]:
         """The attributes that follow from the source's link."""
         folder = f"{self.sysfs}/class/net/{link.name}"
+        neighbour = self.neighbours.get(link.name)
         numa = device.node if device.node is not None else numa_node(link, self.links, self.sysfs)
         found: dict[str, Any] = {
             "mtu": {"int": link.mtu},
             "carrier": {"bool": link.flags & _UP == _UP},
             "speed": {"int": max(0, read_number(f"{folder}/speed") or 0)},
             "numaNode": {"int": -1 if numa is None else numa},
+            "switch": {"string": _short(neighbour.system if neighbour else "")},
+            "switchPort": {"string": _short(neighbour.port if neighbour else "")},
         }
         if pci := device.pci or _pci(f"{folder}/device"):
             found[PCI] = {"string": pci}
@@ -187,6 +193,11 @@ def _vlans(entry: Interface) -> str:
         return "any"
     text = f",{','.join(map(str, entry.vlans))},"
     return text if len(text) <= _TEXT else "many"
+
+
+def _short(text: str) -> str:
+    """As much of the text as an attribute may have."""
+    return text.encode()[:_TEXT].decode(errors="ignore")
 
 
 def _pci(device: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cni.ctl import lldp
+from cni.kernel import lldp as frames
 from lab.fuzz import claims
 from lab.fuzz.targets import Target
 
@@ -11,9 +12,10 @@ _IDENTIFIER = bytes.fromhex("0080c20d")
 
 def run(data: bytes) -> None:
     """Parse data as a frame and as the output of lldpcli: what comes of it may be printed on a terminal."""
-    if neighbour := lldp.parse(data):
+    if neighbour := frames.parse(data):
         _shown(neighbour)
-    if evb := lldp.parse_evb(data):
+    assert 0 <= frames.seconds(data) < 1 << 16
+    if evb := frames.parse_evb(data):
         claims.typed(evb)
         assert _IDENTIFIER in data
     try:
@@ -25,7 +27,7 @@ def run(data: bytes) -> None:
         _shown(each)
 
 
-def _shown(neighbour: lldp.Neighbour) -> None:
+def _shown(neighbour: frames.Neighbour) -> None:
     claims.typed(neighbour)
     claims.printable(neighbour.system)
     claims.printable(neighbour.port)

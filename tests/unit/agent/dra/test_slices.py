@@ -11,6 +11,7 @@ import pytest
 
 from cni.agent.dra.slices import MOST, SEVERAL, Node, chunks, count, pool
 from cni.config import policy
+from cni.kernel.lldp import Neighbour
 from cni.kernel.rtnl import IFF_LOWER_UP, IFF_RUNNING, IFF_UP
 from cni.state import deviceid
 from tests.unit.agent.deviceplugin.test_devices import link
@@ -65,6 +66,8 @@ def test_attributes(sysfs: Path) -> None:
         "carrier": True,
         "speed": 10000,
         "numaNode": 1,
+        "switch": "",
+        "switchPort": "",
         "resource.kubernetes.io/pciBusID": "0000:00:05.0",
         "resource.kubernetes.io/pcieRoot": "pci0000:00",
         "k8s.cni.cncf.io/deviceID": "data-1",
@@ -78,6 +81,12 @@ def test_a_link_without_a_carrier_is_shown_so(tmp_path: Path, flags: int) -> Non
     [device] = pool(interfaces(entry(capacity=1)), there).devices
     assert values(device)["carrier"] is False
     assert (values(device)["speed"], values(device)["numaNode"]) == (0, -1)
+
+
+def test_the_switch_of_a_nic(sysfs: Path) -> None:
+    there = node(sysfs, neighbours={NIC: Neighbour("leaf-12", "é" * 40), "eth9": Neighbour("other", "1")})
+    [device] = pool(interfaces(entry(capacity=1)), there).devices
+    assert (values(device)["switch"], values(device)["switchPort"]) == ("leaf-12", "é" * 32)
 
 
 def test_what_the_server_would_refuse_is_not_sent(sysfs: Path) -> None:
