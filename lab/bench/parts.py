@@ -131,7 +131,7 @@ def of_memory(measured: Measured) -> str:
     return (
         table(heads, lines)
         + f"\n\nAll of it is {_mb(wholes[0].total)} and {_mb(wholes[1].total)} MB. Python that does nothing is "
-        f"{_mb(parts[BARE].total)} of both, Python that has imported gRPC {_mb(parts[GRPC].total)} of the latter."
+        f"{_mb(parts[BARE].total)} of both,\nPython that has imported gRPC {_mb(parts[GRPC].total)} of the latter."
     )
 
 
