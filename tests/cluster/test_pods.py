@@ -76,7 +76,10 @@ def shared(release: Release) -> Path:
 @pytest.mark.vm
 @pytest.mark.parametrize("route", ["device", "broker", "claim"])
 def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release, shared: Path, route: str) -> None:
-    """The example pod in the launcher's image: on the device that its container has got, by the broker, by a claim."""
+    """The example pod in the launcher's image: on the device that its container has got, by the broker, by a claim.
+
+    The last one is a Deployment's, and so has a claim of the template's.
+    """
     cluster = release.cluster
     release.install(broker={"enabled": route == "broker"}, dra={"enabled": route == "claim"})
     release.wait_resource(
@@ -90,16 +93,19 @@ def test_a_vm_boots_in_a_pod_and_talks_to_a_peer(release: Release, shared: Path,
         for file in ("deviceclass", "claimtemplate"):
             cluster.kubectl("apply", "-f", "-", stdin=(CLAIMS / f"{file}.yaml").read_text())
     name = document["metadata"]["name"] = f"vm-{route}"  # the kubelet keeps a pod's logs for a while
+    kind, condition = "pod", "Ready"
+    if route == "claim":
+        kind, condition, document = "deployment", "Available", _deployment(document)
     cluster.apply(document)
-    cluster.wait(f"pod/{name}", "condition=Ready")
-    [log] = cluster.machine.path("/var/log/pods").glob(f"default_{name}_*/vm/0.log")
+    cluster.wait(f"{kind}/{name}", f"condition={condition}")
+    [log] = cluster.machine.path("/var/log/pods").glob(f"default_{name}[-_]*/vm/0.log")
     with InPod(shared / "channel/channel.sock", log) as guest:
         guest.ready()
         guest.must(f"ip address add {ADDRESS}/24 dev eth0")
         assert guest.ping(PEER)
         cluster.lab.peer.run([image.BUSYBOX, "ping", "-c", "1", "-W", "20", ADDRESS])
         _unprivileged(release)
-    cluster.kubectl("delete", "pod", name, f"--timeout={LIMIT}s")
+    cluster.kubectl("delete", kind, name, "--cascade=foreground", f"--timeout={LIMIT}s")
     release.left(before)
     if route == "claim":
         cluster.kubectl("delete", "deviceclass,resourceclaimtemplate", "vm-nic")
@@ -134,6 +140,14 @@ def _vm(example: Path) -> dict[str, Any]:
         volumes.append({"name": name, "hostPath": {"path": f"/run/lab/{name}", "type": "Directory"}})
     spec["volumes"] = volumes
     return document
+
+
+def _deployment(pod: dict[str, Any]) -> dict[str, Any]:
+    """One of the pod, whose name and label it has."""
+    metadata, labels = pod["metadata"], pod["metadata"]["labels"]
+    template = {"metadata": {"labels": labels}, "spec": pod["spec"]}
+    spec = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": spec}
 
 
 def _unprivileged(release: Release) -> None:
