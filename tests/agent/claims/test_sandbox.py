@@ -155,7 +155,7 @@ def test_a_remade_sandbox_gets_the_device_again(node: Node, lab: Lab, plugin: Pl
     _run(plugin, second)
     assert second.links()["net0"]["ifindex"] == claim.devices[0].ifindex
     assert node.device(claim) == node.link(claim, second)
-    node.hook(claim, second).ok()
+    node.start(claim, second)
 
 
 def test_a_sandbox_that_is_remade_without_a_stop(node: Node, lab: Lab, plugin: Plugin) -> None:
@@ -164,7 +164,7 @@ def test_a_sandbox_that_is_remade_without_a_stop(node: Node, lab: Lab, plugin: P
     _run(plugin, first)
     assert _run(plugin, second) == ""
     assert "net0" not in first.links()
-    node.hook(claim, second).ok()
+    node.start(claim, second)
     before = second.links()
     assert _stop(plugin, first) == ""
     assert second.links() == before
@@ -254,7 +254,7 @@ def test_the_end_of_a_namespace_ends_the_attachment_and_not_the_claim(node: Node
     until(lambda: node.device(claim) is None, "the node stays")
     assert node.reserved(claim)
     again = lab.pod()
-    node.hook(claim, again, node.config(claim)).ok()
+    node.start(claim, again)
     assert again.links()["net0"]["ifindex"] == claim.devices[0].ifindex
 
 
@@ -272,7 +272,7 @@ def test_an_index_stays_reserved_until_the_claim_is_unprepared(node: Node, lab: 
     gc = {**WIRE, "name": name, "cni.dev/valid-attachments": []}
     assert shim("GC", config(**gc), env={"CNI_PATH": "/nowhere"}).ok() == {}
     assert node.reserved(claim)
-    node.hook(claim, other).ok()
+    node.start(claim, other)
     assert shim("GC", config(**gc), env={"CNI_PATH": "/nowhere"}).ok() == {}
     node.claims.remove(claim.uid)  # set aside, say
     assert shim("GC", config(**gc), env={"CNI_PATH": "/nowhere"}).ok() == {}
@@ -307,7 +307,7 @@ def test_a_minor_stays_the_pods_until_it_has_ended(node: Node, lab: Lab) -> None
     given = node.store.minors.get(minor)
     id = claim.attachment(claim.devices[0])
     assert given == Given(id, boot_id(), "uid-vm")
-    node.hook(claim, lab.pod()).ok()  # the sandbox is made again: the pod may have its own minor
+    node.start(claim, lab.pod())  # the sandbox is made again: the pod may have its own minor
     record = node.record(claim)
     assert record
     assert record.claim
@@ -418,7 +418,7 @@ def test_a_cdi_file_that_cannot_be_written_keeps_no_link_alive(node: Node, lab: 
     assert node.record(claim) is None
     again = lab.pod()
     blocked.rmdir()
-    node.hook(claim, again).ok()
+    node.start(claim, again)
     assert node.given(claim) == node.link(claim, again)
 
 
