@@ -18,6 +18,7 @@ from cni.agent.cgroups import Cgroups
 from cni.agent.metrics import Registry
 from cni.agent.reconcile.runner import Reconciler
 from cni.attach.call import Node
+from cni.errors import CniError
 from cni.state.store import Store
 from lab.wire import BRIDGE, NIC
 from tests.fakeipam import FakeIpam
@@ -52,16 +53,29 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def _reconcile(plugin: Plugin, delegate_seconds: float = 60) -> None:
-    """One run of the agent's reconciler on the node."""
+    """Runs of the agent's reconciler on the node, until no record is of an ADD that was killed.
+
+    One is enough as a rule. A step that fails, or whose attachment is locked, is tried again in the next run.
+    """
+    store = Store(plugin.state)
 
     def unasked(_: Request) -> Response:
         raise AssertionError("nothing was pending")
 
     def run() -> None:
-        node = Node(Store(plugin.state), lambda: None, delegate_seconds)
-        reconciler = Reconciler(node, unasked, Cgroups("/sys/fs/cgroup"), Registry(), seconds=3600)
+        node = Node(store, lambda: None, delegate_seconds)
+        reconciler = Reconciler(node, unasked, Cgroups("/sys/fs/cgroup"), Registry(), seconds=2)
         reconciler.start()
-        reconciler.stop(LIMIT)
+        try:
+            until(ended, "an ADD that was killed was not ended")
+        finally:
+            reconciler.stop(LIMIT)
+
+    def ended() -> bool:
+        try:
+            return all(map(store.sealed, store.recorded()))
+        except CniError:  # a record was removed meanwhile
+            return False
 
     plugin.node.call(run)
 
