@@ -42,7 +42,7 @@ _AT_IFINDEX = 16 + 4  # ifinfomsg.ifi_index
 
 
 class LinkDeleter:
-    """An rtnl.DeleteLink that returns once the link is gone. most: threads; without a free one the caller blocks."""
+    """A DeleteLink (kernel/rtnl.py) that returns once the link is gone. Without a free thread of `most`, it blocks."""
 
     def __init__(self, most: int = 64) -> None:
         self._most = most
@@ -82,12 +82,18 @@ class LinkDeleter:
                     poll.unregister(gone)
 
     def _begin(self, deletion: _Deletion) -> bool:
-        """Give the deletion to an idle thread, else to a new one; False if there are `most` and all are busy."""
+        """Give the deletion to an idle thread, else to a new one; False if that is not possible.
+
+        There are at most `most`, and each has a socket, for which there may be no fd.
+        """
         with self._lock:
             new = self._idle == 0
             if new and self._threads >= self._most:
                 return False
-            own = Rtnl() if new else None
+            try:
+                own = Rtnl() if new else None
+            except OSError:
+                return False
             self._threads += new
             self._idle -= not new
         self._deletions.put(deletion)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from cni.attach.ipam import Delegate, print_stderr
 from cni.dataclass import dataclass
 from cni.errors import CniError
@@ -12,20 +14,12 @@ from cni.state.record import identifier
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Protocol
 
     from cni.config.netconf import NetConf
     from cni.config.policy import Grant, Policy
-    from cni.kernel.rtnl import Host, Link, Rtnl
+    from cni.kernel.rtnl import DeleteLink, Host, Link
     from cni.state.record import Record
     from cni.state.store import Store
-
-    class DeleteLink(Protocol):
-        """How to delete a link, as rtnl.delete_link. yield_turn: to call before a wait."""
-
-        def __call__(
-            self, host: Rtnl, index: int, nsid: int | None, yield_turn: Callable[[], None] = ...
-        ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -144,6 +138,7 @@ class Call:
         """The first of the granted devices that is there; None if none is, or none was granted. Raises OSError."""
         return next(filter(None, (self.host.link(name=name) for name in grant.sources)), None)
 
-    def delete_link(self, host: Rtnl, index: int, nsid: int | None) -> None:
-        """Delete the link of that index, in host's namespace or in the namespace nsid. Raises OSError."""
-        self.node.delete_link(host, index, nsid, self.yield_turn)
+    @property
+    def delete_link(self) -> DeleteLink:
+        """The node's, which yields this call's turn before it waits."""
+        return partial(self.node.delete_link, yield_turn=self.yield_turn)

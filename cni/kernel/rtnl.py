@@ -22,10 +22,15 @@ from cni.kernel import netns
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Self
+    from typing import Protocol, Self
 
-    DeleteLink = Callable[["Rtnl", int, int | None], None]
-    """How to delete a link: see delete_link."""
+    class DeleteLink(Protocol):
+        """How to delete a link: see delete_link."""
+
+        def __call__(
+            self, host: Rtnl, index: int, nsid: int | None, yield_turn: Callable[[], None] = ...
+        ) -> None: ...
+
 
 NETLINK_ROUTE = 0
 SOL_NETLINK = 270
@@ -383,7 +388,7 @@ class Host(Rtnl):
 
 
 def delete_link(
-    host: Rtnl, index: int, nsid: int | None, yield_turn: Callable[[], object] | None = None
+    host: Rtnl, index: int, nsid: int | None, yield_turn: Callable[[], None] | None = None
 ) -> None:
     """Delete the link of that index, in host's namespace or in the namespace nsid. Raises OSError.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -228,6 +229,24 @@ def test_a_deletion_in_another_namespace_is_not_the_links(lab: Lab, monkeypatch:
     assert done.wait(20)
     thread.join()
     assert "d0" not in pod.links()
+
+
+def test_a_deletion_without_an_fd_for_its_thread(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller then deletes the link itself. A limit of the process would meet its other threads, too."""
+
+    def none_left() -> Rtnl:
+        raise OSError(errno.EMFILE, "no fd")
+
+    def delete() -> list[str]:
+        with Rtnl() as host:
+            monkeypatch.setattr(link_deletion, "Rtnl", none_left)
+            before = os.listdir("/proc/self/fd")
+            link_deletion.LinkDeleter()(host, 0x10000007, None)
+            assert os.listdir("/proc/self/fd") == before
+        return list(lab.node.links())
+
+    lab.node.ip("link add index 268435463 d0 type veth peer name p0")
+    assert "d0" not in lab.node.call(delete)
 
 
 PORTS = """

@@ -20,7 +20,7 @@ from cni.state.claims import Claim, ClaimDevice, Claims
 from cni.state.store import Store
 from tests.agent.conftest import SHIM, Agent
 from tests.runner import pod_args
-from tests.unit.agent.nri.runtime import Runtime
+from tests.unit.agent.nri.runtime import Plugin, Runtime
 from tests.waiting import LIMIT
 
 if TYPE_CHECKING:
@@ -242,6 +242,16 @@ def event(kind: str, pod: Netns, name: str = "vm", **fields: Any) -> api.StateCh
     return api.StateChangeEvent(event=kind, pod=sandbox(pod, name, **fields))
 
 
+def run(plugin: Plugin, pod: Netns, name: str = "vm") -> str:
+    """The runtime reports a new sandbox; the error that it gets for it."""
+    return plugin.call("StateChange", event("RUN_POD_SANDBOX", pod, name)).status.message
+
+
+def stop(plugin: Plugin, pod: Netns, name: str = "vm") -> str:
+    """The runtime reports the sandbox's end; the error that it gets for it."""
+    return plugin.call("StateChange", event("STOP_POD_SANDBOX", pod, name)).status.message
+
+
 @pytest.fixture
 def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
     """With an agent that is started; nothing listens on its NRI socket."""
@@ -273,4 +283,12 @@ def node(lab: Lab, tmp_path: Path) -> Iterator[Node]:
 def runtime(node: Node) -> Iterator[Runtime]:
     """Listens on the NRI socket of the agent."""
     with Runtime(node.nri) as made:
+        yield made
+
+
+@pytest.fixture
+def plugin(runtime: Runtime) -> Iterator[Plugin]:
+    """The agent, connected to the runtime."""
+    with runtime.accept() as made:
+        made.connected()
         yield made

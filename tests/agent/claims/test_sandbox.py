@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import stat
@@ -12,18 +11,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cni.agent.nri import nri_pb2 as api
-from cni.config.claim import NETWORKS
 from cni.state import cdi
 from cni.state.minors import Given
 from cni.state.record import boot_id
-from tests.agent.claims.conftest import WIRE, event, in_pod, sandbox
+from tests.agent.claims.conftest import WIRE, in_pod, run, sandbox, stop
 from tests.fakeipam import GATE, FakeIpam
 from tests.runner import config
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lab.wire import Lab, Netns
     from tests.agent.claims.conftest import Node
     from tests.unit.agent.nri.runtime import Plugin, Runtime
@@ -32,33 +28,16 @@ if TYPE_CHECKING:
 _MINORS = 64
 
 
-@pytest.fixture
-def plugin(runtime: Runtime) -> Iterator[Plugin]:
-    """The agent, connected to the runtime."""
-    with runtime.accept() as made:
-        made.connected()
-        yield made
-
-
-def _run(plugin: Plugin, pod: Netns, name: str = "vm") -> str:
-    """The runtime reports a new sandbox; the error that it gets for it."""
-    return plugin.call("StateChange", event("RUN_POD_SANDBOX", pod, name)).status.message
-
-
-def _stop(plugin: Plugin, pod: Netns, name: str = "vm") -> str:
-    return plugin.call("StateChange", event("STOP_POD_SANDBOX", pod, name)).status.message
-
-
 def test_a_sandboxs_life(node: Node, lab: Lab, plugin: Plugin) -> None:
     pod, claim = lab.pod(), node.prepare("vm", "data", "backup")
-    assert _run(plugin, pod) == ""
+    assert run(plugin, pod) == ""
     assert {"net0", "net1"} <= pod.links().keys()
     record = node.record(claim)
     assert record
     assert (record.claim, record.netns, record.pod) == (True, str(pod.path), ("vms", "vm"))
     assert node.device(claim) == node.given(claim) == node.link(claim, pod)
     node.hook(claim, pod).ok()
-    assert _stop(plugin, pod) == ""
+    assert stop(plugin, pod) == ""
     assert node.given(claim) == (1, 3)
     assert not {"net0", "net1"} & pod.links().keys()
     assert node.record(claim) is None
@@ -67,51 +46,11 @@ def test_a_sandboxs_life(node: Node, lab: Lab, plugin: Plugin) -> None:
     assert node.claims.load(claim.uid) == claim
 
 
-def test_a_guest_gets_the_mac_of_the_pods_annotation(node: Node, lab: Lab, plugin: Plugin) -> None:
-    """Which KubeVirt's enhancement 183 proposes. It replaces the claim's, and stays where only the hook attaches."""
-    first, second, claim = lab.pod(), lab.pod(), node.prepare(mac="02:00:00:00:00:08")
-    networks = [{"claimName": claim.name, "requestName": "nic", "macs": ["02:00:00:00:00:09"]}]
-    created = event("RUN_POD_SANDBOX", first)
-    created.pod.annotations[NETWORKS] = json.dumps(networks)
-    assert plugin.call("StateChange", created).status.message == ""
-    assert first.links()["net0"]["address"] == "02:00:00:00:00:09"
-    _stop(plugin, first)
-    node.hook(claim, second).ok()
-    assert second.links()["net0"]["address"] == "02:00:00:00:00:09"
-
-
-def test_the_policy_has_the_last_word_on_a_mac_of_the_annotation(
-    node: Node, lab: Lab, plugin: Plugin
-) -> None:
-    node.policy(mac={"derivedOnly": True})
-    pod, claim = lab.pod(), node.prepare()
-    created = event("RUN_POD_SANDBOX", pod)
-    for text, words in (
-        ('[{"claimName": "vm-nic", "requestName": "nic", "macs": ["02:00:00:00:00:09"]}]', "derivedOnly"),
-        ('[{"claimName": "vm-nic", "requestName": "nic", "macs": ["x"]}]', "request nic: mac"),
-        ("7", "annotation"),
-    ):
-        created.pod.annotations[NETWORKS] = text
-        assert words in plugin.call("StateChange", created).status.message
-    assert node.record(claim) is None
-
-
-def test_the_vms_of_both_ends_of_a_migration_have_one_mac(node: Node, lab: Lab, plugin: Plugin) -> None:
-    """Of two launcher pods of one VM, each with a claim of its own."""
-    found = []
-    for name in ("virt-launcher-vm-aaaaa", "virt-launcher-vm-bbbbb", "virt-launcher-another-ccccc"):
-        pod, _ = lab.pod(), node.prepare(name)
-        assert _run(plugin, pod, name) == ""
-        found.append(pod.links()["net0"]["address"])
-        _stop(plugin, pod, name)
-    assert found[0] == found[1] != found[2]
-
-
 def test_a_pod_without_claims(node: Node, lab: Lab, plugin: Plugin) -> None:
     pod = lab.pod()
     node.prepare("another")
     before = pod.links().keys()
-    assert (_run(plugin, pod), _stop(plugin, pod)) == ("", "")
+    assert (run(plugin, pod), stop(plugin, pod)) == ("", "")
     assert pod.links().keys() == before
 
 
@@ -119,18 +58,18 @@ def test_claims_that_cannot_be_read_do_not_fail_other_pods(node: Node, lab: Lab,
     pod, claim = lab.pod(), node.prepare()
     folder = node.agent.run / "claims"
     (folder / f"{claim.uid}.json").write_text("{")
-    assert _run(plugin, pod) == ""
+    assert run(plugin, pod) == ""
     node.hook(claim, pod).refused("is not prepared")
     (folder / f"{claim.uid}.bad").unlink()
     folder.rmdir()
     folder.write_text("")
-    assert _run(plugin, pod) == ""
+    assert run(plugin, pod) == ""
 
 
 def test_a_refused_attach_fails_the_sandbox_with_the_reason(node: Node, lab: Lab, plugin: Plugin) -> None:
     node.policy(modes=["vepa"])
     pod, claim = lab.pod(), node.prepare()
-    error = _run(plugin, pod)
+    error = run(plugin, pod)
     assert "ResourceClaim vms/vm-nic, request nic" in error
     assert "eth1" in error
     assert "net0" not in pod.links()
@@ -144,15 +83,15 @@ def test_a_pod_in_the_hosts_network(node: Node, plugin: Plugin) -> None:
         event="RUN_POD_SANDBOX", pod=api.PodSandbox(id="s1", name="vm", uid="uid-vm", namespace="vms", pid=7)
     )
     assert "do not set hostNetwork" in plugin.call("StateChange", without).status.message
-    assert "own network namespace" in _run(plugin, node.lab.node)
+    assert "own network namespace" in run(plugin, node.lab.node)
     assert node.record(claim) is None
 
 
 def test_a_remade_sandbox_gets_the_device_again(node: Node, lab: Lab, plugin: Plugin) -> None:
     first, second, claim = lab.pod(), lab.pod(), node.prepare()
-    _run(plugin, first)
-    _stop(plugin, first)
-    _run(plugin, second)
+    run(plugin, first)
+    stop(plugin, first)
+    run(plugin, second)
     assert second.links()["net0"]["ifindex"] == claim.devices[0].ifindex
     assert node.device(claim) == node.link(claim, second)
     node.start(claim, second)
@@ -161,24 +100,24 @@ def test_a_remade_sandbox_gets_the_device_again(node: Node, lab: Lab, plugin: Pl
 def test_a_sandbox_that_is_remade_without_a_stop(node: Node, lab: Lab, plugin: Plugin) -> None:
     """The runtime was killed, or the event was lost; the link moves, and the first sandbox's late end takes nothing."""
     first, second, claim = lab.pod(), lab.pod(), node.prepare()
-    _run(plugin, first)
-    assert _run(plugin, second) == ""
+    run(plugin, first)
+    assert run(plugin, second) == ""
     assert "net0" not in first.links()
     node.start(claim, second)
     before = second.links()
-    assert _stop(plugin, first) == ""
+    assert stop(plugin, first) == ""
     assert second.links() == before
     assert node.device(claim) == node.link(claim, second)
 
 
 def test_a_second_pod_with_the_claim_gets_nothing(node: Node, lab: Lab, plugin: Plugin) -> None:
     first, second, claim = lab.pod(), lab.pod(), node.prepare("first")
-    _run(plugin, first, "first")
+    run(plugin, first, "first")
     before = first.links()
-    assert _run(plugin, second, "second") == ""
+    assert run(plugin, second, "second") == ""
     assert "net0" not in second.links()
     node.hook(claim, second, node.config(claim, pod="uid-second")).refused("vms/first")
-    assert _stop(plugin, second, "second") == ""
+    assert stop(plugin, second, "second") == ""
     assert first.links() == before
     node.hook(claim, first).ok()
 
@@ -342,7 +281,7 @@ def test_synchronize_attaches_what_was_started_meanwhile(node: Node, lab: Lab, r
     # The runtime restarts: nothing changes for a pod that is attached.
     with runtime.accept() as plugin:
         plugin.connected(pods)
-        assert _run(plugin, lab.pod(), "other") == ""
+        assert run(plugin, lab.pod(), "other") == ""
         node.hook(claim, alive).ok()
         assert alive.links() == before
 
@@ -352,7 +291,7 @@ def test_an_agent_that_restarts_leaves_attached_pods_alone(node: Node, lab: Lab,
     with in_pod(pod):
         with runtime.accept() as plugin:
             plugin.connected()
-            _run(plugin, pod)
+            run(plugin, pod)
         before, written = pod.links(), node.store.written_ns(claim.attachment(claim.devices[0]))
         node.agent.end(signal.SIGKILL)
         node.agent.start()
@@ -372,17 +311,17 @@ def test_a_slow_attach_is_waited_for_by_the_hook(node: Node, lab: Lab, runtime: 
     cdi.set_devices(str(node.folder / "cdi"), claim.uid, {f"/dev/tap{claim.devices[0].ifindex}": (240, 1)})
     with runtime.accept() as plugin:
         plugin.connected(wait=500)
-        assert _run(plugin, pod) == ""  # in time, and the attach goes on
+        assert run(plugin, pod) == ""  # in time, and the attach goes on
         until(lambda: fake.commands() == ["ADD"], "the delegate does not run")
         assert node.given(claim) == (1, 3)  # and not the numbers of the link before
         assert "net0" not in pod.links()
-        assert _run(plugin, lab.pod(), "another") == ""
+        assert run(plugin, lab.pod(), "another") == ""
         (fake.seen / "gate").write_text("")
         node.hook(claim, pod).ok()
         assert fake.commands() == ["ADD"]
         assert node.device(claim) == node.link(claim, pod)
         assert fake.leases() == {f"{claim.uid}-net0"}
-        assert _stop(plugin, pod) == ""
+        assert stop(plugin, pod) == ""
         assert fake.leases() == set()
     assert fake.env("ADD")["CNI_ARGS"] == claim.devices[0].args
 
@@ -409,11 +348,11 @@ def test_a_link_of_that_name_that_is_not_the_claims_fails_the_container(node: No
 
 def test_a_cdi_file_that_cannot_be_written_keeps_no_link_alive(node: Node, lab: Lab, plugin: Plugin) -> None:
     pod, claim = lab.pod(), node.prepare()
-    _run(plugin, pod)
+    run(plugin, pod)
     folder = node.folder / "cdi"
     blocked = folder / f"vmtap-claim-{claim.uid}.json.new"
     blocked.mkdir()
-    assert "CDI spec" in _stop(plugin, pod)
+    assert "CDI spec" in stop(plugin, pod)
     assert "net0" not in pod.links()
     assert node.record(claim) is None
     again = lab.pod()
